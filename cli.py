@@ -1,0 +1,82 @@
+"""
+How every program here reads its flags and ends: flags are the fields of a dataclass, a user's mistake is one line and
+status 2, the last line on stdout is one JSON object. Standard library only, so that --help answers at once.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+
+
+def flag(default=MISSING, help="", choices=None):
+    """A dataclass field that is also a command-line flag; without a default the flag is required."""
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+def fail(message):
+    """End the program on a user's mistake: the message names the flag or file and the mend."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def finish(**result):
+    """The last line a program prints."""
+    print(json.dumps(result), flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+
+def value_type(hint):
+    """int | None -> int: the type that a flag's text is read as."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def build_parser(cls, description, epilog=None):
+    parser = Parser(
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that parse() can tell what was given from what is a default
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        is_bool = hints[f.name] is bool
+        how = dict(action=argparse.BooleanOptionalAction) if is_bool else dict(type=value_type(hints[f.name]))
+        if f.metadata["choices"]:
+            how["choices"] = f.metadata["choices"]
+        elif not is_bool:
+            how["metavar"] = value_type(hints[f.name]).__name__.upper()
+        shown = "" if f.default in (MISSING, None, "") else f" (default: {f.default})"
+        help = (f.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(f"--{f.name}", required=f.default is MISSING, help=help, **how)
+    return parser
+
+
+def parse(cls, argv=None, presets=None, description=None, epilog=None):
+    """
+    Read the command line into cls: its defaults, then the preset's values, then what was given.
+
+    presets: name -> {field: value}; the preset is chosen by the field `preset`.
+    Returns (the instance, the dict of flags that were given).
+    """
+    parser = build_parser(cls, description, epilog)
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    if unknown:
+        names = [o for action in parser._actions for o in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    preset = given.get("preset")
+    base = presets[preset] if preset else {}
+    return cls(**(base | given)), given

@@ -1,0 +1,121 @@
+"""
+Token files: data/<name>/train.bin and val.bin, headerless uint16 (uint32 where the vocabulary needs it), and meta.pkl,
+a dict of plain values with vocab_size, dtype and what a sampler needs to decode.
+"""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from cli import fail
+
+ROOT = Path(__file__).parent / "data"
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Plain containers, text and numbers need no class looked up, so looking one up is refused: no code runs."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def read_meta(path):
+    """meta.pkl as a dict; whatever else the file holds is refused."""
+    mend = "run the dataset's prepare.py again"
+    try:
+        with open(path, "rb") as f:
+            meta = PlainUnpickler(f).load()
+    except FileNotFoundError:
+        fail(f"{path} does not exist: run the dataset's prepare.py first, or choose another --dataset")
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        fail(f"{path} is not a pickled dict of plain values ({error}): {mend}")
+    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int):
+        fail(f"{path} is not a dict with an integer vocab_size: {mend}")
+    if meta.get("dtype") not in ("uint16", "uint32"):
+        fail(f"{path} says dtype {meta.get('dtype')!r}, where uint16 or uint32 is expected: {mend}")
+    return meta
+
+
+def write_dataset(folder, train, val, meta):
+    """Write two arrays of token ids and their meta.pkl; dtype follows from vocab_size."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = meta | dict(dtype="uint16" if meta["vocab_size"] <= 2**16 - 1 else "uint32")
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        np.asarray(ids, dtype=meta["dtype"]).tofile(folder / name)
+    with open(folder / "meta.pkl", "wb") as f:
+        pickle.dump(meta, f)
+    return meta
+
+
+class Dataset:
+    def __init__(self, name):
+        """name: a folder under data/, or the path of one elsewhere. Checks both files whole."""
+        self.folder = ROOT / name if (ROOT / name).is_dir() or not Path(name).is_dir() else Path(name)
+        if not self.folder.is_dir():
+            fail(f"--dataset {name}: no such folder under data/; run data/{name}/prepare.py, or give a folder's path")
+        self.meta = read_meta(self.folder / "meta.pkl")
+        self.vocab_size = self.meta["vocab_size"]
+        self.train = self._tokens("train.bin")
+        self.val = self._tokens("val.bin")
+
+    def _tokens(self, name):
+        path, dtype = self.folder / name, np.dtype(self.meta["dtype"])
+        if not path.is_file():
+            fail(f"{path} does not exist: run the dataset's prepare.py first")
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize:
+            fail(f"{path} has {size} bytes, not a whole number of {dtype} tokens: run the dataset's prepare.py again")
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        top = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+        if top >= self.vocab_size:
+            fail(
+                f"{path} holds id {top}, but meta.pkl says vocab_size {self.vocab_size}: "
+                "run the dataset's prepare.py again, so that both come from one tokenizer"
+            )
+        return tokens
+
+    def check_block_size(self, block_size):
+        for name, tokens in (("train.bin", self.train), ("val.bin", self.val)):
+            if len(tokens) <= block_size:
+                fail(
+                    f"{self.folder / name} has {len(tokens)} tokens, not one block of {block_size} and its next token: "
+                    "lower --block_size or prepare more text"
+                )
+
+    def batch(self, batch_size, block_size, *key):
+        """
+        Random training windows and their next tokens, two int64 arrays (B, T).
+
+        The draw depends on key alone, (seed, step, micro-step): a resumed run, a run over more cards and another model
+        all read the same text.
+        """
+        starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
+        return self._windows(self.train, starts, block_size)
+
+    def fixed_windows(self, count, batch_size, block_size):
+        """
+        The validation windows, in order, as batches of (B, T): non-overlapping ones over the whole file, or `count` of
+        them evenly spaced where there are more. The same for every model.
+        """
+        available = (len(self.val) - 1) // block_size
+        count = min(count, available)
+        starts = np.arange(count) * available // count * block_size
+        for i in range(0, count, batch_size):
+            yield self._windows(self.val, starts[i : i + batch_size], block_size)
+
+    @staticmethod
+    def _windows(tokens, starts, block_size):
+        rows = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
+        return rows[:, :-1], rows[:, 1:]
+
+    def counts(self):
+        """How often each id occurs in the training file, int64 [V]."""
+        return np.bincount(self.train, minlength=self.vocab_size)
+
+    def unigram_entropy(self):
+        """Nats per token of the validation file under its own token frequencies: what knowing no context can reach."""
+        counts = np.bincount(self.val)
+        p = counts[counts > 0] / len(self.val)
+        return float(-(p * np.log(p)).sum())

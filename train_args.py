@@ -1,0 +1,149 @@
+"""
+Every flag of train.py, once: name, default, help. The defaults are the baseline of the reference setup (GPT-2 124M, context
+2048, 10,000 steps); a preset is a commented difference from them. No torch here, so that --help answers at once.
+"""
+
+from dataclasses import dataclass
+
+from cli import fail, flag, parse
+
+# -- the flags, one dataclass per concern -----------------------------------------------------------------------------
+
+
+@dataclass
+class ModelArgs:
+    block_size: int = flag(2048, "context length in tokens")
+    n_layer: int = flag(12, "transformer blocks")
+    n_head: int = flag(12, "attention heads of each block")
+    n_embd: int = flag(768, "width d of the residual stream")
+    mlp_expansion_factor: int = flag(4, "width of the MLP in units of n_embd")
+    activation: str = flag("gelu", "gelu is exact, gelu_tanh is what OpenAI's GPT-2 uses", choices=("gelu", "gelu_tanh"))
+    bias: bool = flag(True, "biases in linear layers and LayerNorms")
+    dropout: float = flag(0.1, "dropout while training; evaluation uses none")
+    n_embd_wte: int | None = flag(None, "rank k of a factorized token table [V,k] x [k,d]; left out, the table is dense")
+    n_embd_wte_scale_tying: bool = flag(False, "scale_up and scale_down are one matrix")
+    factor_init: str = flag(
+        "matched",
+        "random factors: matched gives their product a dense table's std 0.02, naive draws each N(0, 0.02)",
+        choices=("matched", "naive"),
+    )
+
+
+@dataclass
+class StartArgs:
+    init_from: str = flag(
+        "scratch",
+        "scratch: random weights; resume: go on with the run in --out_dir; prev_run: the weights of --prev_run_ckpt",
+        choices=("scratch", "resume", "prev_run"),
+    )
+    prev_run_ckpt: str = flag("", "a ckpt.pt, or the run folder that holds it, for --init_from prev_run")
+    import_wte_npy: str = flag("", "factor file wte [V,k]; needs --import_scale_matrices_npz too")
+    import_scale_matrices_npz: str = flag("", "factor file scale_up, scale_down [k,d] (and mean [d])")
+    import_wte_freeze: bool = flag(False, "do not train the imported wte")
+    import_scale_matrices_freeze: bool = flag(False, "do not train the imported scale matrices")
+    seed: int = flag(1337, "draws the weights, the training windows and the dropout")
+
+
+@dataclass
+class OptimArgs:
+    dataset: str = flag("wikitext103", "a folder under data/ with train.bin, val.bin and meta.pkl, or a path to one")
+    batch_size: int = flag(4, "windows of one micro-step")
+    gradient_accumulation_steps: int = flag(4, "micro-steps of one step, over all cards together")
+    max_iters: int = flag(10000, "optimizer steps")
+    learning_rate: float = flag(1e-4, "after the warmup")
+    min_lr: float = flag(5e-6, "at the end of the cosine")
+    warmup_iters: int = flag(500, "steps of linear warmup")
+    lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    beta1: float = flag(0.9, "AdamW's")
+    beta2: float = flag(0.95, "AdamW's")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip")
+
+
+@dataclass
+class RunArgs:
+    preset: str = flag("", "values that differ from the defaults", choices=("gpt2", "gpt2_finetune", "laptop", "laptop_finetune"))
+    out_dir: str = flag("model_weights/out", "the run's folder")
+    eval_interval: int = flag(500, "steps between evaluations; each writes last.pt, and ckpt.pt where it is the best")
+    eval_iters: int = flag(100, "batches of --batch_size fixed validation windows in one evaluation")
+    eval_only: bool = flag(False, "evaluate and stop; with --init_from resume it evaluates ckpt.pt and writes nothing")
+    log_interval: int = flag(10, "steps between progress lines")
+    device: str = flag("cuda", "cuda, cuda:1, cpu, mps")
+    dtype: str = flag(
+        "float16",
+        "arithmetic of the forward pass; float16 trains with a GradScaler",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    compile: bool = flag(True, "torch.compile the model")
+    wandb_log: bool = flag(False, "log to Weights & Biases too; offline where there is no key")
+    wandb_project: str = flag("new-small-gpt", "W&B project")
+    wandb_run_name: str = flag("", "W&B run; left out, the name of out_dir")
+    tensorboard_log: bool = flag(False, "log to TensorBoard too, in out_dir/tensorboard")
+
+
+@dataclass
+class TrainArgs(RunArgs, StartArgs, OptimArgs, ModelArgs):
+    pass
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------
+
+# The baseline of the reference setup, one RTX 3090: 4 x 4 x 2048 = 32,768 tokens a step, 10,000 steps = 328M tokens. Its authors
+# report a validation loss of 3.44 on WikiText-103.
+GPT2 = dict()
+
+# The schedule of experiments 10-13: 5,000 further steps of the same size = 164M tokens.
+GPT2_FINETUNE = GPT2 | dict(
+    max_iters=5000, eval_interval=200, learning_rate=5e-5, min_lr=1e-6, warmup_iters=100, weight_decay=0.01
+)
+
+LAPTOP = dict()
+LAPTOP_FINETUNE = dict()
+
+PRESETS = dict(gpt2=GPT2, gpt2_finetune=GPT2_FINETUNE, laptop=LAPTOP, laptop_finetune=LAPTOP_FINETUNE)
+
+# -- contradictions ---------------------------------------------------------------------------------------------------
+
+
+def check(a):
+    """Refuse flags that contradict each other, naming both and the mend."""
+    for name in ("block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "batch_size", "eval_iters",
+                 "gradient_accumulation_steps", "eval_interval", "log_interval"):  # fmt: skip
+        if getattr(a, name) < 1:
+            fail(f"--{name} {getattr(a, name)}: give 1 or more")
+    if a.n_embd % a.n_head:
+        fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
+    if a.n_embd_wte is not None and not 1 <= a.n_embd_wte <= a.n_embd:
+        fail(f"--n_embd_wte {a.n_embd_wte}: a rank lies between 1 and --n_embd {a.n_embd}")
+    if a.n_embd_wte_scale_tying and a.n_embd_wte is None:
+        fail("--n_embd_wte_scale_tying has no scale matrices to tie: give --n_embd_wte too")
+    if not 0 <= a.dropout < 1:
+        fail(f"--dropout {a.dropout}: give a share of at least 0 and less than 1")
+    if bool(a.import_wte_npy) != bool(a.import_scale_matrices_npz):
+        given, missing = ("wte_npy", "scale_matrices_npz") if a.import_wte_npy else ("scale_matrices_npz", "wte_npy")
+        fail(f"--import_{given} without --import_{missing} would leave the other factor random: give both files")
+    if a.import_wte_npy and a.n_embd_wte is None:
+        fail("--import_wte_npy needs --n_embd_wte, the rank of the imported factors")
+    for name in ("import_wte_freeze", "import_scale_matrices_freeze"):
+        if getattr(a, name) and not a.import_wte_npy:
+            fail(f"--{name} has nothing to freeze: give --import_wte_npy and --import_scale_matrices_npz too")
+    if (a.init_from == "prev_run") != bool(a.prev_run_ckpt):
+        fail(f"--init_from {a.init_from} and --prev_run_ckpt {a.prev_run_ckpt or '(none)'}: prev_run needs both, scratch none")
+    decay = a.max_iters if a.lr_decay_iters is None else a.lr_decay_iters
+    if not a.eval_only and not a.warmup_iters < decay:
+        fail(f"--warmup_iters {a.warmup_iters} leaves no cosine before step {decay}: lower it, or raise --max_iters")
+    if a.dtype == "float16" and not a.device.startswith("cuda"):
+        fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
+
+
+def parse_args(argv=None):
+    """Returns (TrainArgs, the dict of flags that were given on the command line)."""
+    args, given = parse(TrainArgs, argv, presets=PRESETS, description="Train or evaluate one GPT.", epilog=describe_presets())
+    if args.init_from != "resume":  # a resumed run has its flags in last.pt; train.py checks them there
+        check(args)
+    return args, given
+
+
+def describe_presets():
+    lines = [f"  {name}: {' '.join(f'--{k} {v}' for k, v in p.items()) or 'the defaults'}" for name, p in PRESETS.items()]
+    return "presets:\n" + "\n".join(lines)
