@@ -136,10 +136,30 @@ def check(a):
         fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
 
 
+# What may change when a run is resumed: nothing that alters the steps already planned, save for how many there are.
+MAY_CHANGE = {"init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_interval", "eval_only", "log_interval", "device",
+              "compile", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log"}  # fmt: skip
+MAY_CHANGE_EVAL_ONLY = MAY_CHANGE | {"dataset", "batch_size", "eval_iters", "dtype"}
+
+
+def resume_args(stored, given):
+    """The flags of a resumed run: those it was started with, and what was given anew where that may change."""
+    may_change = MAY_CHANGE_EVAL_ONLY if given.get("eval_only") else MAY_CHANGE
+    for name, value in given.items():
+        if name not in may_change and value != stored[name]:
+            fail(
+                f"--{name} {value} contradicts --init_from resume, the run was started with {stored[name] or '(none)'}: "
+                "leave the flag out, or start a new run in another --out_dir"
+            )
+    args = TrainArgs(**(stored | given | dict(init_from=stored["init_from"])))
+    check(args)
+    return args
+
+
 def parse_args(argv=None):
     """Returns (TrainArgs, the dict of flags that were given on the command line)."""
     args, given = parse(TrainArgs, argv, presets=PRESETS, description="Train or evaluate one GPT.", epilog=describe_presets())
-    if args.init_from != "resume":  # a resumed run has its flags in last.pt; train.py checks them there
+    if args.init_from != "resume":  # whose flags are in its checkpoint, see resume_args
         check(args)
     return args, given
 

@@ -1,0 +1,125 @@
+"""
+A run's folder: config.json (flags, command, commit, versions, hardware), metrics.jsonl (an object per log line or
+evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import fail
+
+
+class RunFolder:
+    def __init__(self, args, resumed_at=None):
+        """Claim args.out_dir. resumed_at: the step a resume goes on from; None claims the folder for a new run."""
+        self.path = Path(args.out_dir)
+        config = self.path / "config.json"
+        if resumed_at is None and config.exists():
+            self._refuse_another_run(config, args)
+        self.path.mkdir(parents=True, exist_ok=True)
+        facts = dict(args=asdict(args), **provenance(args.device))
+        if resumed_at is not None and config.exists():
+            before = json.loads(config.read_text())
+            facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
+        config.write_text(json.dumps(facts, indent=1) + "\n")
+        self._keep_lines_before(resumed_at)
+        self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
+        self.loggers = [log for log in (wandb_log(args, self.path), tensorboard_log(args, self.path)) if log]
+
+    def _refuse_another_run(self, config, args):
+        """A folder with checkpoints, or with other flags, belongs to another run and stays as it is."""
+        try:
+            before = json.loads(config.read_text())["args"]
+        except (ValueError, KeyError):
+            fail(f"{config} is not a run's config.json: choose another --out_dir")
+        differing = [k for k, v in asdict(args).items() if before.get(k) != v]
+        if differing:
+            k = differing[0]
+            fail(
+                f"--out_dir {self.path} holds another run, with --{k} {before.get(k)} where this one has {getattr(args, k)}: "
+                "choose another --out_dir, or delete the folder"
+            )
+        if (self.path / "last.pt").exists() or (self.path / "ckpt.pt").exists():
+            fail(
+                f"--out_dir {self.path} holds this run already: go on with --init_from resume, choose another --out_dir, "
+                "or delete the folder"
+            )
+
+    def _keep_lines_before(self, resumed_at):
+        """What an interrupted run logged after its last checkpoint is about to be logged again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["iter"] < resumed_at]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, step, **values):
+        self.metrics.write(json.dumps(dict(iter=step, **values)) + "\n")
+        for log in self.loggers:
+            log(step, values)
+
+    def finish(self, summary):
+        part = self.path / "summary.part"
+        part.write_text(json.dumps(summary, indent=1) + "\n")
+        os.replace(part, self.path / "summary.json")
+
+
+def wandb_log(args, folder):
+    if not args.wandb_log:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb_log needs the package wandb: pip install wandb, or leave the flag out")
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not wandb.login(prompt=False):
+        print(f"W&B has no key here: logging offline to {folder}/wandb, `wandb sync` uploads it later")
+        mode = "offline"
+    run = wandb.init(
+        project=args.wandb_project, name=args.wandb_run_name or folder.name, config=asdict(args), dir=folder, mode=mode
+    )
+    return lambda step, values: run.log(values, step=step)
+
+
+def tensorboard_log(args, folder):
+    if not args.tensorboard_log:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("--tensorboard_log needs the package tensorboard: pip install tensorboard, or leave the flag out")
+    writer = SummaryWriter(folder / "tensorboard")
+    return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
+
+
+def provenance(device):
+    """What a reader needs to judge a number: command, commit, versions, hardware."""
+    git = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **git).stdout.strip()
+        if commit and subprocess.run(["git", "status", "--porcelain", "-uno"], **git).stdout.strip():
+            commit += " with changes"
+    except OSError:
+        commit = ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    return dict(
+        command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", versions=versions, hardware=hardware(device)
+    )
+
+
+def hardware(device):
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

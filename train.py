@@ -1,0 +1,309 @@
+"""
+Train or evaluate one GPT.
+
+    python train.py --preset laptop --dataset sotu --out_dir model_weights/gpt_baseline
+    python train.py --out_dir model_weights/gpt_baseline                              # the gpt2 preset, on one GPU
+    torchrun --standalone --nproc_per_node=2 train.py --out_dir ...                   # one run over two GPUs
+    python train.py --init_from resume --out_dir model_weights/gpt_baseline           # go on where it stopped
+
+The same flags and seed read the same text in the same order, whatever the model, however many cards, resumed or not.
+"""
+
+from train_args import parse_args, resume_args
+
+args, given = parse_args()  # before torch is imported, so that --help answers at once
+
+import math
+import os
+import resource
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from cli import fail, finish
+from dataset import Dataset
+from evaluate import evaluate
+from model import GPT, GPTConfig
+from run_folder import RunFolder, hardware
+from util_factorization.factors import read_factors
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+resuming, previous = args.init_from == "resume", None
+if resuming:
+    out = Path(args.out_dir)
+    mend = "start the run without --init_from resume, or give the --out_dir of one that was started"
+    previous = checkpoint.load(out / ("ckpt.pt" if args.eval_only else "last.pt"), mend=mend)
+    args = resume_args(previous["args"], given)
+elif args.init_from == "prev_run":
+    previous = checkpoint.load(args.prev_run_ckpt)
+    args = replace(args, **checkpoint.previous_shape(previous, args, given))
+writes = not (resuming and args.eval_only)  # evaluating a run that is there changes nothing in its folder
+
+# -- device -----------------------------------------------------------------------------------------------------------
+
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+device, device_type = args.device, args.device.split(":")[0]
+if device_type == "cuda":
+    if not torch.cuda.is_available():
+        fail(f"--device {args.device}, but no CUDA device is here: give --preset laptop, or --device cpu --dtype float32")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 else device
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+if world_size > 1:
+    init_process_group("nccl" if device_type == "cuda" else "gloo")
+if args.gradient_accumulation_steps % world_size:
+    fail(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide over {world_size} processes")
+master = rank == 0
+say = print if master else lambda *_, **__: None
+dtype = getattr(torch, args.dtype)
+autocast = nullcontext() if args.dtype == "float32" else torch.autocast(device_type, dtype)
+torch.manual_seed(args.seed)
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+dataset = Dataset(args.dataset)
+dataset.check_block_size(args.block_size)
+micro_steps = args.gradient_accumulation_steps // world_size
+tokens_per_step = args.gradient_accumulation_steps * args.batch_size * args.block_size
+
+
+def batch(step, micro):
+    """Windows of this process's micro-step: (B, T) token ids and the (B, T) that follow them."""
+    key = (args.seed, step, micro * world_size + rank)
+    x, y = (torch.from_numpy(a) for a in dataset.batch(args.batch_size, args.block_size, *key))
+    if device_type == "cuda":  # pinned memory lets the copy overlap with the step before
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+if previous and previous["config"]["vocab_size"] != dataset.vocab_size:
+    fail(f"--dataset {args.dataset} has {dataset.vocab_size} ids, the checkpoint {previous['config']['vocab_size']}")
+factors = None
+if args.import_wte_npy and not resuming:
+    factors = read_factors(
+        args.import_wte_npy, args.import_scale_matrices_npz, dataset.vocab_size, args.n_embd_wte, args.n_embd
+    )
+if resuming:
+    model = checkpoint.build(previous)
+else:
+    shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
+    model = GPT(
+        GPTConfig(
+            vocab_size=dataset.vocab_size, n_embd_wte_mean=bool(factors and factors["mean"] is not None), **shape
+        )
+    )
+    if previous:
+        checkpoint.load_previous(model, previous, args.prev_run_ckpt, keep_table=factors is None)
+    if factors:
+        model.import_factors(**factors)
+model.to(device)
+model.transformer.wte.requires_grad_(not args.import_wte_freeze)
+for scale in (model.transformer.scale_up, model.transformer.scale_down):
+    scale.requires_grad_(not args.import_scale_matrices_freeze)
+parameters = model.count_parameters()
+say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")
+
+# -- optimizer --------------------------------------------------------------------------------------------------------
+
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(
+    [
+        dict(params=[p for p in trained if p.dim() >= 2], weight_decay=args.weight_decay),
+        dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0),  # biases and LayerNorms
+    ],
+    lr=args.learning_rate,
+    betas=(args.beta1, args.beta2),
+    fused=device_type in ("cuda", "cpu"),
+)
+scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
+
+
+def learning_rate(step):
+    """Linear warmup, then a cosine down to min_lr."""
+    end = args.max_iters if args.lr_decay_iters is None else args.lr_decay_iters
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
+    share = min((step - args.warmup_iters) / (end - args.warmup_iters), 1)
+    return args.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (args.learning_rate - args.min_lr)
+
+
+# -- where the run stands ---------------------------------------------------------------------------------------------
+
+last_step = 0 if args.eval_only else args.max_iters
+step, best, seconds = 0, None, 0.0  # best: the evaluation with the lowest val_loss; seconds: spent on training steps
+if resuming and not args.eval_only:
+    step, best, seconds = previous["iter_num"], previous["best"], previous["seconds"]
+    optimizer.load_state_dict(previous["optimizer"])
+    scaler.load_state_dict(previous["scaler"])
+    torch.set_rng_state(previous["rng"])
+    if device_type == "cuda" and previous["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(previous["cuda_rng"], device)
+    say(f"resuming {args.out_dir} at step {step}")
+    if step > last_step:
+        fail(f"--max_iters {last_step} lies before step {step}, where {args.out_dir} stopped: raise it")
+starts_from = None
+if args.init_from == "prev_run":
+    starts_from = previous["starts_from"] if resuming else dict(ckpt=args.prev_run_ckpt, tokens=previous["tokens"])
+run = RunFolder(args, step if resuming else None) if writes and master else None
+previous = factors = None  # free their memory
+
+if args.compile:
+    say("compiling: the first step takes a minute or more")
+    model.compile()
+trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None) if world_size > 1 else model
+
+# Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
+PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
+hardware_name = hardware(device)
+peak = next((p for name, p in PEAKS.items() if name in hardware_name and args.dtype != "float32"), None)
+flops_per_step = 3 * model.flops_per_token(args.block_size)["total"] * tokens_per_step
+
+
+def save_checkpoints(evaluation):
+    """last.pt, and ckpt.pt where the evaluation is the best so far. Returns the best."""
+    facts = dict(args=asdict(args), iter_num=step, tokens=step * tokens_per_step, starts_from=starts_from)
+    facts |= dict(val_loss=evaluation["val_loss"])
+    is_best = best is None or evaluation["val_loss"] < best["val_loss"]
+    if is_best:
+        checkpoint.save(run.path / "ckpt.pt", model, **facts)
+    if not args.eval_only:
+        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
+        state |= dict(cuda_rng=torch.cuda.get_rng_state(device) if device_type == "cuda" else None)
+        state |= dict(best=evaluation if is_best else best, seconds=seconds)
+        checkpoint.save(run.path / "last.pt", model, **facts, **state)
+    return evaluation if is_best else best
+
+
+def peak_memory():
+    """Bytes: the device's peak, or the process's where that is the CPU."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stop_unless_finite(name, value):
+    if not math.isfinite(value):
+        say(f"step {step}: the {name} is {value}, stopping; {args.out_dir} keeps its last good checkpoints", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def out_of_memory_named():
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"out of memory on {hardware_name}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
+
+
+# -- loop -------------------------------------------------------------------------------------------------------------
+
+loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
+logged_step, mark = step, time.time()
+evaluation = None
+with out_of_memory_named():
+    while True:
+        # 1. the rate
+        lr = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 2. evaluate and save
+        if step % args.eval_interval == 0 or step == last_step:
+            seconds += time.time() - mark
+            if master:
+                evaluation = dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast)
+                stop_unless_finite("validation loss", evaluation["val_loss"])
+                say(
+                    f"step {step}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}, "
+                    f"ln_f cosine {evaluation['ln_f_cosine']:.3f}, full {evaluation['ln_f_cosine_full']:.3f}"
+                )
+                if writes:
+                    run.log(step, seconds=seconds, **{k: v for k, v in evaluation.items() if k != "iter"})
+                    best = save_checkpoints(evaluation)
+            mark = time.time()
+        if step == last_step:
+            break
+
+        # 3. forward and backward
+        for micro in range(micro_steps):
+            x, y = batch(step, micro)
+            trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
+            with autocast:
+                _, loss = trainer(x, y)
+            scaler.scale(loss / micro_steps).backward()
+            loss_sum += loss.detach() / micro_steps
+
+        # 4. clip, step, zero
+        if args.grad_clip > 0:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # 5. log; reading the loss is the only wait for the device
+        if step % args.log_interval == 0 or step == last_step:
+            train_loss = loss_sum.item() / (step - logged_step)
+            stop_unless_finite("training loss", train_loss)
+            spent, mark = time.time() - mark, time.time()
+            seconds += spent
+            tokens_per_second = (step - logged_step) * tokens_per_step / spent
+            share = tokens_per_second / tokens_per_step * flops_per_step / (peak * 1e12 * world_size) if peak else None
+            left = time.strftime("%H:%M:%S", time.gmtime((last_step - step) * tokens_per_step / tokens_per_second))
+            say(
+                f"step {step}/{last_step}: loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s, "
+                + (f"{share:.0%} of the peak, " if peak else "")
+                + f"{left} left"
+            )
+            if master:
+                values = dict(train_loss=train_loss, lr=lr, tokens_per_second=tokens_per_second)
+                run.log(step, **values | (dict(peak_share=share) if peak else {}))
+            loss_sum.zero_()
+            logged_step = step
+
+# -- summary ----------------------------------------------------------------------------------------------------------
+
+if master and writes:
+    trained_tokens = step * tokens_per_step
+    run.finish(
+        dict(
+            run=run.path.name,
+            seed=args.seed,
+            preset=args.preset,
+            dataset=dataset.folder.name,
+            n_embd=args.n_embd,
+            n_embd_wte=args.n_embd_wte,
+            init_from=args.init_from,
+            imported=args.import_wte_npy or None,
+            starts_from=starts_from,
+            parameters=parameters,
+            parameters_trained=sum(p.numel() for p in trained),
+            flops_per_token=model.flops_per_token(args.block_size),
+            val_unigram_entropy=dataset.unigram_entropy(),
+            best=best,
+            final=evaluation,
+            tokens=trained_tokens,
+            tokens_per_step=tokens_per_step,
+            seconds=seconds,
+            tokens_per_second=trained_tokens / seconds if step else None,
+            peak_memory_bytes=peak_memory(),
+            hardware=hardware_name,
+        )
+    )
+if master:
+    finish(out_dir=args.out_dir, **evaluation, **(dict(best=best) if writes else {}))
+if world_size > 1:
+    destroy_process_group()

@@ -1,0 +1,112 @@
+"""
+Factorize the token table of a checkpoint: one decomposition, then a pair of factor files for every rank.
+
+    python util_factorization/pca_factorize_wte.py --ckpt_path model_weights/gpt_baseline/ckpt.pt --rank_k 64,128,256
+
+The files are what train.py imports with --import_wte_npy and --import_scale_matrices_npz.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli import fail, finish, flag, parse
+
+FOLDER = "model_weights/pca_factorized"
+
+
+@dataclass
+class Args:
+    ckpt_path: str = flag("model_weights/gpt_baseline/ckpt.pt", "checkpoint, or the run folder that holds ckpt.pt")
+    rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
+    out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
+    out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
+    method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=("svd", "centered", "freq"))
+    dataset: str = flag("", "token counts for freq and for the error per token; left out, the checkpoint's own dataset")
+    device: str = flag("cpu", "where the decomposition runs: cpu or cuda")
+
+
+def parse_ranks(text, d):
+    """'64,0.9' -> [64, 0.9], each checked."""
+    ranks = []
+    for part in text.split(","):
+        try:
+            rank = float(part) if "." in part else int(part)
+        except ValueError:
+            fail(f"--rank_k {text}: {part!r} is neither a rank (64) nor a share of the energy (0.9)")
+        if isinstance(rank, float) and not 0 < rank <= 1:
+            fail(f"--rank_k {part}: a share of the energy lies in (0, 1]")
+        if isinstance(rank, int) and not 1 <= rank <= d:
+            fail(f"--rank_k {part}: the table has ranks 1 to {d}")
+        ranks.append(rank)
+    return ranks
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+
+    import checkpoint as ckpt
+
+    path = Path(args.ckpt_path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    checkpoint = ckpt.load(path)
+    if checkpoint["config"]["n_embd_wte"] is not None:
+        fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
+    table = checkpoint["model"]["transformer.wte.weight"]
+    V, d = table.shape
+    asked = parse_ranks(args.rank_k, d)
+    for name in ("out_wte_npy", "out_scale_npz"):
+        if len(asked) > 1 and "{k}" not in getattr(args, name):
+            fail(f"--{name} {getattr(args, name)} names one file for {len(asked)} ranks: put {{k}} into it")
+
+    import torch
+
+    from dataset import Dataset
+    from util_factorization.decompose import decompose
+    from util_factorization.factors import method_in_names, write_factors
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
+    dataset = Dataset(args.dataset or checkpoint["args"]["dataset"])
+    if dataset.vocab_size != V:
+        fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the dataset it was trained on")
+    counts = torch.from_numpy(dataset.counts())
+
+    whole = decompose(table, args.method, counts, args.device)
+    ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
+    per_row = whole.relative_errors(ranks)
+    per_token = whole.relative_errors(ranks, counts)
+    sha = ckpt.sha256(path)
+    print(f"{path}: table {V} x {d}, method {args.method}")
+    print(f"{'rank':>6} {'energy':>8} {'error/row':>10} {'error/token':>12} {'parameters':>12} {'compression':>12}")
+    rows = []
+    for k, row_error, token_error in zip(ranks, per_row, per_token, strict=True):
+        Z, P, mean = whole.factors(k)
+        parameters = V * k + 2 * k * d + (0 if mean is None else d)
+        facts = dict(
+            k=k,
+            energy=whole.energy(k),
+            relative_error=row_error,
+            relative_error_per_token=token_error,
+            parameters=parameters,
+            compression=V * d / parameters,
+        )
+        names = dict(k=k, method=method_in_names(args.method))
+        wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
+        source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, dataset=str(dataset.folder.name))
+        versions = dict(torch=torch.__version__)
+        spectrum = [float(f"{s:.6g}") for s in whole.S]
+        write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
+        rows.append(facts | dict(wte_npy=wte_npy, scale_npz=scale_npz))
+        print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {token_error:>12.4f} {parameters:>12,} {V * d / parameters:>11.2f}x")
+
+    from plots import scree_plot
+
+    figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}.png")
+    scree_plot(figure, {args.method: whole.S.tolist()}, ranks)
+    finish(method=args.method, V=V, d=d, scree=str(figure), ranks=rows)
+
+
+if __name__ == "__main__":
+    main()
