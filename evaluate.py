@@ -9,17 +9,16 @@ from torch.nn import functional as F
 @torch.no_grad()
 def evaluate(model, dataset, args, device, autocast):
     """
-    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full).
+    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens).
 
     ln_f_cosine       mean cosine between what the head reads and lm_head's row of the target token, in the head's own
                       space: d for a dense table, k for a factorized one, so not comparable between them
-    ln_f_cosine_full  the same in d-space: between ln_f's output and the target's row of the effective table
-                      scale_down @ wte, comparable between all
+    ln_f_cosine_full  the same in d-space: between ln_f's output and the target's row of the effective table,
+                      comparable between all
     """
     model.eval()
     t = model.transformer
-    # the effective table [V,d] of the head; what a dense head already has
-    table = model.lm_head.weight if model.config.n_embd_wte is None else model.lm_head.weight @ t.scale_down.weight.T
+    table = model.effective_table()
     sums, tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
     for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, model.config.block_size):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
@@ -34,4 +33,6 @@ def evaluate(model, dataset, args, device, autocast):
     model.train()
     loss, cosine, cosine_full = (sums / tokens).tolist()
     ppl = math.exp(loss) if loss < 700 else math.inf
-    return dict(val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full)
+    return dict(
+        val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens
+    )

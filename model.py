@@ -161,6 +161,13 @@ class GPT(nn.Module):
         if mean is not None:
             self.transformer.scale_up.bias.copy_(torch.as_tensor(mean))
 
+    def effective_table(self):
+        """The dense table [V,d] that the head multiplies with; a centred one's mean row, which it leaves out, is added."""
+        if self.config.n_embd_wte is None:
+            return self.lm_head.weight
+        table = self.lm_head.weight @ self.transformer.scale_down.weight.T
+        return table + self.transformer.scale_up.bias if self.config.n_embd_wte_mean else table
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def hidden(self, idx):

@@ -30,6 +30,7 @@ class RunFolder:
         if resumed_at is not None and config.exists():
             before = json.loads(config.read_text())
             facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
+        (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
         config.write_text(json.dumps(facts, indent=1) + "\n")
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)

@@ -141,7 +141,9 @@ def learning_rate(step):
 
 last_step = 0 if args.eval_only else args.max_iters
 step, best, seconds = 0, None, 0.0  # best: the evaluation with the lowest val_loss; seconds: spent on training steps
-if resuming and not args.eval_only:
+if resuming and args.eval_only:
+    step = last_step = previous["iter_num"]
+elif resuming:
     step, best, seconds = previous["iter_num"], previous["best"], previous["seconds"]
     optimizer.load_state_dict(previous["optimizer"])
     scaler.load_state_dict(previous["scaler"])
@@ -293,6 +295,7 @@ if master and writes:
             parameters_trained=sum(p.numel() for p in trained),
             flops_per_token=model.flops_per_token(args.block_size),
             val_unigram_entropy=dataset.unigram_entropy(),
+            eval_tokens=evaluation["eval_tokens"],
             best=best,
             final=evaluation,
             tokens=trained_tokens,

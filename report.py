@@ -1,0 +1,329 @@
+"""
+Run folders -> one table, what it says in words, and the figures: report.md and PNGs, the table on the terminal too.
+
+    python report.py --runs model_weights
+
+Everything is read from the folders' config.json, summary.json and metrics.jsonl and from the factor files' JSON.
+Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, make one row: mean and standard deviation.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import fail, finish, flag, parse
+
+
+@dataclass
+class Args:
+    runs: str = flag("model_weights", "folder with run folders, one or two levels down; report.md goes there")
+
+
+# Rows in the order of the seeds' table: label, folder name (\d+ is the rank), what it is.
+ROWS = (
+    ("D", r"gpt_baseline", "dense table, from scratch"),
+    ("A", r"gpt_pca_k\d+", "PCA table, the rest from scratch"),
+    ("C", r"gpt_random_lowrank_k\d+", "random factors, from scratch"),
+    ("B", r"gpt_pca_finetune_k\d+", "D, its table factorized, trained on"),
+    ("D+", r"gpt_baseline_more", "B's control: D, dense, as many steps more"),
+)
+
+# label, label, the question; the answer is about the first of the two.
+COMPARISONS = (
+    ("A", "C", "Does a PCA start help?", "the PCA start"),
+    ("A", "D", "What does the smaller table cost?", "rank {k} of {d}"),
+    ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
+    ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
+    ("B", "D+", "And when the baseline gets the same extra steps?", "compressing and fine-tuning"),
+)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One model: the runs of one folder name, a run for each seed."""
+
+    label: str
+    name: str
+    what: str
+    summaries: dict  # seed -> summary.json
+    folders: dict  # seed -> its folder
+
+    def values(self, *path):
+        """One number for each seed, None where a run has none."""
+        out = []
+        for summary in self.summaries.values():
+            for key in path:
+                summary = summary[key]
+            out.append(summary)
+        return out
+
+    def one(self, *path):
+        return self.values(*path)[0]
+
+    @property
+    def k(self):
+        return self.one("n_embd_wte")
+
+
+def read_rows(root):
+    """Returns (the finished runs as rows, the folders of unfinished ones)."""
+    configs = sorted(p for pattern in ("*/config.json", "*/*/config.json") for p in root.glob(pattern))
+    found, unfinished = {}, []
+    for config in configs:
+        folder = config.parent
+        if not (folder / "summary.json").exists():
+            unfinished.append(folder)
+            continue
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+            seed = summary["seed"]
+        except (ValueError, KeyError):
+            fail(f"{folder / 'summary.json'} is not what train.py writes: delete the folder and run it again")
+        row = found.setdefault(folder.name, Row("", folder.name, "", {}, {}))
+        if seed in row.summaries:
+            fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
+        row.summaries[seed], row.folders[seed] = summary, folder
+    rows = []
+    for label, pattern, what in ROWS:
+        names = [name for name in found if re.fullmatch(pattern, name)]
+        for name in sorted(names, key=lambda name: found[name].k or 0):
+            row = found.pop(name)
+            row.label, row.what = label, what
+            rows.append(row)
+    return rows + list(found.values()), unfinished
+
+
+def read_curve(folder):
+    """The evaluations of a run: [(tokens it had seen itself, val_loss)]."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+
+
+def read_factors(root):
+    """The JSON of every factor file, by method: {method: [facts, by rank]}."""
+    found = {}
+    for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
+        facts = json.loads(path.read_text())
+        ranks = found.setdefault(facts["method"], {})
+        ranks.setdefault(facts["k"], facts)  # of several seeds, the first
+    return {method: [ranks[k] for k in sorted(ranks)] for method, ranks in found.items()}
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def mean(xs):
+    return sum(xs) / len(xs)
+
+
+def spread(xs):
+    """Sample standard deviation."""
+    return (sum((x - mean(xs)) ** 2 for x in xs) / (len(xs) - 1)) ** 0.5
+
+
+def shown(xs, digits):
+    xs = [x for x in xs if x is not None]
+    if not xs:
+        return "-"
+    text = f"{mean(xs):,.{digits}f}"
+    return text + (f" ± {spread(xs):,.{digits}f}" if len(xs) > 1 and spread(xs) > 0 else "")
+
+
+def paired_p(differences):
+    """
+    Two-sided p of the paired t-test that the mean difference is zero.
+
+    With t = sqrt(n - 1) tan(theta) Student's density becomes cos(theta)^(n - 2), which a sum integrates.
+    """
+    import numpy as np
+
+    n, s = len(differences), spread(differences)
+    if s == 0:
+        return 1.0 if mean(differences) == 0 else 0.0
+    theta = np.arctan(abs(mean(differences)) / (s / n**0.5) / (n - 1) ** 0.5)
+
+    def integral(low, high, steps=20000):
+        middles = low + (np.arange(steps) + 0.5) * (high - low) / steps
+        return (np.cos(middles) ** (n - 2)).mean() * (high - low)
+
+    return float(integral(theta, np.pi / 2) / integral(0, np.pi / 2))
+
+
+def comparison(first, second, subject):
+    """A sentence about the first row against the second, which follows from the best losses of the seeds both have."""
+    seeds = [seed for seed in first.summaries if seed in second.summaries]
+    name = f"{first.label} vs {second.label}" + (f" (k={first.k})" if first.k else "")
+    if not seeds:
+        return f"{name}: no seed in common, so no comparison.", None
+    a, b = (row.summaries[seeds[0]] for row in (first, second))
+    for key in ("dataset", "val_unigram_entropy", "eval_tokens", "tokens_per_step"):
+        if a[key] != b[key]:
+            return f"{name}: not comparable, {key} is {a[key]} for one and {b[key]} for the other.", None
+    diffs = [first.summaries[s]["best"]["val_loss"] - second.summaries[s]["best"]["val_loss"] for s in seeds]
+    gap = mean(diffs)
+    said = f"{name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
+    if abs(gap) < 0.0005:
+        said = f"{name}: {subject} makes no difference to 0.001 nats"
+    if len(seeds) == 1:
+        return f"{said}; one seed, so inconclusive.", gap
+    p = paired_p(diffs)
+    verdict = "" if p < 0.05 else ", so inconclusive"
+    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test p = {p:.2g}{verdict}).", gap
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(header, lines):
+    """A markdown table that is aligned, so that it reads on a terminal too."""
+    cells = [header, *lines]
+    widths = [max(len(str(row[i])) for row in cells) for i in range(len(header))]
+
+    def line(row):
+        padded = (str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2 if i == 0 else w + 1) + ("" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in lines)])
+
+
+def title(row):
+    return f"{row.label} {row.name}".strip()
+
+
+def result_table(rows, dense):
+    header = ["model", "token table", "compression", "all parameters", "val loss", "perplexity", "best step",
+              "tokens", "seconds", "ln_f_cosine", "ln_f_cosine_full"]  # fmt: skip
+    lines = []
+    for row in rows:
+        tokens, before = row.one("tokens"), (row.one("starts_from") or {}).get("tokens", 0)
+        stored = row.one("parameters", "token_table")
+        lines.append(
+            [
+                title(row),
+                f"{stored:,}",
+                f"{dense / stored:.2f}x" if dense else "-",
+                f"{row.one('parameters', 'total'):,}",
+                shown(row.values("best", "val_loss"), 4),
+                shown(row.values("best", "val_ppl"), 2),
+                shown(row.values("best", "iter"), 0),
+                (f"{before:,} + " if before else "") + f"{tokens:,}",
+                shown(row.values("seconds"), 0),
+                shown(row.values("best", "ln_f_cosine"), 3),
+                shown(row.values("best", "ln_f_cosine_full"), 3),
+            ]
+        )
+    return table(header, lines)
+
+
+def parameter_table(rows):
+    groups = list(rows[0].one("parameters"))
+    header = ["model", *(g.replace("_", " ") for g in groups), "trained", "head MFLOP/token"]
+    lines = []
+    for row in rows:
+        counts = row.one("parameters")
+        head = row.one("flops_per_token", "head") / 1e6
+        lines.append([title(row), *(f"{counts[g]:,}" for g in groups), f"{row.one('parameters_trained'):,}", f"{head:.2f}"])
+    return table(header, lines)
+
+
+def factor_table(factors):
+    header = ["method", "k", "energy kept", "error per row", "error per token", "table parameters", "compression"]
+    lines = [
+        [method, f["k"], f"{f['energy']:.1%}", f"{f['relative_error']:.4f}", f"{f['relative_error_per_token']:.4f}",
+         f"{f['parameters']:,}", f"{f['compression']:.2f}x"]
+        for method, ranks in factors.items() for f in ranks
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def comparisons(rows):
+    """The seeds' four questions and the control, for every rank that was run: markdown lines."""
+    lines = []
+    for first, second, question, subject in COMPARISONS:
+        for a in (row for row in rows if row.label == first):
+            for b in (row for row in rows if row.label == second and row.k in (None, a.k)):
+                sentence, _ = comparison(a, b, subject.format(k=a.k, d=a.one("n_embd")))
+                lines.append(f"- {question} {sentence}")
+    return lines
+
+
+def unigram_line(rows):
+    entropy = rows[0].one("val_unigram_entropy")
+    said = f"Unigram entropy of the validation text, what a model without context can reach: {entropy:.4f} nats."
+    for row in rows:
+        if row.label == "D":
+            said += f" D lies {entropy - mean(row.values('best', 'val_loss')):.3f} nats under it."
+    return said
+
+
+def figures(root, rows, factors):
+    """Write the PNGs; returns [(caption, file name)]."""
+    from plots import curves_plot, parameters_plot, scree_plot
+
+    entropy = rows[0].one("val_unigram_entropy")
+    curves = {}
+    for row in rows:
+        seed, folder = next(iter(row.folders.items()))
+        before = (row.one("starts_from") or {}).get("tokens", 0)
+        curves[title(row)] = [(before + tokens, loss) for tokens, loss in read_curve(folder)]
+    curves_plot(root / "validation_curves.png", curves, entropy)
+    points = {title(row): (row.one("parameters", "total"), row.values("best", "val_loss")) for row in rows}
+    parameters_plot(root / "loss_against_parameters.png", points)
+    made = [
+        ("Validation loss over the tokens seen, those of the run it starts from included", "validation_curves.png"),
+        ("Best validation loss against stored parameters", "loss_against_parameters.png"),
+    ]
+    if factors:
+        spectra = {method: ranks[0]["singular_values"] for method, ranks in factors.items()}
+        scree_plot(root / "scree.png", spectra, sorted({f["k"] for ranks in factors.values() for f in ranks}))
+        made.append(("Spectrum of the baseline's token table", "scree.png"))
+    return made
+
+
+def provenance_lines(rows):
+    folder = next(iter(rows[0].folders.values()))
+    config = json.loads((folder / "config.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    seeds = sorted({seed for row in rows for seed in row.summaries})
+    return [
+        f"Dataset {rows[0].one('dataset')}, {rows[0].one('tokens_per_step'):,} tokens a step, evaluated on the same "
+        f"{rows[0].one('eval_tokens'):,} tokens every time. Seeds: {', '.join(map(str, seeds))}.",
+        f"{config['hardware']}; {versions}; commit {config['commit']}. First command: `{config['command']}`",
+    ]
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+    root = Path(args.runs)
+    rows, unfinished = read_rows(root)
+    if not rows:
+        fail(f"--runs {root} has no finished run: bash scripts/run_all_experiments.sh 128 makes them")
+    factors = read_factors(root)
+    dense = next((row.one("parameters", "token_table") for row in rows if row.k is None), None)
+    results, answers = result_table(rows, dense), comparisons(rows)
+    notes = [unigram_line(rows)] + [f"Not finished, so left out: {folder}" for folder in unfinished]
+    legend = [f"- {title(row)}: {row.what}." for row in rows if row.what]
+
+    print("\n".join([results, "", *answers, "", *notes]))
+    text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
+    text += [*legend, "", "val loss is in nats per token, at the run's own best step; tokens are `inherited + own`.", ""]
+    text += [*notes, "", "## What the comparisons say", "", *answers, ""]
+    text += ["## Parameters by group", "", parameter_table(rows), ""]
+    if factors:
+        text += ["## The factorization", "", factor_table(factors), ""]
+    for caption, name in figures(root, rows, factors):
+        text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    (root / "report.md").write_text("\n".join(text))
+    finish(report=str(root / "report.md"), runs=sum(len(row.summaries) for row in rows), unfinished=len(unfinished))
+
+
+if __name__ == "__main__":
+    main()

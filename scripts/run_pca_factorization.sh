@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The baseline's token table -> factor files. Arguments: ranks (left out: the seeds' four), then flags of pca_factorize_wte.py.
+#   bash scripts/run_pca_factorization.sh
+#   bash scripts/run_pca_factorization.sh 128,0.9 --method freq
+source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/common.sh"
+case ${1:-} in
+  "" | --*) [ "$PRESET" = laptop ] && ranks=16,32,64,128 || ranks=64,128,256,512 ;;
+  *) ranks=$1; shift ;;
+esac
+folder=$OUT/pca_factorized
+python util_factorization/pca_factorize_wte.py --ckpt_path "$OUT/gpt_baseline/ckpt.pt" --rank_k "$ranks" \
+  --out_wte_npy "$folder/wte_{method}_k{k}.npy" --out_scale_npz "$folder/scale_mats_{method}_k{k}.npz" "$@"
