@@ -85,7 +85,7 @@ def load_previous(model, checkpoint, path, keep_table):
     state = {k: v for k, v in checkpoint["model"].items() if keep_table or not k.startswith(TABLE)}
     wanted = {k for k in model.state_dict() if keep_table or not k.startswith(TABLE)}
     if differing := sorted(wanted ^ state.keys()):
-        fail(f"{path} and the new model differ in {len(differing)} weights, the first is {differing[0]}: is it another model's?")
+        fail(f"{path} and the new model differ in {len(differing)} weights, first {differing[0]}: is it another model's?")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -33,6 +33,4 @@ def evaluate(model, dataset, args, device, autocast):
     model.train()
     loss, cosine, cosine_full = (sums / tokens).tolist()
     ppl = math.exp(loss) if loss < 700 else math.inf
-    return dict(
-        val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens
-    )
+    return dict(val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens)

@@ -98,9 +98,7 @@ if resuming:
 else:
     shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
     model = GPT(
-        GPTConfig(
-            vocab_size=dataset.vocab_size, n_embd_wte_mean=bool(factors and factors["mean"] is not None), **shape
-        )
+        GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=bool(factors and factors["mean"] is not None), **shape)
     )
     if previous:
         checkpoint.load_previous(model, previous, args.prev_run_ckpt, keep_table=factors is None)

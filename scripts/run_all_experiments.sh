@@ -15,30 +15,33 @@ if [ -z "${GPUS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then GPUS=${CUDA_VI
 if [ -z "${GPUS:-}" ] && command -v nvidia-smi >/dev/null; then GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | tr '\n' ' '); fi
 read -ra gpus <<< "${GPUS:-}"
 
-# Two commands side by side where there are two cards, one after the other elsewhere.
-both() {
-  if [ "${#gpus[@]}" -ge 2 ]; then
-    CUDA_VISIBLE_DEVICES=${gpus[0]} bash -c "$1" &
-    local first=$! failed=0
-    CUDA_VISIBLE_DEVICES=${gpus[1]} bash -c "$2" || failed=1
-    wait "$first" || failed=1
-    return "$failed"
-  fi
-  bash -c "$1" && bash -c "$2"
+# Runs a script, "NAME [RANK]", with the further flags, on one card where there are cards.
+run() {
+  local card=${2:-${gpus[0]:-}}
+  # shellcheck disable=SC2086  # the name and the rank are two words
+  ${card:+env CUDA_VISIBLE_DEVICES="$card"} bash scripts/$1 ${flags[@]+"${flags[@]}"}
 }
 
-flags=$(printf '%q ' "${rest[@]}")
+# Two scripts side by side where there are two cards, one after the other elsewhere.
+both() {
+  if [ "${#gpus[@]}" -lt 2 ]; then run "$1" && run "$2" && return; fi
+  run "$1" "${gpus[0]}" &
+  local first=$! failed=0
+  run "$2" "${gpus[1]}" || failed=1
+  wait "$first" || failed=1
+  return "$failed"
+}
+
 for seed in ${SEEDS:-""}; do
-  more=$flags
+  flags=(${rest[@]+"${rest[@]}"})
   if [ -n "$seed" ]; then
     export OUT=$root/seed_$seed
-    more="--seed $seed $flags"
+    flags+=(--seed "$seed")
   fi
-  bash -c "bash scripts/train_baseline_gpt2.sh $more"
-  if [ ! -f "$OUT/pca_factorized/wte_pca_k$k.npy" ] || [ "$OUT/gpt_baseline/ckpt.pt" -nt "$OUT/pca_factorized/wte_pca_k$k.npy" ]; then
-    bash scripts/run_pca_factorization.sh "$k"
-  fi
-  both "bash scripts/train_pca_compressed.sh $k $more" "bash scripts/train_random_lowrank.sh $k $more"
-  both "bash scripts/train_pca_finetune.sh $k $more" "bash scripts/train_baseline_more.sh $more"
+  run train_baseline_gpt2.sh
+  factors=$OUT/pca_factorized/wte_pca_k$k.npy
+  if [ ! -f "$factors" ] || [ "$OUT/gpt_baseline/ckpt.pt" -nt "$factors" ]; then bash scripts/run_pca_factorization.sh "$k"; fi
+  both "train_pca_compressed.sh $k" "train_random_lowrank.sh $k"
+  both "train_pca_finetune.sh $k" "train_baseline_more.sh"
 done
 python report.py --runs "$root"

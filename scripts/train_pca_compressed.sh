@@ -5,4 +5,4 @@ source "$(dirname "$0")/common.sh"
 take_rank "$@"
 train_run "gpt_pca_k$k" "gpt-pca-k$k" --preset "$PRESET" --n_embd_wte "$k" \
   --import_wte_npy "$OUT/pca_factorized/wte_pca_k$k.npy" \
-  --import_scale_matrices_npz "$OUT/pca_factorized/scale_mats_pca_k$k.npz" "${rest[@]}"
+  --import_scale_matrices_npz "$OUT/pca_factorized/scale_mats_pca_k$k.npz" ${rest[@]+"${rest[@]}"}

@@ -7,4 +7,4 @@ take_rank "$@"
 train_run "gpt_pca_finetune_k$k" "gpt-pca-finetune-k$k" --preset "${PRESET}_finetune" --n_embd_wte "$k" \
   --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline" \
   --import_wte_npy "$OUT/pca_factorized/wte_pca_k$k.npy" \
-  --import_scale_matrices_npz "$OUT/pca_factorized/scale_mats_pca_k$k.npz" "${rest[@]}"
+  --import_scale_matrices_npz "$OUT/pca_factorized/scale_mats_pca_k$k.npz" ${rest[@]+"${rest[@]}"}

@@ -4,4 +4,4 @@
 source "$(dirname "$0")/setup.sh"
 source "$(dirname "$0")/common.sh"
 take_rank "$@"
-train_run "gpt_random_lowrank_k$k" "gpt-random-lowrank-k$k" --preset "$PRESET" --n_embd_wte "$k" "${rest[@]}"
+train_run "gpt_random_lowrank_k$k" "gpt-random-lowrank-k$k" --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"}

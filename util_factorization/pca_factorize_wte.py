@@ -99,7 +99,8 @@ def main(argv=None):
         spectrum = [float(f"{s:.6g}") for s in whole.S]
         write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
         rows.append(facts | dict(wte_npy=wte_npy, scale_npz=scale_npz))
-        print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {token_error:>12.4f} {parameters:>12,} {V * d / parameters:>11.2f}x")
+        cost = f"{parameters:>12,} {facts['compression']:>11.2f}x"
+        print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {token_error:>12.4f} {cost}")
 
     from plots import scree_plot
 

@@ -53,8 +53,7 @@ def main(argv=None):
     bpe = train_bpe(train, args.vocab_size)
     end = bpe.token_to_id(END_OF_TEXT)
     ids = {
-        name: [i for e in bpe.encode_batch(texts) for i in (*e.ids, end)]
-        for name, texts in (("train", train), ("val", val))
+        name: [i for e in bpe.encode_batch(texts) for i in (*e.ids, end)] for name, texts in (("train", train), ("val", val))
     }
     meta = dict(vocab_size=bpe.get_vocab_size(), tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=end)
     write_dataset(args.out_dir, ids["train"], ids["val"], meta)
