@@ -32,10 +32,17 @@ ROWS = (
 # label, label, the question; the answer is about the first of the two.
 COMPARISONS = (
     ("A", "C", "Does a PCA start help?", "the PCA start"),
-    ("A", "D", "What does the smaller table cost?", "rank {k} of {d}"),
+    ("A", "D", "What does the smaller table cost, when it starts trained?", "rank {k} of {d}"),
+    ("C", "D", "And when everything starts random?", "rank {k} of {d}"),
     ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
     ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
     ("B", "D+", "And when the baseline gets the same extra steps?", "compressing and fine-tuning"),
+)
+
+
+READING = (
+    "The loss is in nats per token, at the run's own best step. Tokens: those of what a run starts from + its own. "
+    "ln_f_cosine lives in the head's own space, d or k wide; only ln_f_cosine_full compares between rows."
 )
 
 
@@ -200,7 +207,10 @@ def result_table(rows, dense):
               "tokens", "seconds", "ln_f_cosine", "ln_f_cosine_full"]  # fmt: skip
     lines = []
     for row in rows:
-        tokens, before = row.one("tokens"), (row.one("starts_from") or {}).get("tokens", 0)
+        tokens, before = f"{row.one('tokens'):,}", row.one("starts_from")
+        if before:
+            known = "?" if before["tokens"] is None else f"{before['tokens']:,}"
+            tokens = f"{known} {'for its table ' if before['part'] == 'token table' else ''}+ {tokens}"
         stored = row.one("parameters", "token_table")
         lines.append(
             [
@@ -211,7 +221,7 @@ def result_table(rows, dense):
                 shown(row.values("best", "val_loss"), 4),
                 shown(row.values("best", "val_ppl"), 2),
                 shown(row.values("best", "iter"), 0),
-                (f"{before:,} + " if before else "") + f"{tokens:,}",
+                tokens,
                 shown(row.values("seconds"), 0),
                 shown(row.values("best", "ln_f_cosine"), 3),
                 shown(row.values("best", "ln_f_cosine_full"), 3),
@@ -272,13 +282,14 @@ def figures(root, rows, factors):
     curves = {}
     for row in rows:
         seed, folder = next(iter(row.folders.items()))
-        before = (row.one("starts_from") or {}).get("tokens", 0)
+        start = row.one("starts_from") or {}
+        before = start["tokens"] if start.get("part") == "all weights" else 0
         curves[title(row)] = [(before + tokens, loss) for tokens, loss in read_curve(folder)]
     curves_plot(root / "validation_curves.png", curves, entropy)
     points = {title(row): (row.one("parameters", "total"), row.values("best", "val_loss")) for row in rows}
     parameters_plot(root / "loss_against_parameters.png", points)
     made = [
-        ("Validation loss over the tokens seen, those of the run it starts from included", "validation_curves.png"),
+        ("Validation loss over the tokens seen, with those of the run that all weights come from", "validation_curves.png"),
         ("Best validation loss against stored parameters", "loss_against_parameters.png"),
     ]
     if factors:
@@ -314,7 +325,7 @@ def main(argv=None):
 
     print("\n".join([results, "", *answers, "", *notes]))
     text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
-    text += [*legend, "", "val loss is in nats per token, at the run's own best step; tokens are `inherited + own`.", ""]
+    text += [*legend, "", READING, ""]
     text += [*notes, "", "## What the comparisons say", "", *answers, ""]
     text += ["## Parameters by group", "", parameter_table(rows), ""]
     if factors:

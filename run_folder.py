@@ -56,10 +56,14 @@ class RunFolder:
             )
 
     def _keep_lines_before(self, resumed_at):
-        """What an interrupted run logged after its last checkpoint is about to be logged again."""
+        """What an interrupted run logged after its last checkpoint, that one's evaluation too, is about to be logged again."""
+
+        def stays(line):
+            return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
+
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["iter"] < resumed_at]
+        kept = [line for line in lines if stays(json.loads(line))]
         path.write_text("".join(line + "\n" for line in kept))
 
     def log(self, step, **values):

@@ -32,7 +32,7 @@ from dataset import Dataset
 from evaluate import evaluate
 from model import GPT, GPTConfig
 from run_folder import RunFolder, hardware
-from util_factorization.factors import read_factors
+from util_factorization.factors import read_factors, read_facts
 
 # -- flags ------------------------------------------------------------------------------------------------------------
 
@@ -151,9 +151,13 @@ elif resuming:
     say(f"resuming {args.out_dir} at step {step}")
     if step > last_step:
         fail(f"--max_iters {last_step} lies before step {step}, where {args.out_dir} stopped: raise it")
-starts_from = None
-if args.init_from == "prev_run":
-    starts_from = previous["starts_from"] if resuming else dict(ckpt=args.prev_run_ckpt, tokens=previous["tokens"])
+starts_from = None  # what the run did not have to learn, and how many tokens that had cost
+if resuming:
+    starts_from = previous["starts_from"]
+elif previous:
+    starts_from = dict(part="all weights", ckpt=args.prev_run_ckpt, tokens=previous["tokens"])
+elif factors:
+    starts_from = dict(part="token table", ckpt=args.import_wte_npy, tokens=read_facts(args.import_wte_npy).get("ckpt_tokens"))
 run = RunFolder(args, step if resuming else None) if writes and master else None
 previous = factors = None  # free their memory
 
@@ -201,8 +205,9 @@ def stop_unless_finite(name, value):
 def out_of_memory_named():
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for CUDA only
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not out_of_memory:
             raise
         fail(f"out of memory on {hardware_name}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
 

@@ -11,8 +11,13 @@ source "$(dirname "$0")/common.sh"
 take_rank "$@"
 root=$OUT
 
-if [ -z "${GPUS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then GPUS=${CUDA_VISIBLE_DEVICES//,/ }; fi
-if [ -z "${GPUS:-}" ] && command -v nvidia-smi >/dev/null; then GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | tr '\n' ' '); fi
+if [ -z "${GPUS+given}" ]; then
+  if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
+    GPUS=${CUDA_VISIBLE_DEVICES//,/ }
+  elif command -v nvidia-smi >/dev/null; then
+    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | tr '\n' ' ')
+  fi
+fi
 read -ra gpus <<< "${GPUS:-}"
 
 # Runs a script, "NAME [RANK]", with the further flags, on one card where there are cards.
@@ -24,7 +29,7 @@ run() {
 
 # Two scripts side by side where there are two cards, one after the other elsewhere.
 both() {
-  if [ "${#gpus[@]}" -lt 2 ]; then run "$1" && run "$2" && return; fi
+  if [ "${#gpus[@]}" -lt 2 ]; then run "$1" && run "$2"; return; fi
   run "$1" "${gpus[0]}" &
   local first=$! failed=0
   run "$2" "${gpus[1]}" || failed=1

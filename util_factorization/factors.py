@@ -3,7 +3,7 @@ Factor files, in the layout that other programs read:
 
     wte_pca_k{k}.npy          float32 [V,k]
     scale_mats_pca_k{k}.npz   scale_up, scale_down, each [k,d]; mean [d] where the method centres
-    factors_pca_k{k}.json     method, V, d, k, source checkpoint and its SHA-256, energy kept, errors, singular values
+    factors_pca_k{k}.json     method, V, d, k, source checkpoint, its SHA-256 and tokens, energy kept, errors, spectrum
 
 Methods other than the seeds' own svd replace `pca` in the names. Note that the scale matrices are [k,d] here and
 [d,k], their transpose, as weights of the model's Linear(k, d).
@@ -59,6 +59,12 @@ def read_factors(wte_npy, scale_npz, V, k, d):
     if mean is not None:
         _check(scale_npz, "mean", mean, (d,))
     return dict(wte=wte, scale_up=scale["scale_up"], scale_down=scale["scale_down"], mean=mean)
+
+
+def read_facts(wte_npy):
+    """The JSON beside a factor file; {} where another program wrote the file and left none."""
+    path = json_beside(wte_npy)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _load(path, flag):

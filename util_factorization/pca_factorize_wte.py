@@ -94,7 +94,7 @@ def main(argv=None):
         )
         names = dict(k=k, method=method_in_names(args.method))
         wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
-        source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, dataset=str(dataset.folder.name))
+        source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, ckpt_tokens=checkpoint["tokens"])
         versions = dict(torch=torch.__version__)
         spectrum = [float(f"{s:.6g}") for s in whole.S]
         write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
