@@ -31,8 +31,8 @@ def load(path, device="cpu", mend="train the baseline first (bash scripts/train_
         fail(f"Checkpoint not found: {path}: {mend}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not {"model", "config", "args", "iter_num"} <= checkpoint.keys():
-            raise ValueError("it lacks model, config, args or iter_num")
+        if not {"model", "config", "args", "iter_num", "tokens"} <= checkpoint.keys():
+            raise ValueError("it lacks model, config, args, iter_num or tokens")
     except Exception as error:  # torch raises many types for a file that is none of its own
         fail(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]}): give a ckpt.pt of train.py")
     return checkpoint

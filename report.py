@@ -17,7 +17,7 @@ from cli import fail, finish, flag, parse
 
 @dataclass
 class Args:
-    runs: str = flag("model_weights", "folder with run folders, one or two levels down; report.md goes there")
+    runs: str = flag("model_weights", "folder with run folders, or with seed_N folders of them; report.md goes there")
 
 
 # Rows in the order of the seeds' table: label, folder name (\d+ is the rank), what it is.
@@ -78,7 +78,7 @@ class Row:
 
 def read_rows(root):
     """Returns (the finished runs as rows, the folders of unfinished ones)."""
-    configs = sorted(p for pattern in ("*/config.json", "*/*/config.json") for p in root.glob(pattern))
+    configs = sorted(p for pattern in ("*/config.json", "seed_*/*/config.json") for p in root.glob(pattern))
     found, unfinished = {}, []
     for config in configs:
         folder = config.parent

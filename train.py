@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,18 +50,21 @@ writes = not (resuming and args.eval_only)  # evaluating a run that is there cha
 
 # -- device -----------------------------------------------------------------------------------------------------------
 
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+if args.gradient_accumulation_steps % world_size:
+    fail(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide over {world_size} processes")
 device, device_type = args.device, args.device.split(":")[0]
 if device_type == "cuda":
     if not torch.cuda.is_available():
         fail(f"--device {args.device}, but no CUDA device is here: give --preset laptop, or --device cpu --dtype float32")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 else device
+    if device == "cuda" or world_size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if int(device.split(":")[1]) >= torch.cuda.device_count():
+        fail(f"--device {device}, but {torch.cuda.device_count()} CUDA devices are visible: give a lower number")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
 if world_size > 1:
     init_process_group("nccl" if device_type == "cuda" else "gloo")
-if args.gradient_accumulation_steps % world_size:
-    fail(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide over {world_size} processes")
 master = rank == 0
 say = print if master else lambda *_, **__: None
 dtype = getattr(torch, args.dtype)
@@ -138,6 +142,7 @@ def learning_rate(step):
 # -- where the run stands ---------------------------------------------------------------------------------------------
 
 last_step = 0 if args.eval_only else args.max_iters
+torch.manual_seed(args.seed + rank)  # from here on it draws the dropout, another one in every process
 step, best, seconds = 0, None, 0.0  # best: the evaluation with the lowest val_loss; seconds: spent on training steps
 if resuming and args.eval_only:
     step = last_step = previous["iter_num"]
@@ -145,9 +150,10 @@ elif resuming:
     step, best, seconds = previous["iter_num"], previous["best"], previous["seconds"]
     optimizer.load_state_dict(previous["optimizer"])
     scaler.load_state_dict(previous["scaler"])
-    torch.set_rng_state(previous["rng"])
-    if device_type == "cuda" and previous["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(previous["cuda_rng"], device)
+    if master:
+        torch.set_rng_state(previous["rng"])
+        if device_type == "cuda" and previous["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(previous["cuda_rng"], device)
     say(f"resuming {args.out_dir} at step {step}")
     if step > last_step:
         fail(f"--max_iters {last_step} lies before step {step}, where {args.out_dir} stopped: raise it")
@@ -215,8 +221,8 @@ def out_of_memory_named():
 # -- loop -------------------------------------------------------------------------------------------------------------
 
 loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
-logged_step, mark = step, time.time()
-evaluation = None
+logged_step, logged_seconds, evaluation = step, seconds, None
+started = time.time() - seconds  # moved on by every evaluation, so that time.time() - started is spent on training steps
 with out_of_memory_named():
     while True:
         # 1. the rate
@@ -226,7 +232,8 @@ with out_of_memory_named():
 
         # 2. evaluate and save
         if step % args.eval_interval == 0 or step == last_step:
-            seconds += time.time() - mark
+            paused = time.time()
+            seconds = paused - started
             if master:
                 evaluation = dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast)
                 stop_unless_finite("validation loss", evaluation["val_loss"])
@@ -237,7 +244,7 @@ with out_of_memory_named():
                 if writes:
                     run.log(step, seconds=seconds, **{k: v for k, v in evaluation.items() if k != "iter"})
                     best = save_checkpoints(evaluation)
-            mark = time.time()
+            started += time.time() - paused
         if step == last_step:
             break
 
@@ -263,11 +270,10 @@ with out_of_memory_named():
         if step % args.log_interval == 0 or step == last_step:
             train_loss = loss_sum.item() / (step - logged_step)
             stop_unless_finite("training loss", train_loss)
-            spent, mark = time.time() - mark, time.time()
-            seconds += spent
-            tokens_per_second = (step - logged_step) * tokens_per_step / spent
+            seconds = time.time() - started
+            tokens_per_second = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
             share = tokens_per_second / tokens_per_step * flops_per_step / (peak * 1e12 * world_size) if peak else None
-            left = time.strftime("%H:%M:%S", time.gmtime((last_step - step) * tokens_per_step / tokens_per_second))
+            left = timedelta(seconds=round((last_step - step) * tokens_per_step / tokens_per_second))
             say(
                 f"step {step}/{last_step}: loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s, "
                 + (f"{share:.0%} of the peak, " if peak else "")
@@ -277,7 +283,7 @@ with out_of_memory_named():
                 values = dict(train_loss=train_loss, lr=lr, tokens_per_second=tokens_per_second)
                 run.log(step, **values | (dict(peak_share=share) if peak else {}))
             loss_sum.zero_()
-            logged_step = step
+            logged_step, logged_seconds = step, seconds
 
 # -- summary ----------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@ Every flag of train.py, once: name, default, help. The defaults are the baseline
 2048, 10,000 steps); a preset is a commented difference from them. No torch here, so that --help answers at once.
 """
 
+import re
 from dataclasses import dataclass
 
 from cli import fail, flag, parse
@@ -123,6 +124,8 @@ def check(a):
                  "gradient_accumulation_steps", "eval_interval", "log_interval"):  # fmt: skip
         if getattr(a, name) < 1:
             fail(f"--{name} {getattr(a, name)}: give 1 or more")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", a.device):
+        fail(f"--device {a.device}: give cuda, cuda:1, cpu or mps")
     if a.n_embd % a.n_head:
         fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
     if a.n_embd_wte is not None and not 1 <= a.n_embd_wte <= a.n_embd:

@@ -1,12 +1,16 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT
 from util_factorization.decompose import decompose
+
+README = (REPO / "README.md").read_text()
 
 
 def ids(model, B=3):
@@ -155,6 +159,19 @@ def test_token_table_counts(tiny_config, k, tying, expected):
     with torch.device("meta"):
         model = GPT(tiny_config(vocab_size=50257, n_embd=768, n_head=12, n_embd_wte=k, n_embd_wte_scale_tying=tying))
     assert model.count_parameters()["token_table"] == expected
+
+
+def test_readme_parameter_table(tiny_config):
+    lines = re.findall(r"^\| (\d+|dense) +\| +([\d,]+) \| +([\d.]+)x \| +([\d,]+) \| +([\d.]+)x \|$", README, flags=re.M)
+    assert len(lines) == 6
+    for rank, *cells in lines:
+        for tying, (count, ratio) in zip((False, True), (cells[:2], cells[2:])):
+            k = None if rank == "dense" else int(rank)
+            with torch.device("meta"):
+                shape = dict(vocab_size=50257, n_embd=768, n_head=12, n_layer=1)
+                model = GPT(tiny_config(**shape, n_embd_wte=k, n_embd_wte_scale_tying=tying and k is not None))
+            stored = model.count_parameters()["token_table"]
+            assert (f"{stored:,}", f"{38_597_376 / stored:.2f}") == (count, ratio)
 
 
 def test_groups_sum_to_the_total_and_gpt2_has_124m(tiny_config):

@@ -76,10 +76,10 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path, run_main):
 
 def test_mistakes(tmp_path, run_main, assert_one_line_error):
     assert_one_line_error(run_main("report.py", "--runs", tmp_path / "none"), "--runs", "run_all_experiments.sh")
-    write_run(tmp_path / "a" / "gpt_baseline", 5.0)
-    write_run(tmp_path / "b" / "gpt_baseline", 5.1)
+    write_run(tmp_path / "seed_1" / "gpt_baseline", 5.0)
+    write_run(tmp_path / "seed_2" / "gpt_baseline", 5.1)
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "one seed")
-    (tmp_path / "b" / "gpt_baseline" / "summary.json").write_text("{}")
+    (tmp_path / "seed_2" / "gpt_baseline" / "summary.json").write_text("{}")
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "summary.json")
 
 

