@@ -51,16 +51,20 @@ def curves_plot(path, curves, unigram):
         ax.plot(tokens, losses, linestyle=line, marker=marker, markersize=4, label=name)
     ax.axhline(unigram, color="black", linewidth=1)
     ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+    if min(loss for points in curves.values() for _, loss in points) < unigram:
+        ax.set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
     ax.legend()
     save(fig, path)
 
 
 def parameters_plot(path, points):
     """points: name -> (stored parameters, [loss of each seed])."""
-    fig, ax = figure("stored parameters", "best validation loss (nats per token)", "Loss against size")
+    fig, ax = figure(
+        "stored parameters", "best validation loss (nats per token)", "Loss against size (bars: the range over seeds)"
+    )
     for (name, (parameters, losses)), (_, marker) in zip(points.items(), itertools.cycle(STYLES)):
         middle = sum(losses) / len(losses)
-        reach = [[middle - min(losses)], [max(losses) - middle]]
+        reach = [[middle - min(losses)], [max(losses) - middle]] if len(losses) > 1 else None
         ax.errorbar([parameters], [middle], yerr=reach, marker=marker, markersize=8, capsize=4, linestyle="none", label=name)
     ax.margins(0.25)
     ax.legend(fontsize=8)

@@ -160,6 +160,11 @@ def paired_p(differences):
     return float(integral(theta, np.pi / 2) / integral(0, np.pi / 2))
 
 
+def tokens_seen(summary):
+    """A run's own tokens and those of what it starts from, its token table's at the least."""
+    return summary["tokens"] + ((summary["starts_from"] or {}).get("tokens") or 0)
+
+
 def comparison(first, second, subject):
     """A sentence about the first row against the second, which follows from the best losses of the seeds both have."""
     seeds = [seed for seed in first.summaries if seed in second.summaries]
@@ -175,6 +180,9 @@ def comparison(first, second, subject):
     said = f"{name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
     if abs(gap) < 0.0005:
         said = f"{name}: {subject} makes no difference to 0.001 nats"
+    more = tokens_seen(a) - tokens_seen(b)
+    if more:
+        said += f", with {abs(more):,} tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
     if len(seeds) == 1:
         return f"{said}; one seed, so inconclusive.", gap
     p = paired_p(diffs)
@@ -232,12 +240,14 @@ def result_table(rows, dense):
 
 def parameter_table(rows):
     groups = list(rows[0].one("parameters"))
-    header = ["model", *(g.replace("_", " ") for g in groups), "trained", "head MFLOP/token"]
+    header = ["model", *(g.replace("_", " ") for g in groups), "trained", "head MFLOP/token", "tokens/s", "peak memory"]
     lines = []
     for row in rows:
         counts = row.one("parameters")
         head = row.one("flops_per_token", "head") / 1e6
-        lines.append([title(row), *(f"{counts[g]:,}" for g in groups), f"{row.one('parameters_trained'):,}", f"{head:.2f}"])
+        cells = [*(f"{counts[g]:,}" for g in groups), f"{row.one('parameters_trained'):,}", f"{head:.2f}"]
+        memory = max(row.values("peak_memory_bytes")) / 2**20
+        lines.append([title(row), *cells, shown(row.values("tokens_per_second"), 0), f"{memory:,.0f} MiB"])
     return table(header, lines)
 
 
@@ -327,7 +337,7 @@ def main(argv=None):
     text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
     text += [*legend, "", READING, ""]
     text += [*notes, "", "## What the comparisons say", "", *answers, ""]
-    text += ["## Parameters by group", "", parameter_table(rows), ""]
+    text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
     if factors:
         text += ["## The factorization", "", factor_table(factors), ""]
     for caption, name in figures(root, rows, factors):

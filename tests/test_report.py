@@ -15,6 +15,7 @@ def write_run(folder, loss, k=None, seed=1337, tokens=1000, **changes):
         run=folder.name, seed=seed, dataset="toy", n_embd=16, n_embd_wte=k, starts_from=None, val_unigram_entropy=6.5,
         parameters=counts | dict(total=sum(counts.values())), parameters_trained=sum(counts.values()), eval_tokens=64,
         flops_per_token=dict(head=2e6), best=point, final=point, tokens=tokens, tokens_per_step=10, seconds=12.0,
+        tokens_per_second=83.0, peak_memory_bytes=2**29,
     )  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | changes))
     (folder / "config.json").write_text(json.dumps(dict(hardware="x", versions={}, commit="c", command="python train.py")))
@@ -55,6 +56,14 @@ def test_seeds_make_one_row_with_spread_and_a_paired_test(tmp_path, run_main):
     assert "5.0000 ± 0.2000" in out
     assert "A vs D (k=4): rank 4 of 16 is 0.098 nats better (spread 0.001 over 3 seeds, paired t-test p = 3.5e-05)" in out
     assert "A vs C (k=4): the PCA start is 0.100 nats better" in out
+
+
+def test_a_comparison_says_who_saw_more_text(tmp_path):
+    write_run(tmp_path / "gpt_baseline", 5.0)
+    write_run(tmp_path / "gpt_pca_k4", 4.9, 4, starts_from=dict(part="token table", ckpt="x", tokens=1000))
+    d, a = read_rows(tmp_path)[0]
+    said = "A vs D (k=4): it is 0.100 nats better, with 1,000 tokens more, counting what each starts from; one seed"
+    assert comparison(a, d, "it")[0].startswith(said)
 
 
 def test_runs_that_cannot_be_compared_say_so(tmp_path):

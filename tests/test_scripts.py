@@ -1,5 +1,6 @@
 """Every program and script, and every command of the README, at toy size, in a copy of the repository."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -38,13 +39,13 @@ def copy(tmp_path_factory, toy_dataset):
     return folder
 
 
+CHOICES = ("PRESET", "DATASET", "OUT", "SEEDS", "GPUS", "PICKED", "CUDA_VISIBLE_DEVICES")  # of whoever runs the tests
+
+
 def run(command, folder, **env):
-    env = (
-        os.environ | dict(SKIP_SETUP="1", OMP_NUM_THREADS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}") | env
-    )
-    for name in ("PRESET", "DATASET", "OUT", "SEEDS", "GPUS", "PICKED"):
-        if name not in command and os.environ.get(name) == env.get(name):
-            env.pop(name, None)
+    base = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    python_first = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = base | dict(SKIP_SETUP="1", OMP_NUM_THREADS="1", PATH=python_first) | env
     return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
 
 
@@ -148,13 +149,27 @@ def test_help_answers_at_once(program):
 
 
 def test_setup_keeps_a_complete_environment_and_is_quick(copy):
-    command = "source scripts/setup.sh && command -v python"
-    start = time.time()
-    done = run(command, copy, SKIP_SETUP="")
-    if ".venv" in done.stdout and not (copy / ".venv").exists():
+    if run("source scripts/setup.sh && setup_has_all python", copy).returncode:
         pytest.skip("the tests run in an environment without the pinned packages")
-    assert done.returncode == 0 and Path(done.stdout.strip()).parent == Path(sys.executable).parent
-    assert time.time() - start < 2 and not (copy / ".venv").exists()
+    start = time.time()
+    done = succeed("source scripts/setup.sh && command -v python", copy, SKIP_SETUP="")
+    assert time.time() - start < 2
+    assert Path(done.stdout.strip()).parent == Path(sys.executable).parent and not (copy / ".venv").exists()
+
+
+def test_setup_tells_a_complete_environment_from_another(copy, tmp_path):
+    """What a script checks before it takes the active environment, held against requirements it meets and does not."""
+    shutil.copytree(copy / "scripts", tmp_path / "scripts")
+    numpy, torch = (importlib.metadata.version(name) for name in ("numpy", "torch"))
+    for lines, complete in [
+        ([f"numpy=={numpy}  # a comment", "torch==99.0  # any from 2.5.1 on will do"], True),
+        (["numpy==0.1"], False),
+        (["a-package-that-is-not-there==1.0"], False),
+        (["numpy==0.1; python_version < '3.0'", f"torch=={torch}"], True),
+    ]:
+        (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n")
+        assert (run("source scripts/setup.sh && setup_has_all python", tmp_path).returncode == 0) == complete, lines
+    assert run("source scripts/setup.sh && setup_has_torch python", tmp_path).returncode == 0
 
 
 def test_sotu_is_split_by_whole_addresses_and_decodes(run_main, tmp_path):
@@ -229,6 +244,11 @@ def readme_commands():
 def test_every_readme_command_runs(copy, main_job):
     commands = readme_commands()
     assert len(commands) > 8
+    (copy / "path" / "to" / "wikitext").mkdir(parents=True)  # the README's example folder
+    for split in ("train", "valid"):
+        (copy / "path" / "to" / "wikitext" / f"wiki.{split}.raw").write_text(
+            " = Title = \n \n Some words of an article . \n" * 40
+        )
     for command in commands:
         succeed(
             f"{command} {TOY}" if re.search(TRAINS, command) else command,
