@@ -33,6 +33,7 @@ ROWS = (
 COMPARISONS = (
     ("A", "C", "Does a PCA start help?", "the PCA start"),
     ("A", "D", "What does the smaller table cost, when it starts trained?", "rank {k} of {d}"),
+    ("A", "A full", "And against the whole table with the same start?", "rank {k} of {d}"),
     ("C", "D", "And when everything starts random?", "rank {k} of {d}"),
     ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
     ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
@@ -100,6 +101,8 @@ def read_rows(root):
         for name in sorted(names, key=lambda name: found[name].k or 0):
             row = found.pop(name)
             row.label, row.what = label, what
+            if label == "A" and row.k == row.one("n_embd"):
+                row.label, row.what = "A full", "A's control: D's whole table as factors of full rank, the rest from scratch"
             rows.append(row)
     return rows + list(found.values()), unfinished
 
@@ -269,7 +272,7 @@ def comparisons(rows):
     lines = []
     for first, second, question, subject in COMPARISONS:
         for a in (row for row in rows if row.label == first):
-            for b in (row for row in rows if row.label == second and row.k in (None, a.k)):
+            for b in (row for row in rows if row.label == second and (row.label == "A full" or row.k in (None, a.k))):
                 sentence, _ = comparison(a, b, subject.format(k=a.k, d=a.one("n_embd")))
                 lines.append(f"- {question} {sentence}")
     return lines

@@ -208,9 +208,13 @@ def stop_unless_finite(name, value):
 
 
 @contextmanager
-def out_of_memory_named():
+def ends_in_one_line():
+    """What may stop a run from outside: an impatient user, a device that is too small."""
     try:
         yield
+    except KeyboardInterrupt:
+        say(f"interrupted at step {step}: --init_from resume goes on from the last evaluation", file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:  # torch has a class of its own for CUDA only
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not out_of_memory:
@@ -223,7 +227,7 @@ def out_of_memory_named():
 loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
 logged_step, logged_seconds, evaluation = step, seconds, None
 started = time.time() - seconds  # moved on by every evaluation, so that time.time() - started is spent on training steps
-with out_of_memory_named():
+with ends_in_one_line():
     while True:
         # 1. the rate
         lr = learning_rate(step)

@@ -66,6 +66,13 @@ def test_a_comparison_says_who_saw_more_text(tmp_path):
     assert comparison(a, d, "it")[0].startswith(said)
 
 
+def test_the_whole_table_as_factors_is_the_control_of_a(tmp_path, run_main):
+    for name, k, loss in (("gpt_baseline", None, 5.0), ("gpt_pca_k4", 4, 4.9), ("gpt_pca_k16", 16, 4.85)):
+        write_run(tmp_path / name, loss, k)
+    out = run_main("report.py", "--runs", tmp_path).out
+    assert "A vs A full (k=4): rank 4 of 16 is 0.050 nats worse; one seed" in out and out.count("A vs D") == 1
+
+
 def test_runs_that_cannot_be_compared_say_so(tmp_path):
     write_run(tmp_path / "gpt_baseline", 5.0)
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, tokens_per_step=40)

@@ -392,6 +392,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert all(torch.isfinite(p).all() for p in weights(tmp_path / "blown").values())
 
 
+def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
+    import run_folder
+
+    def interrupt(self, step, **values):
+        if "train_loss" in values:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder.RunFolder, "log", interrupt)
+    result = train(out_dir=tmp_path / "run")
+    assert result.status == 130 and "interrupted at step 3: --init_from resume" in result.err
+    monkeypatch.undo()
+    assert train(out_dir=tmp_path / "run", init_from="resume").status == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory the Linux way")
 def test_out_of_memory_names_the_flags(toy_dataset, tmp_path):
     flags = TINY | dict(dataset=toy_dataset, compile=False, out_dir=tmp_path / "run", batch_size=20_000)
