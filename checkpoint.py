@@ -1,10 +1,10 @@
 """
 Checkpoints: plain dicts that load with weights_only=True and rebuild their model alone.
 
-ckpt.pt, the best by validation loss: model, config, args, iter_num, val. last.pt has what a resume needs besides.
+ckpt.pt, the best by validation loss, has model, config, args, iter_num, data_step, tokens, starts_from and val_loss; last.pt
+has the optimizer's and the random numbers' states besides, which a resume needs.
 """
 
-import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +31,10 @@ def load(path, device="cpu", mend="train the baseline first (bash scripts/train_
         fail(f"Checkpoint not found: {path}: {mend}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not {"model", "config", "args", "iter_num", "tokens"} <= checkpoint.keys():
-            raise ValueError("it lacks model, config, args, iter_num or tokens")
+        lacking = {"model", "config", "args", "iter_num", "data_step", "tokens"} - checkpoint.keys()
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        GPTConfig(**checkpoint["config"])
     except Exception as error:  # torch raises many types for a file that is none of its own
         fail(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]}): give a ckpt.pt of train.py")
     return checkpoint
@@ -43,11 +45,6 @@ def build(checkpoint, **changes):
     model = GPT(GPTConfig(**checkpoint["config"] | changes))
     model.load_state_dict(checkpoint["model"])
     return model
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # What a previous run's weights fix; the table's rank and the dropout are the new run's own.

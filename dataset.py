@@ -49,11 +49,16 @@ def write_dataset(folder, train, val, meta):
     return meta
 
 
+def find_folder(name):
+    """The folder of a dataset: data/<name>, or the path itself; None where there is neither."""
+    return next((folder for folder in (ROOT / name, Path(name)) if folder.is_dir()), None)
+
+
 class Dataset:
     def __init__(self, name):
         """name: a folder under data/, or the path of one elsewhere. Checks both files whole."""
-        self.folder = ROOT / name if (ROOT / name).is_dir() or not Path(name).is_dir() else Path(name)
-        if not self.folder.is_dir():
+        self.folder = find_folder(name)
+        if self.folder is None:
             fail(f"--dataset {name}: no such folder under data/; run data/{name}/prepare.py, or give a folder's path")
         self.meta = read_meta(self.folder / "meta.pkl")
         self.vocab_size = self.meta["vocab_size"]
@@ -88,7 +93,7 @@ class Dataset:
         """
         Random training windows and their next tokens, two int64 arrays (B, T).
 
-        The draw depends on key alone, (seed, step, micro-step): a resumed run, a run over more cards and another model
+        The draw hangs on the key alone, (seed, step, micro-step): a resumed run, a run over more cards and another model
         all read the same text.
         """
         starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
@@ -108,7 +113,7 @@ class Dataset:
     @staticmethod
     def _windows(tokens, starts, block_size):
         rows = np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64)
-        return rows[:, :-1], rows[:, 1:]
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def counts(self):
         """How often each id occurs in the training file, int64 [V]."""

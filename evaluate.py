@@ -9,6 +9,8 @@ from torch.nn import functional as F
 @torch.no_grad()
 def evaluate(model, dataset, args, device, autocast):
     """
+    Evaluate a GPT on the dataset's first args.eval_iters batches of args.batch_size fixed windows, (B, T) each.
+
     Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens).
 
     ln_f_cosine       mean cosine between what the head reads and lm_head's row of the target token, in the head's own
@@ -19,7 +21,7 @@ def evaluate(model, dataset, args, device, autocast):
     model.eval()
     t = model.transformer
     table = model.effective_table()
-    sums, tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0  # on the CPU: not every device has float64
     for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, model.config.block_size):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
         with autocast:
@@ -28,7 +30,7 @@ def evaluate(model, dataset, args, device, autocast):
             small = t.scale_down(h).flatten(0, 1)  # (B T, k), or (B T, d) as it was
         cosine = F.cosine_similarity(small.float(), model.lm_head.weight[y], dim=-1).sum()
         cosine_full = F.cosine_similarity(h.flatten(0, 1).float(), table[y], dim=-1).sum()
-        sums += torch.stack([loss.double(), cosine.double(), cosine_full.double()])
+        sums += torch.stack([loss.float(), cosine, cosine_full]).cpu()
         tokens += len(y)
     model.train()
     loss, cosine, cosine_full = (sums / tokens).tolist()

@@ -20,7 +20,10 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults live in train_args.py, where their flags are."""
+    """
+    The shape of a model. The defaults of flags live in train_args.py; what stands behind an optional part here means a
+    model without it, so that a checkpoint from before the part still loads.
+    """
 
     vocab_size: int
     block_size: int
@@ -31,10 +34,10 @@ class GPTConfig:
     activation: str  # a key of ACTIVATIONS
     bias: bool
     dropout: float
-    n_embd_wte: int | None  # rank of the token table; None keeps it dense
-    n_embd_wte_scale_tying: bool
-    n_embd_wte_mean: bool  # the lookup adds a mean row [d] (a centred factorization); the head needs none
-    factor_init: str  # matched | naive, see GPT.init_factors
+    n_embd_wte: int | None = None  # rank of the token table; None keeps it dense
+    n_embd_wte_scale_tying: bool = False
+    n_embd_wte_mean: bool = False  # the lookup adds a mean row [d] (a centred factorization); the head needs none
+    factor_init: str = "matched"  # matched | naive, see GPT.init_factors
 
 
 ACTIVATIONS = {

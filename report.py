@@ -42,8 +42,10 @@ COMPARISONS = (
 
 
 READING = (
-    "The loss is in nats per token, at the run's own best step. Tokens: those of what a run starts from + its own. "
-    "ln_f_cosine lives in the head's own space, d or k wide; only ln_f_cosine_full compares between rows."
+    "The loss is in nats per token, at the run's own best step, which is chosen on the same windows that are reported. "
+    "Tokens are training tokens: those of what a run starts from + its own. ln_f_cosine lives in the head's own space, d or k "
+    "wide; only ln_f_cosine_full compares between rows. ± is the standard deviation over seeds; the p values of the "
+    "comparisons stand alone, none is corrected for the others."
 )
 
 
@@ -108,18 +110,23 @@ def read_rows(root):
 
 
 def read_curve(folder):
-    """The evaluations of a run: [(tokens it had seen itself, val_loss)]."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    """The evaluations of a run: [(tokens it had trained on itself, val_loss)]."""
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{folder / 'metrics.jsonl'} cannot be read ({error}): delete the folder and run it again")
 
 
 def read_factors(root):
     """The JSON of every factor file, by method: {method: [facts, by rank]}."""
     found = {}
     for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
-        facts = json.loads(path.read_text())
-        ranks = found.setdefault(facts["method"], {})
-        ranks.setdefault(facts["k"], facts)  # of several seeds, the first
+        try:
+            facts = json.loads(path.read_text())
+            found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path} is not what pca_factorize_wte.py writes: delete it, or factorize the checkpoint again")
     return {method: [ranks[k] for k in sorted(ranks)] for method, ranks in found.items()}
 
 
@@ -163,8 +170,17 @@ def paired_p(differences):
     return float(integral(theta, np.pi / 2) / integral(0, np.pi / 2))
 
 
-def tokens_seen(summary):
-    """A run's own tokens and those of what it starts from, its token table's at the least."""
+# What two runs must share for their losses to be compared, beside the text they are evaluated on.
+COMMON = ("eval_tokens", "tokens_per_step", "n_embd", "positions", "attention", "mlp", "norms")
+
+
+def conditions(summary):
+    flat = summary | summary["parameters"]
+    return [summary["dataset"], summary["val_unigram_entropy"], *(flat[key] for key in COMMON)]
+
+
+def training_tokens(summary):
+    """A run's own and those of what it starts from, its token table's at the least."""
     return summary["tokens"] + ((summary["starts_from"] or {}).get("tokens") or 0)
 
 
@@ -174,23 +190,25 @@ def comparison(first, second, subject):
     name = f"{first.label} vs {second.label}" + (f" (k={first.k})" if first.k else "")
     if not seeds:
         return f"{name}: no seed in common, so no comparison.", None
-    a, b = (row.summaries[seeds[0]] for row in (first, second))
-    for key in ("dataset", "val_unigram_entropy", "eval_tokens", "tokens_per_step"):
-        if a[key] != b[key]:
-            return f"{name}: not comparable, {key} is {a[key]} for one and {b[key]} for the other.", None
+    pairs = [(first.summaries[seed], second.summaries[seed]) for seed in seeds]
+    for a, b in pairs:
+        for key, x, y in zip(("dataset", "val_unigram_entropy", *COMMON), conditions(a), conditions(b)):
+            if x != y:
+                return f"{name}: not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other.", None
     diffs = [first.summaries[s]["best"]["val_loss"] - second.summaries[s]["best"]["val_loss"] for s in seeds]
     gap = mean(diffs)
     said = f"{name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
     if abs(gap) < 0.0005:
         said = f"{name}: {subject} makes no difference to 0.001 nats"
-    more = tokens_seen(a) - tokens_seen(b)
+    more = training_tokens(a) - training_tokens(b)
     if more:
-        said += f", with {abs(more):,} tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
+        said += f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
     if len(seeds) == 1:
         return f"{said}; one seed, so inconclusive.", gap
     p = paired_p(diffs)
+    shown_p = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
     verdict = "" if p < 0.05 else ", so inconclusive"
-    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test p = {p:.2g}{verdict}).", gap
+    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test {shown_p}{verdict}).", gap
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -257,7 +275,7 @@ def parameter_table(rows):
 def factor_table(factors):
     header = ["method", "k", "energy kept", "error per row", "error per token", "table parameters", "compression"]
     lines = [
-        [method, f["k"], f"{f['energy']:.1%}", f"{f['relative_error']:.4f}", f"{f['relative_error_per_token']:.4f}",
+        [method, f["k"], f"{f['energy']:.1%}", f"{f['relative_error']:.4f}", shown([f["relative_error_per_token"]], 4),
          f"{f['parameters']:,}", f"{f['compression']:.2f}x"]
         for method, ranks in factors.items() for f in ranks
     ]  # fmt: skip
@@ -292,6 +310,7 @@ def figures(root, rows, factors):
     from plots import curves_plot, parameters_plot, scree_plot
 
     entropy = rows[0].one("val_unigram_entropy")
+    first = " (the first seed)" if any(len(row.summaries) > 1 for row in rows) else ""
     curves = {}
     for row in rows:
         seed, folder = next(iter(row.folders.items()))
@@ -302,25 +321,35 @@ def figures(root, rows, factors):
     points = {title(row): (row.one("parameters", "total"), row.values("best", "val_loss")) for row in rows}
     parameters_plot(root / "loss_against_parameters.png", points)
     made = [
-        ("Validation loss over the tokens seen, with those of the run that all weights come from", "validation_curves.png"),
+        (
+            f"Validation loss over training tokens, those of the run that all weights come from included{first}",
+            "validation_curves.png",
+        ),
         ("Best validation loss against stored parameters", "loss_against_parameters.png"),
     ]
     if factors:
         spectra = {method: ranks[0]["singular_values"] for method, ranks in factors.items()}
         scree_plot(root / "scree.png", spectra, sorted({f["k"] for ranks in factors.values() for f in ranks}))
-        made.append(("Spectrum of the baseline's token table", "scree.png"))
+        made.append((f"Spectrum of the baseline's token table{first}", "scree.png"))
     return made
 
 
 def provenance_lines(rows):
-    folder = next(iter(rows[0].folders.values()))
-    config = json.loads((folder / "config.json").read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    seeds = sorted({seed for row in rows for seed in row.summaries})
+    configs = [json.loads((folder / "config.json").read_text()) for row in rows for folder in row.folders.values()]
+
+    def all_of(values):
+        return ", ".join(sorted(set(map(str, values))))
+
+    def over_runs(*path):
+        return all_of(f"{x:,}" if isinstance(x, int) else x for row in rows for x in row.values(*path))
+
+    versions = all_of(f"{name} {version}" for config in configs for name, version in config["versions"].items())
+    seeds = all_of(seed for row in rows for seed in row.summaries)
     return [
-        f"Dataset {rows[0].one('dataset')}, {rows[0].one('tokens_per_step'):,} tokens a step, evaluated on the same "
-        f"{rows[0].one('eval_tokens'):,} tokens every time. Seeds: {', '.join(map(str, seeds))}.",
-        f"{config['hardware']}; {versions}; commit {config['commit']}. First command: `{config['command']}`",
+        f"Dataset {over_runs('dataset')}, {over_runs('tokens_per_step')} tokens a step, evaluated on "
+        f"{over_runs('eval_tokens')} tokens. Seeds: {seeds}.",
+        f"{all_of(config['hardware'] for config in configs)}; {versions}; commit {all_of(c['commit'] for c in configs)}. "
+        f"First command: `{configs[0]['command']}`",
     ]
 
 

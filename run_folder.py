@@ -3,6 +3,7 @@ A run's folder: config.json (flags, command, commit, versions, hardware), metric
 evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -23,7 +24,12 @@ class RunFolder:
         """Claim args.out_dir. resumed_at: the step a resume goes on from; None claims the folder for a new run."""
         self.path = Path(args.out_dir)
         config = self.path / "config.json"
-        if resumed_at is None and config.exists():
+        for given, package in ((args.wandb_log, "wandb"), (args.tensorboard_log, "tensorboard")):
+            if given and importlib.util.find_spec(package) is None:
+                fail(f"--{package}_log needs the package {package}: pip install {package}, or leave the flag out")
+        if self.path.exists() and not self.path.is_dir():
+            fail(f"--out_dir {self.path} is a file: give a folder")
+        if resumed_at is None:
             self._refuse_another_run(config, args)
         self.path.mkdir(parents=True, exist_ok=True)
         facts = dict(args=asdict(args), **provenance(args.device))
@@ -38,9 +44,14 @@ class RunFolder:
 
     def _refuse_another_run(self, config, args):
         """A folder with checkpoints, or with other flags, belongs to another run and stays as it is."""
+        checkpoints = [name for name in ("last.pt", "ckpt.pt") if (self.path / name).exists()]
+        if not config.exists():
+            if checkpoints:
+                fail(f"--out_dir {self.path} holds a {checkpoints[0]} that is not ours: choose another --out_dir")
+            return
         try:
-            before = json.loads(config.read_text())["args"]
-        except (ValueError, KeyError):
+            before = dict(json.loads(config.read_text())["args"])
+        except (ValueError, KeyError, TypeError):
             fail(f"{config} is not a run's config.json: choose another --out_dir")
         differing = [k for k, v in asdict(args).items() if before.get(k) != v]
         if differing:
@@ -49,7 +60,7 @@ class RunFolder:
                 f"--out_dir {self.path} holds another run, with --{k} {before.get(k)} where this one has {getattr(args, k)}: "
                 "choose another --out_dir, or delete the folder"
             )
-        if (self.path / "last.pt").exists() or (self.path / "ckpt.pt").exists():
+        if checkpoints:
             fail(
                 f"--out_dir {self.path} holds this run already: go on with --init_from resume, choose another --out_dir, "
                 "or delete the folder"
@@ -80,10 +91,8 @@ class RunFolder:
 def wandb_log(args, folder):
     if not args.wandb_log:
         return None
-    try:
-        import wandb
-    except ImportError:
-        fail("--wandb_log needs the package wandb: pip install wandb, or leave the flag out")
+    import wandb
+
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not wandb.login(prompt=False):
         print(f"W&B has no key here: logging offline to {folder}/wandb, `wandb sync` uploads it later")
@@ -97,10 +106,8 @@ def wandb_log(args, folder):
 def tensorboard_log(args, folder):
     if not args.tensorboard_log:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        fail("--tensorboard_log needs the package tensorboard: pip install tensorboard, or leave the flag out")
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder / "tensorboard")
     return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
 

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed import all_reduce, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -46,6 +46,8 @@ if resuming:
 elif args.init_from == "prev_run":
     previous = checkpoint.load(args.prev_run_ckpt)
     args = replace(args, **checkpoint.previous_shape(previous, args, given))
+# A run that starts from another's weights goes on in the text where those stopped, with one seed or it would read it twice.
+steps_before = previous["data_step"] - (previous["iter_num"] if resuming else 0) if previous else 0
 writes = not (resuming and args.eval_only)  # evaluating a run that is there changes nothing in its folder
 
 # -- device -----------------------------------------------------------------------------------------------------------
@@ -67,9 +69,12 @@ if world_size > 1:
     init_process_group("nccl" if device_type == "cuda" else "gloo")
 master = rank == 0
 say = print if master else lambda *_, **__: None
+if device_type == "mps" and not torch.backends.mps.is_available():
+    fail("--device mps, but this machine has none: give --device cpu")
 dtype = getattr(torch, args.dtype)
 autocast = nullcontext() if args.dtype == "float32" else torch.autocast(device_type, dtype)
 torch.manual_seed(args.seed)
+hardware_name = hardware(device)
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
@@ -81,11 +86,26 @@ tokens_per_step = args.gradient_accumulation_steps * args.batch_size * args.bloc
 
 def batch(step, micro):
     """Windows of this process's micro-step: (B, T) token ids and the (B, T) that follow them."""
-    key = (args.seed, step, micro * world_size + rank)
+    key = (args.seed, steps_before + step, micro * world_size + rank)
     x, y = (torch.from_numpy(a) for a in dataset.batch(args.batch_size, args.block_size, *key))
     if device_type == "cuda":  # pinned memory lets the copy overlap with the step before
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+@contextmanager
+def ends_in_one_line():
+    """What may stop a run from outside: an impatient user, a device that is too small."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted: --init_from resume goes on from the last evaluation", file=sys.stderr)
+        sys.exit(130)
+    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for CUDA only
+        words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
+            raise
+        fail(f"out of memory on {hardware_name}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
@@ -95,7 +115,10 @@ if previous and previous["config"]["vocab_size"] != dataset.vocab_size:
 factors = None
 if args.import_wte_npy and not resuming:
     factors = read_factors(
-        args.import_wte_npy, args.import_scale_matrices_npz, dataset.vocab_size, args.n_embd_wte, args.n_embd
+        args.import_wte_npy,
+        args.import_scale_matrices_npz,
+        *(dataset.vocab_size, args.n_embd_wte, args.n_embd),
+        tied=args.n_embd_wte_scale_tying,
     )
 if resuming:
     model = checkpoint.build(previous)
@@ -108,7 +131,8 @@ else:
         checkpoint.load_previous(model, previous, args.prev_run_ckpt, keep_table=factors is None)
     if factors:
         model.import_factors(**factors)
-model.to(device)
+with ends_in_one_line():
+    model.to(device)
 model.transformer.wte.requires_grad_(not args.import_wte_freeze)
 for scale in (model.transformer.scale_up, model.transformer.scale_down):
     scale.requires_grad_(not args.import_scale_matrices_freeze)
@@ -135,7 +159,7 @@ def learning_rate(step):
     end = args.max_iters if args.lr_decay_iters is None else args.lr_decay_iters
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
-    share = min((step - args.warmup_iters) / (end - args.warmup_iters), 1)
+    share = min((step - args.warmup_iters) / max(1, end - args.warmup_iters), 1)
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (args.learning_rate - args.min_lr)
 
 
@@ -173,24 +197,24 @@ if args.compile:
 trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None) if world_size > 1 else model
 
 # Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
-PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100": 989, "H200": 989}
-hardware_name = hardware(device)
+PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
 peak = next((p for name, p in PEAKS.items() if name in hardware_name and args.dtype != "float32"), None)
 flops_per_step = 3 * model.flops_per_token(args.block_size)["total"] * tokens_per_step
 
 
 def save_checkpoints(evaluation):
     """last.pt, and ckpt.pt where the evaluation is the best so far. Returns the best."""
-    facts = dict(args=asdict(args), iter_num=step, tokens=step * tokens_per_step, starts_from=starts_from)
-    facts |= dict(val_loss=evaluation["val_loss"])
-    is_best = best is None or evaluation["val_loss"] < best["val_loss"]
-    if is_best:
-        checkpoint.save(run.path / "ckpt.pt", model, **facts)
+    facts = dict(args=asdict(args), iter_num=step, data_step=steps_before + step, tokens=step * tokens_per_step)
+    facts |= dict(starts_from=starts_from, val_loss=evaluation["val_loss"])
+    # last.pt first, and an equal loss is the best too: a resume after a crash between the two writes ckpt.pt again
+    is_best = best is None or evaluation["val_loss"] <= best["val_loss"]
     if not args.eval_only:
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
         state |= dict(cuda_rng=torch.cuda.get_rng_state(device) if device_type == "cuda" else None)
         state |= dict(best=evaluation if is_best else best, seconds=seconds)
         checkpoint.save(run.path / "last.pt", model, **facts, **state)
+    if is_best:
+        checkpoint.save(run.path / "ckpt.pt", model, **facts)
     return evaluation if is_best else best
 
 
@@ -207,25 +231,11 @@ def stop_unless_finite(name, value):
         sys.exit(1)
 
 
-@contextmanager
-def ends_in_one_line():
-    """What may stop a run from outside: an impatient user, a device that is too small."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"interrupted at step {step}: --init_from resume goes on from the last evaluation", file=sys.stderr)
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for CUDA only
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not out_of_memory:
-            raise
-        fail(f"out of memory on {hardware_name}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
-
-
 # -- loop -------------------------------------------------------------------------------------------------------------
 
 loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
-logged_step, logged_seconds, evaluation = step, seconds, None
+first_step = logged_step = step
+logged_seconds, evaluation = seconds, None
 started = time.time() - seconds  # moved on by every evaluation, so that time.time() - started is spent on training steps
 with ends_in_one_line():
     while True:
@@ -235,7 +245,7 @@ with ends_in_one_line():
             group["lr"] = lr
 
         # 2. evaluate and save
-        if step % args.eval_interval == 0 or step == last_step:
+        if step % args.eval_interval == 0 or step in (first_step, last_step):
             paused = time.time()
             seconds = paused - started
             if master:
@@ -257,7 +267,7 @@ with ends_in_one_line():
             x, y = batch(step, micro)
             trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
             with autocast:
-                _, loss = trainer(x, y)
+                loss = trainer(x, y)[1]
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach() / micro_steps
 
@@ -272,7 +282,9 @@ with ends_in_one_line():
 
         # 5. log; reading the loss is the only wait for the device
         if step % args.log_interval == 0 or step == last_step:
-            train_loss = loss_sum.item() / (step - logged_step)
+            if world_size > 1:
+                all_reduce(loss_sum)
+            train_loss = loss_sum.item() / world_size / (step - logged_step)
             stop_unless_finite("training loss", train_loss)
             seconds = time.time() - started
             tokens_per_second = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)

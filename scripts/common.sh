@@ -2,9 +2,8 @@
 #
 #   PRESET    gpt2 | laptop           left out: gpt2 where torch sees a GPU, else laptop
 #   DATASET   wikitext103 | sotu      left out: wikitext103 with gpt2, sotu with laptop or where WikiText cannot be had
-#   OUT       model_weights           where the run folders go
+#   OUT       model_weights           where the run folders go, from the repository's folder
 
-set -euo pipefail
 OUT=${OUT:-model_weights}
 
 if [ -z "${PRESET:-}" ]; then
@@ -20,7 +19,8 @@ if [ -z "${DATASET:-}" ]; then
   if [ "$PRESET" = gpt2 ]; then
     DATASET=wikitext103
     if [ ! -f data/wikitext103/meta.pkl ] && ! python data/wikitext103/prepare.py; then
-      echo "WikiText-103 cannot be had here: taking the embedded text, DATASET=sotu (see data/wikitext103/prepare.py --local_dir)"
+      echo "WikiText-103 cannot be had here: taking the embedded text, DATASET=sotu. Its 2.5M tokens are few for this preset, which"
+      echo "reads them 130 times: PRESET=laptop fits them, data/wikitext103/prepare.py --local_dir takes WikiText from a folder."
       DATASET=sotu
     fi
   fi
@@ -49,6 +49,6 @@ take_rank() {
   case ${1:-} in
     "" | --*) k=128; rest=("$@") ;;
     *[!0-9]*) echo "$(basename "$0"): error: rank '$1' is not a number: give it first, e.g. 128" >&2; exit 2 ;;
-    *) k=$1; rest=("${@:2}") ;;
+    *) k=$((10#$1)); rest=("${@:2}") ;;
   esac
 }

@@ -6,16 +6,20 @@
 #   GPUS="0 1" ...                                            cards to use; left out, all that are visible
 #
 # Finished runs are skipped, interrupted ones resumed: the same command again goes on where it stopped.
-source "$(dirname "$0")/setup.sh"
-source "$(dirname "$0")/common.sh"
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+source scripts/common.sh
 take_rank "$@"
 root=$OUT
+# A mistake in the flags shows here, not after the baseline has been trained.
+python -c 'import sys, train_args; sys.argv[0] = "train.py"; train_args.parse_args()' \
+  --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"}
 
 if [ -z "${GPUS+given}" ]; then
   if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
     GPUS=${CUDA_VISIBLE_DEVICES//,/ }
-  elif command -v nvidia-smi >/dev/null; then
-    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | tr '\n' ' ')
+  elif [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
+    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | grep -E '^[0-9]+$' | tr '\n' ' ') || true
   fi
 fi
 read -ra gpus <<< "${GPUS:-}"

@@ -2,8 +2,9 @@
 # The baseline's token table -> factor files. Arguments: ranks (left out: the seeds' four), then flags of pca_factorize_wte.py.
 #   bash scripts/run_pca_factorization.sh
 #   bash scripts/run_pca_factorization.sh 128,0.9 --method freq
-source "$(dirname "$0")/setup.sh"
-source "$(dirname "$0")/common.sh"
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+source scripts/common.sh
 case ${1:-} in
   "" | --*) [ "$PRESET" = laptop ] && ranks=16,32,64,128 || ranks=64,128,256,512 ;;
   *) ranks=$1; shift ;;

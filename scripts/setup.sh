@@ -54,8 +54,10 @@ if [ "${SKIP_SETUP:-}" != 1 ]; then
       setup_make_venv "$active" && setup_has_all .venv/bin/python ||
         { echo "setup: error: .venv could not be filled from requirements.txt: see the lines above; delete .venv to start afresh" >&2; exit 2; }
     fi
+    active=$repo/.venv/bin/python
     export PATH="$repo/.venv/bin:$PATH"
   fi
-  export SKIP_SETUP=1  # for the scripts that this one calls
+  export SKIP_SETUP=1 SETUP_PYTHON=$active  # for the scripts that this one calls
 fi
-command -v python >/dev/null || python() { python3 "$@"; }
+if [ -z "${SETUP_PYTHON:-}" ]; then SETUP_PYTHON=$(command -v python || command -v python3); fi
+python() { "$SETUP_PYTHON" "$@"; }  # one interpreter for all, whether it is called python or python3

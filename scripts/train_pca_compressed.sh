@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A. PCA-Scratch: factors of the baseline's table, everything else random, full training. Arguments: rank, then flags of train.py.
-source "$(dirname "$0")/setup.sh"
-source "$(dirname "$0")/common.sh"
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+source scripts/common.sh
 take_rank "$@"
 train_run "gpt_pca_k$k" "gpt-pca-k$k" --preset "$PRESET" --n_embd_wte "$k" \
   --import_wte_npy "$OUT/pca_factorized/wte_pca_k$k.npy" \

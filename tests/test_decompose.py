@@ -101,7 +101,6 @@ def test_what_it_refuses(table):
         decompose(table, "freq", np.ones(7))
 
 
-@pytest.mark.slow
 def test_gpt2_sized_table_beats_numpy_in_time_and_stays_under_1500_mb():
     """Four ranks of a 50257 x 768 table, in a process of its own, since peak memory is a process's."""
     code = """

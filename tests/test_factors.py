@@ -82,4 +82,4 @@ def test_numbers_that_are_not_finite(files, capsys):
     paths, Z, P = files
     Z[0, 0] = np.nan
     np.save(paths[0], Z)
-    assert "not finite" in refused(capsys, *paths, V, k, d)
+    assert "finite" in refused(capsys, *paths, V, k, d)

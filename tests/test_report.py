@@ -54,7 +54,7 @@ def test_seeds_make_one_row_with_spread_and_a_paired_test(tmp_path, run_main):
             write_run(tmp_path / f"seed_{seed}" / name, base - better + jitter, k, seed)
     out = run_main("report.py", "--runs", tmp_path).out
     assert "5.0000 ± 0.2000" in out
-    assert "A vs D (k=4): rank 4 of 16 is 0.098 nats better (spread 0.001 over 3 seeds, paired t-test p = 3.5e-05)" in out
+    assert "A vs D (k=4): rank 4 of 16 is 0.098 nats better (spread 0.001 over 3 seeds, paired t-test p < 0.0001)" in out
     assert "A vs C (k=4): the PCA start is 0.100 nats better" in out
 
 
@@ -62,7 +62,7 @@ def test_a_comparison_says_who_saw_more_text(tmp_path):
     write_run(tmp_path / "gpt_baseline", 5.0)
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, starts_from=dict(part="token table", ckpt="x", tokens=1000))
     d, a = read_rows(tmp_path)[0]
-    said = "A vs D (k=4): it is 0.100 nats better, with 1,000 tokens more, counting what each starts from; one seed"
+    said = "A vs D (k=4): it is 0.100 nats better, with 1,000 training tokens more, counting what each starts from; one seed"
     assert comparison(a, d, "it")[0].startswith(said)
 
 
@@ -78,7 +78,12 @@ def test_runs_that_cannot_be_compared_say_so(tmp_path):
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, tokens_per_step=40)
     write_run(tmp_path / "gpt_random_lowrank_k4", 4.9, 4, seed=7)
     d, a, c = read_rows(tmp_path)[0]
-    assert comparison(a, d, "x") == ("A vs D (k=4): not comparable, tokens_per_step is 40 for one and 10 for the other.", None)
+    assert comparison(a, d, "x") == ("A vs D (k=4): not comparable, tokens per step is 40 for one and 10 for the other.", None)
+    write_run(tmp_path / "gpt_pca_k8", 4.9, 8)
+    summary = json.loads((tmp_path / "gpt_pca_k8" / "summary.json").read_text())
+    summary["parameters"]["mlp"] = 32  # another depth
+    (tmp_path / "gpt_pca_k8" / "summary.json").write_text(json.dumps(summary))
+    assert "not comparable, mlp is 32 for one and 16" in comparison(read_rows(tmp_path)[0][2], d, "x")[0]
     assert "no seed in common" in comparison(c, d, "x")[0]
 
 
@@ -97,6 +102,13 @@ def test_mistakes(tmp_path, run_main, assert_one_line_error):
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "one seed")
     (tmp_path / "seed_2" / "gpt_baseline" / "summary.json").write_text("{}")
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "summary.json")
+    (tmp_path / "seed_2" / "gpt_baseline" / "summary.json").unlink()
+    (tmp_path / "pca_factorized").mkdir()
+    (tmp_path / "pca_factorized" / "factors_pca_k4.json").write_text("{}")
+    assert_one_line_error(run_main("report.py", "--runs", tmp_path), "factors_pca_k4.json")
+    (tmp_path / "pca_factorized" / "factors_pca_k4.json").unlink()
+    (tmp_path / "seed_1" / "gpt_baseline" / "metrics.jsonl").unlink()
+    assert_one_line_error(run_main("report.py", "--runs", tmp_path), "metrics.jsonl")
 
 
 @pytest.mark.parametrize("t, n, p", [(4.302653, 3, 0.05), (12.7062, 2, 0.05), (2.776445, 5, 0.05), (9.924843, 3, 0.01)])

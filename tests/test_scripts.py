@@ -21,9 +21,9 @@ PROGRAMS = [
     "data/wikitext103/prepare.py",
 ]
 
-# n_embd stays at 128, so that the README's rank fits
+# wider than the README's rank
 TOY = (
-    "--n_layer 1 --n_head 2 --n_embd 128 --block_size 16 --batch_size 2 --gradient_accumulation_steps 2 --max_iters 4 "
+    "--n_layer 1 --n_head 2 --n_embd 160 --block_size 16 --batch_size 2 --gradient_accumulation_steps 2 --max_iters 4 "
     "--warmup_iters 1 --eval_interval 2 --eval_iters 2 --device cpu --dtype float32 --no-compile"
 )
 
@@ -31,7 +31,7 @@ TOY = (
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory, toy_dataset):
     """A copy of the repository whose datasets are the toy one."""
-    folder = tmp_path_factory.mktemp("repo") / "nanopca"
+    folder = tmp_path_factory.mktemp("repo") / "nano pca"  # a space, which shell scripts like to trip over
     ignored = shutil.ignore_patterns(".git", ".venv", "model_weights", "__pycache__", "*.bin", "meta.pkl", ".*_cache")
     shutil.copytree(REPO, folder, ignore=ignored)
     for name in ("sotu", "wikitext103"):
@@ -39,7 +39,16 @@ def copy(tmp_path_factory, toy_dataset):
     return folder
 
 
-CHOICES = ("PRESET", "DATASET", "OUT", "SEEDS", "GPUS", "PICKED", "CUDA_VISIBLE_DEVICES")  # of whoever runs the tests
+CHOICES = (
+    "PRESET",
+    "DATASET",
+    "OUT",
+    "SEEDS",
+    "GPUS",
+    "PICKED",
+    "SETUP_PYTHON",
+    "CUDA_VISIBLE_DEVICES",
+)  # of whoever runs the tests
 
 
 def run(command, folder, **env):
@@ -100,11 +109,80 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
         ("scripts/train_pca_compressed.sh 128", "run_pca_factorization.sh"),
         ("scripts/run_pca_factorization.sh 64", "Checkpoint not found"),
         ("scripts/train_random_lowrank.sh big", "rank 'big' is not a number"),
+        ("scripts/run_all_experiments.sh 256", "--n_embd_wte 256"),  # wider than n_embd: before the baseline is trained
+        ("scripts/run_all_experiments.sh 64 --n_layerz 2", "--n_layerz"),
     ]:
-        flags = TOY if "train" in command else ""
+        flags = TOY if "pca_factorization" not in command else ""
         done = run(f"bash {command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_scripts_run_from_any_folder(copy, main_job, tmp_path):
+    for folder, script in (
+        (copy / "scripts", "./train_baseline_gpt2.sh"),
+        (tmp_path, f"'{copy}/scripts/train_baseline_gpt2.sh'"),
+    ):
+        assert "gpt_baseline is done" in succeed(f"bash {script}", folder, PRESET="laptop").stdout
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for python: notes the call, and leaves what a finished run leaves.
+echo "card=${CUDA_VISIBLE_DEVICES-none} $*" >> "$CALLS"
+case "$*" in *"$FAILS"*) exit 1 ;; *"import sys, torch"*) exit "$NO_CUDA" ;; esac
+while [ $# -gt 0 ]; do
+  if [ "$1" = --out_dir ]; then mkdir -p "$2"; touch "$2/summary.json" "$2/ckpt.pt"; fi
+  shift
+done
+"""
+
+
+@pytest.fixture
+def pretend(copy, tmp_path):
+    """pretend(command, ...): run a script with a python and an nvidia-smi that only pretend. Returns (done, the calls)."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("python", FAKE_PYTHON), ("nvidia-smi", "#!/bin/sh\necho 0\necho 1\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def call(command, no_cuda=0, fails="nothing at all", **env):
+        env = dict(OUT=str(tmp_path / "out"), CALLS=str(tmp_path / "calls"), NO_CUDA=str(no_cuda), FAILS=fails) | env
+        done = run(command, copy, **env, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return call
+
+
+def test_seeds_repeat_everything_in_folders_of_their_own(pretend, tmp_path):
+    done, calls = pretend("bash scripts/run_all_experiments.sh 64 --bias", PRESET="laptop", SEEDS="5 6")
+    assert done.returncode == 0, done.stderr
+    trained = [c for c in calls if " train.py " in c]
+    assert len(trained) == 10 and all("--bias" in c for c in trained)
+    for seed in (5, 6):
+        of_seed = [c for c in trained if c.endswith(f"--seed {seed}")]
+        assert len(of_seed) == 5 and all(f"out/seed_{seed}/" in c for c in of_seed)
+    assert calls[-1].endswith(f"report.py --runs {tmp_path / 'out'}")
+
+
+def test_with_two_cards_the_gpt2_preset_uses_both(pretend):
+    done, calls = pretend("bash scripts/run_all_experiments.sh 64")
+    assert done.returncode == 0 and "preset gpt2, dataset wikitext103" in done.stdout
+    cards = {re.search(r"out/(\w+)", c).group(1): c.split()[0] for c in calls if " train.py " in c}
+    assert cards["gpt_baseline"] == cards["gpt_pca_k64"] == cards["gpt_pca_finetune_k64"] == "card=0"
+    assert cards["gpt_random_lowrank_k64"] == cards["gpt_baseline_more"] == "card=1"
+    assert all("--preset gpt2" in c for c in calls if " train.py " in c)
+
+
+def test_a_gpu_that_torch_cannot_use_means_the_laptop_preset_on_no_card(pretend):
+    done, calls = pretend("bash scripts/run_all_experiments.sh 64", no_cuda=1)
+    assert done.returncode == 0 and "preset laptop, dataset sotu" in done.stdout
+    assert all(c.startswith("card=none") for c in calls)
+
+
+def test_one_of_two_side_by_side_that_fails_fails_the_job_and_the_other_goes_on(pretend, tmp_path):
+    done, calls = pretend("bash scripts/run_all_experiments.sh 64", fails="gpt-pca-k64 ")
+    assert done.returncode == 1 and not any("report.py" in c for c in calls)
+    assert (tmp_path / "out" / "gpt_random_lowrank_k64" / "summary.json").exists()
 
 
 def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error, tmp_path):
@@ -116,7 +194,11 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
         (["--rank_k", "1 to 128"], ["--ckpt_path", ckpt, "--rank_k", "4,129", *to]),
         (["--rank_k", "(0, 1]"], ["--ckpt_path", ckpt, "--rank_k", "1.5", *to]),
         (["--rank_k", "'x'"], ["--ckpt_path", ckpt, "--rank_k", "x", *to]),
-        (["--out_wte_npy", "{k}"], ["--ckpt_path", ckpt, "--rank_k", "4,8", "--out_wte_npy", tmp_path / "w.npy"]),
+        (["--out_wte_npy", "{k}"], ["--ckpt_path", ckpt, "--rank_k", "4,8", "--out_wte_npy", tmp_path / "w.npy", *to[2:]]),
+        (["--out_wte_npy", "both or none"], ["--ckpt_path", ckpt, "--rank_k", "4", *to[:2]]),
+        (["{method}"], ["--ckpt_path", ckpt, "--rank_k", "4", "--out_wte_npy", tmp_path / "w_{x}.npy", *to[2:]]),
+        (["two names"], ["--ckpt_path", ckpt, "--rank_k", "4", "--out_wte_npy", to[3], "--out_scale_npz", to[3]]),
+        (["--dataset gone"], ["--ckpt_path", ckpt, "--rank_k", "4", "--method", "freq", "--dataset", "gone", *to]),
         (["--method", "svdd"], ["--ckpt_path", ckpt, "--method", "svdd", *to]),
         (["factorized table already"], ["--ckpt_path", copy / "model_weights" / "gpt_pca_k128", "--rank_k", "4", *to]),
     ]:
@@ -261,4 +343,4 @@ def test_readme_tree_names_every_file():
     tree = re.search(r"```\n(nanopca/.*?)```", (REPO / "README.md").read_text(), flags=re.S).group(1)
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     for path in tracked:
-        assert Path(path).name in tree or path.split("/")[0] in ("tests", "results"), path
+        assert Path(path).name in tree or path.startswith(("tests/", "results/")), path

@@ -9,7 +9,9 @@ Methods other than the seeds' own svd replace `pca` in the names. Note that the 
 [d,k], their transpose, as weights of the model's Linear(k, d).
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +30,41 @@ def json_beside(wte_npy):
 
 
 def write_factors(wte_npy, scale_npz, Z, P, mean, facts):
-    """Write the three files of one rank; facts goes into the JSON."""
-    for path in (wte_npy, scale_npz):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    centre = {} if mean is None else dict(mean=np.asarray(mean))
-    with open(wte_npy, "wb") as f:  # an open file, since np.save appends a suffix to names that lack it
-        np.save(f, np.asarray(Z))
-    with open(scale_npz, "wb") as f:
-        np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre)
-    json_beside(wte_npy).write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def read_factors(wte_npy, scale_npz, V, k, d):
     """
-    Returns dict(wte [V,k], scale_up [k,d], scale_down [k,d], mean [d] or None), float32.
+    Write the three files of one rank: Z [V,k], P [k,d], mean [d] or None; facts goes into the JSON, with the files' hashes.
+
+    Each is written whole or not at all, wte last: where it is there, the others are.
+    """
+    centre = {} if mean is None else dict(mean=np.asarray(mean))
+    _write(scale_npz, lambda f: np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre))
+    part = _write(wte_npy, lambda f: np.save(f, np.asarray(Z)), finish=False)
+    facts = facts | dict(sha256=dict(wte=sha256(part), scale_mats=sha256(scale_npz)))
+    _write(json_beside(wte_npy), lambda f: f.write((json.dumps(facts, indent=1) + "\n").encode()))
+    os.replace(part, wte_npy)
+
+
+def _write(path, write, finish=True):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:  # an open file, since numpy appends a suffix to names that lack it
+        write(f)
+    if finish:
+        os.replace(part, path)
+    return part
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
+    """
+    Returns dict(wte [V,k], scale_up [k,d], scale_down [k,d], mean [d] or None), float32. tied: the two must be equal.
 
     Every shape is checked, since at k = d a transposed matrix would load in silence.
     """
@@ -58,6 +81,14 @@ def read_factors(wte_npy, scale_npz, V, k, d):
     mean = scale.get("mean")
     if mean is not None:
         _check(scale_npz, "mean", mean, (d,))
+    if tied and not np.array_equal(scale["scale_up"], scale["scale_down"]):
+        fail(f"{scale_npz}: scale_up and scale_down differ, one tensor cannot hold both: leave out --n_embd_wte_scale_tying")
+    hashes = read_facts(wte_npy).get("sha256")
+    if hashes and hashes != dict(wte=sha256(wte_npy), scale_mats=sha256(scale_npz)):
+        fail(
+            f"--import_wte_npy {wte_npy} and --import_scale_matrices_npz {scale_npz} are not the pair that "
+            f"{json_beside(wte_npy).name} describes: give both files of one factorization"
+        )
     return dict(wte=wte, scale_up=scale["scale_up"], scale_down=scale["scale_down"], mean=mean)
 
 
@@ -79,8 +110,8 @@ def _load(path, flag):
 
 def _check(path, name, array, expected):
     if array.shape == expected:
-        if not np.isfinite(array).all():
-            fail(f"{path}: {name} holds numbers that are not finite: factorize the checkpoint again")
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            fail(f"{path}: {name} holds something else than finite floating-point numbers: factorize the checkpoint again")
         return
     if name == "wte":
         found_rank = array.shape[1] if array.ndim == 2 else None

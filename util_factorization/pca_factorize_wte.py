@@ -6,6 +6,7 @@ Factorize the token table of a checkpoint: one decomposition, then a pair of fac
 The files are what train.py imports with --import_wte_npy and --import_scale_matrices_npz.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ class Args:
     out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
     method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=("svd", "centered", "freq"))
-    dataset: str = flag("", "token counts for freq and for the error per token; left out, the checkpoint's own dataset")
+    dataset: str = flag(
+        "", "token counts for freq and the error per token; left out, the checkpoint's own dataset, if it is there"
+    )
     device: str = flag("cpu", "where the decomposition runs: cpu or cuda")
 
 
@@ -43,8 +46,22 @@ def parse_ranks(text, d):
     return ranks
 
 
+def check_names(args, given, n_ranks):
+    """Refuse names that would overwrite one file with another."""
+    if ("out_wte_npy" in given) != ("out_scale_npz" in given):
+        fail("--out_wte_npy and --out_scale_npz name a pair: give both or none")
+    for name in ("out_wte_npy", "out_scale_npz"):
+        path = getattr(args, name)
+        if set(re.findall(r"{(.*?)}", path)) - {"k", "method"}:
+            fail(f"--{name} {path}: {{k}} and {{method}} are what can be filled in")
+        if n_ranks > 1 and "{k}" not in path:
+            fail(f"--{name} {path} names one file for {n_ranks} ranks: put {{k}} into it")
+    if args.out_wte_npy == args.out_scale_npz:
+        fail(f"--out_wte_npy and --out_scale_npz are both {args.out_wte_npy}: give two names")
+
+
 def main(argv=None):
-    args, _ = parse(Args, argv, description=__doc__)
+    args, given = parse(Args, argv, description=__doc__)
 
     import checkpoint as ckpt
 
@@ -56,28 +73,29 @@ def main(argv=None):
     table = checkpoint["model"]["transformer.wte.weight"]
     V, d = table.shape
     asked = parse_ranks(args.rank_k, d)
-    for name in ("out_wte_npy", "out_scale_npz"):
-        if len(asked) > 1 and "{k}" not in getattr(args, name):
-            fail(f"--{name} {getattr(args, name)} names one file for {len(asked)} ranks: put {{k}} into it")
+    check_names(args, given, len(asked))
 
+    import numpy as np
     import torch
 
-    from dataset import Dataset
+    from dataset import Dataset, find_folder
     from util_factorization.decompose import decompose
-    from util_factorization.factors import method_in_names, write_factors
+    from util_factorization.factors import method_in_names, sha256, write_factors
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
-    dataset = Dataset(args.dataset or checkpoint["args"]["dataset"])
-    if dataset.vocab_size != V:
-        fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the dataset it was trained on")
-    counts = torch.from_numpy(dataset.counts())
+    counts, name = None, args.dataset or checkpoint["args"]["dataset"]
+    if args.dataset or args.method == "freq" or find_folder(name):  # only freq cannot do without
+        dataset = Dataset(name)
+        if dataset.vocab_size != V:
+            fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the one it was trained on")
+        counts = torch.from_numpy(dataset.counts())
 
     whole = decompose(table, args.method, counts, args.device)
     ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
     per_row = whole.relative_errors(ranks)
-    per_token = whole.relative_errors(ranks, counts)
-    sha = ckpt.sha256(path)
+    per_token = [None] * len(ranks) if counts is None else whole.relative_errors(ranks, counts)
+    sha = sha256(path)
     print(f"{path}: table {V} x {d}, method {args.method}")
     print(f"{'rank':>6} {'energy':>8} {'error/row':>10} {'error/token':>12} {'parameters':>12} {'compression':>12}")
     rows = []
@@ -95,12 +113,13 @@ def main(argv=None):
         names = dict(k=k, method=method_in_names(args.method))
         wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
         source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, ckpt_tokens=checkpoint["tokens"])
-        versions = dict(torch=torch.__version__)
+        versions = dict(torch=torch.__version__, numpy=np.__version__)
         spectrum = [float(f"{s:.6g}") for s in whole.S]
         write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
         rows.append(facts | dict(wte_npy=wte_npy, scale_npz=scale_npz))
+        shown = "-" if token_error is None else f"{token_error:.4f}"
         cost = f"{parameters:>12,} {facts['compression']:>11.2f}x"
-        print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {token_error:>12.4f} {cost}")
+        print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {shown:>12} {cost}")
 
     from plots import scree_plot
 

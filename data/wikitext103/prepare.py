@@ -37,8 +37,11 @@ def local_lines(folder, split):
             yield from f
         return
     files = sorted(folder.rglob(parquet))
+    files = [f for f in files if f.parent.name == "wikitext-103-raw-v1"] or files  # the hub's folder holds four corpora
     if not files:
         fail(f"--local_dir {folder} has neither {raw} nor {parquet}: unpack WikiText-103 raw there")
+    if len({f.parent for f in files}) > 1:
+        fail(f"--local_dir {folder} has {parquet} in several folders, {files[0].parent} and others: give one of them")
     import pyarrow.parquet
 
     for file in files:
