@@ -46,7 +46,7 @@ if resuming:
 elif args.init_from == "prev_run":
     previous = checkpoint.load(args.prev_run_ckpt)
     args = replace(args, **checkpoint.previous_shape(previous, args, given))
-# A run that starts from another's weights goes on in the text where those stopped, with one seed or it would read it twice.
+# Weights that come from another run go on in the text where they stopped, rather than read its beginning again.
 steps_before = previous["data_step"] - (previous["iter_num"] if resuming else 0) if previous else 0
 writes = not (resuming and args.eval_only)  # evaluating a run that is there changes nothing in its folder
 

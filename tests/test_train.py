@@ -76,7 +76,7 @@ def curve_of(out):
 
 def test_ckpt_is_the_best_and_last_is_the_last(train, tmp_path, toy_dataset):
     out = tmp_path / "run"
-    train(out_dir=out, max_iters=30, eval_interval=10, learning_rate=0.3, min_lr=0.3)  # too fast: it gets worse
+    train(out_dir=out, max_iters=30, eval_interval=10, learning_rate=3.0, min_lr=3.0)  # far too fast: it gets worse
     summary = json.loads((out / "summary.json").read_text())
     assert summary["best"]["iter"] < 30 and summary["best"]["val_loss"] < summary["final"]["val_loss"]
     data, args = Dataset(toy_dataset), TrainArgs(**TINY)
