@@ -8,14 +8,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Line styles and markers tell the lines apart without colour.
-STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (1, 3)), "P")]
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">")
+STYLES = [(LINES[i % len(LINES)], marker) for i, marker in enumerate(MARKERS)]
 
 
 def figure(xlabel, ylabel, title):
-    fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.grid(alpha=0.3)
     return fig, ax
+
+
+def legend_beside(ax):
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
 
 
 def save(fig, path):
@@ -45,7 +51,7 @@ def scree_plot(path, spectra, ranks):
 
 def curves_plot(path, curves, unigram):
     """curves: name -> [(tokens, loss)]; unigram: the entropy that a model without context can reach, as a rule."""
-    fig, ax = figure("tokens", "validation loss (nats per token)", "Validation loss")
+    fig, ax = figure("training tokens", "validation loss (nats per token)", "Validation loss")
     for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(STYLES)):
         tokens, losses = zip(*points)
         ax.plot(tokens, losses, linestyle=line, marker=marker, markersize=4, label=name)
@@ -53,7 +59,7 @@ def curves_plot(path, curves, unigram):
     ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     if min(loss for points in curves.values() for _, loss in points) < unigram:
         ax.set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
-    ax.legend()
+    legend_beside(ax)
     save(fig, path)
 
 
@@ -66,6 +72,6 @@ def parameters_plot(path, points):
         middle = sum(losses) / len(losses)
         reach = [[middle - min(losses)], [max(losses) - middle]] if len(losses) > 1 else None
         ax.errorbar([parameters], [middle], yerr=reach, marker=marker, markersize=8, capsize=4, linestyle="none", label=name)
-    ax.margins(0.25)
-    ax.legend(fontsize=8)
+    ax.margins(0.15)
+    legend_beside(ax)
     save(fig, path)
