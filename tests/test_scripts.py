@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO
 
 PROGRAMS = [
@@ -191,7 +192,7 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
     to = ("--out_wte_npy", tmp_path / "wte_k{k}.npy", "--out_scale_npz", tmp_path / "scale_k{k}.npz")
     for words, argv in [
         (["Checkpoint not found"], ["--ckpt_path", tmp_path / "none.pt", "--rank_k", "4", *to]),
-        (["--rank_k", "1 to 128"], ["--ckpt_path", ckpt, "--rank_k", "4,129", *to]),
+        (["--rank_k", "1 to 160"], ["--ckpt_path", ckpt, "--rank_k", "4,161", *to]),
         (["--rank_k", "(0, 1]"], ["--ckpt_path", ckpt, "--rank_k", "1.5", *to]),
         (["--rank_k", "'x'"], ["--ckpt_path", ckpt, "--rank_k", "x", *to]),
         (["--out_wte_npy", "{k}"], ["--ckpt_path", ckpt, "--rank_k", "4,8", "--out_wte_npy", tmp_path / "w.npy", *to[2:]]),
@@ -204,6 +205,17 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
     ]:
         assert_one_line_error(run_main(program, *argv), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_pca_factorize_needs_the_token_files_for_freq_only(copy, main_job, run_main, tmp_path, assert_one_line_error):
+    saved = torch.load(copy / "model_weights" / "gpt_baseline" / "ckpt.pt", weights_only=True)
+    saved["args"]["dataset"] = "gone"
+    torch.save(saved, tmp_path / "ckpt.pt")
+    to = ("--out_wte_npy", tmp_path / "wte_k{k}.npy", "--out_scale_npz", tmp_path / "scale_k{k}.npz")
+    argv = ("util_factorization/pca_factorize_wte.py", "--ckpt_path", tmp_path / "ckpt.pt", "--rank_k", 8, *to)
+    assert_one_line_error(run_main(*argv, "--method", "freq"), "--dataset gone")
+    result = run_main(*argv)
+    assert result.status == 0 and result.last["ranks"][0]["relative_error_per_token"] is None
 
 
 def test_pca_factorize_by_share_of_energy(copy, main_job, run_main, tmp_path):
@@ -234,7 +246,7 @@ def test_setup_keeps_a_complete_environment_and_is_quick(copy):
     if run("source scripts/setup.sh && setup_has_all python", copy).returncode:
         pytest.skip("the tests run in an environment without the pinned packages")
     start = time.time()
-    done = succeed("source scripts/setup.sh && command -v python", copy, SKIP_SETUP="")
+    done = succeed('source scripts/setup.sh && echo "$SETUP_PYTHON"', copy, SKIP_SETUP="")
     assert time.time() - start < 2
     assert Path(done.stdout.strip()).parent == Path(sys.executable).parent and not (copy / ".venv").exists()
 

@@ -85,11 +85,13 @@ def main(argv=None):
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     counts, name = None, args.dataset or checkpoint["args"]["dataset"]
-    if args.dataset or args.method == "freq" or find_folder(name):  # only freq cannot do without
+    required, folder = bool(args.dataset) or args.method == "freq", find_folder(name)
+    if required or (folder and (folder / "meta.pkl").is_file()):
         dataset = Dataset(name)
-        if dataset.vocab_size != V:
+        if dataset.vocab_size == V:
+            counts = torch.from_numpy(dataset.counts())
+        elif required:
             fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the one it was trained on")
-        counts = torch.from_numpy(dataset.counts())
 
     whole = decompose(table, args.method, counts, args.device)
     ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
