@@ -23,14 +23,14 @@ def save(path, model, **rest):
     os.replace(part, path)
 
 
-def load(path, device="cpu", mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)"):
+def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)"):
     """A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. mend: what to do where there is none."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         fail(f"Checkpoint not found: {path}: {mend}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         lacking = {"model", "config", "args", "iter_num", "data_step", "tokens"} - checkpoint.keys()
         if lacking:
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")

@@ -189,12 +189,12 @@ def comparison(first, second, subject):
     seeds = [seed for seed in first.summaries if seed in second.summaries]
     name = f"{first.label} vs {second.label}" + (f" (k={first.k})" if first.k else "")
     if not seeds:
-        return f"{name}: no seed in common, so no comparison.", None
+        return f"{name}: no seed in common, so no comparison."
     pairs = [(first.summaries[seed], second.summaries[seed]) for seed in seeds]
     for a, b in pairs:
         for key, x, y in zip(("dataset", "val_unigram_entropy", *COMMON), conditions(a), conditions(b)):
             if x != y:
-                return f"{name}: not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other.", None
+                return f"{name}: not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other."
     diffs = [first.summaries[s]["best"]["val_loss"] - second.summaries[s]["best"]["val_loss"] for s in seeds]
     gap = mean(diffs)
     said = f"{name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
@@ -204,11 +204,11 @@ def comparison(first, second, subject):
     if more:
         said += f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
     if len(seeds) == 1:
-        return f"{said}; one seed, so inconclusive.", gap
+        return f"{said}; one seed, so inconclusive."
     p = paired_p(diffs)
     shown_p = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
     verdict = "" if p < 0.05 else ", so inconclusive"
-    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test {shown_p}{verdict}).", gap
+    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test {shown_p}{verdict})."
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -291,8 +291,7 @@ def comparisons(rows):
     for first, second, question, subject in COMPARISONS:
         for a in (row for row in rows if row.label == first):
             for b in (row for row in rows if row.label == second and (row.label == "A full" or row.k in (None, a.k))):
-                sentence, _ = comparison(a, b, subject.format(k=a.k, d=a.one("n_embd")))
-                lines.append(f"- {question} {sentence}")
+                lines.append(f"- {question} {comparison(a, b, subject.format(k=a.k, d=a.one('n_embd')))}")
     return lines
 
 

