@@ -36,7 +36,8 @@ def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         GPTConfig(**checkpoint["config"])
     except Exception as error:  # torch raises many types for a file that is none of its own
-        fail(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:120]}): give a ckpt.pt of train.py")
+        why = error if isinstance(error, ValueError) else type(error).__name__
+        fail(f"{path} is not a checkpoint of this project ({why}): give a ckpt.pt of train.py")
     return checkpoint
 
 

@@ -124,9 +124,11 @@ if resuming:
     model = checkpoint.build(previous)
 else:
     shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
-    model = GPT(
-        GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=bool(factors and factors["mean"] is not None), **shape)
-    )
+    if factors:
+        mean = factors["mean"] is not None
+    else:
+        mean = bool(previous) and previous["config"].get("n_embd_wte_mean", False)
+    model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
     if previous:
         checkpoint.load_previous(model, previous, args.prev_run_ckpt, keep_table=factors is None)
     if factors:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import REPO
 
-from util_factorization.decompose import BLOCK, METHODS, decompose
+from util_factorization import METHODS
+from util_factorization.decompose import BLOCK, decompose
 
 V, d = BLOCK + 500, 24  # two blocks of rows, the second of another length
 

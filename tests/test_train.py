@@ -195,6 +195,8 @@ def test_a_centred_import_adds_its_mean(train, factors, baseline, tmp_path):
     mean = np.load(flags["import_scale_matrices_npz"])["mean"]
     np.testing.assert_array_equal(model.transformer.scale_up.bias.detach(), mean)
     np.testing.assert_allclose(mean, weights(baseline, "ckpt.pt")["transformer.wte.weight"].mean(0), atol=1e-6)
+    again = train(out_dir=tmp_path / "again", init_from="prev_run", prev_run_ckpt=tmp_path / "b", eval_only=True)
+    assert again.last["val_loss"] == json.loads((tmp_path / "b" / "summary.json").read_text())["best"]["val_loss"]
 
 
 def test_a_has_the_factors_and_the_blocks_that_c_has(train, factors, tmp_path):

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-METHODS = ("svd", "centered", "freq")
+from util_factorization import METHODS
+
 BLOCK = 8192  # rows in float64 at a time: 50 MB at d = 768
 
 

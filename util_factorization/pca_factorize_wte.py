@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cli import fail, finish, flag, parse
+from util_factorization import METHODS
 
 FOLDER = "model_weights/pca_factorized"
 
@@ -23,7 +24,7 @@ class Args:
     rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
     out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
-    method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=("svd", "centered", "freq"))
+    method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=METHODS)
     dataset: str = flag(
         "", "token counts for freq and the error per token; left out, the checkpoint's own dataset, if it is there"
     )
