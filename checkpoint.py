@@ -2,29 +2,57 @@
 Checkpoints: plain dicts that load with weights_only=True and rebuild their model alone.
 
 ckpt.pt, the best by validation loss, has model, config, args, iter_num, data_step, tokens, starts_from and val_loss; last.pt
-has the optimizer's and the random numbers' states besides, which a resume needs.
+has the optimizer's and the random numbers' states besides, which a resume needs. With --save_adapters_only, model holds the
+adapters alone, and base the files that the frozen weights come from and their hash.
 """
 
+import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from cli import fail
 from model import GPT, GPTConfig
+from util_factorization.factors import read_factors
+
+# The flags that name the files of a frozen base.
+BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
 
-def save(path, model, **rest):
-    """Write a checkpoint; a crash while writing leaves the old file whole."""
+def save(path, model, base=None, **rest):
+    """Write a checkpoint; a crash while writing leaves the old file whole. base: of adapters that are saved without it."""
     path = Path(path)
+    state = model.state_dict()
+    if base is not None:
+        state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
+        rest = dict(base=base, **rest)
     part = path.with_suffix(".part")
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), part)
+    torch.save(dict(model=state, config=asdict(model.config), **rest), part)
     os.replace(part, path)
 
 
-def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)"):
-    """A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. mend: what to do where there is none."""
+def is_adapter(name):
+    return ".lora." in name
+
+
+def base_of(model, args):
+    """What finds and recognises the frozen weights again: their files, and the SHA-256 over every weight but the adapters'."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not is_adapter(name):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return {name: getattr(args, name) for name in BASE_FILES} | dict(sha256=digest.hexdigest())
+
+
+def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)", **base_files):
+    """
+    A file, or a run folder that holds ckpt.pt -> the checkpoint's dict, adapters completed by their base.
+
+    mend: what to do where there is none. base_files: where a file of the base lies now, by the name in BASE_FILES.
+    """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
@@ -38,7 +66,36 @@ def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.
     except Exception as error:  # torch raises many types for a file that is none of its own
         why = error if isinstance(error, ValueError) else type(error).__name__
         fail(f"{path} is not a checkpoint of this project ({why}): give a ckpt.pt of train.py")
+    if "base" in checkpoint:
+        checkpoint["model"] |= read_base(path, checkpoint["base"] | base_files, plain_config(checkpoint)).state_dict()
     return checkpoint
+
+
+def plain_config(checkpoint):
+    return GPTConfig(**checkpoint["config"] | dict(lora_rank=None))
+
+
+def read_base(path, base, config):
+    """The model that the adapters of `path` were trained beside, or an error where the files hold another one by now."""
+    previous = load(base["prev_run_ckpt"], mend=f"{path} holds adapters of it; --prev_run_ckpt says where it lies now")
+    factors = None
+    if base["import_wte_npy"]:
+        shape = (config.vocab_size, config.n_embd_wte, config.n_embd)
+        files = (base["import_wte_npy"], base["import_scale_matrices_npz"])
+        factors = read_factors(*files, *shape, tied=config.n_embd_wte_scale_tying)
+    model = start_from(GPT(config), previous, base["prev_run_ckpt"], factors)
+    if base_of(model, SimpleNamespace(**base))["sha256"] != base["sha256"]:
+        files = ", ".join(base[name] for name in BASE_FILES if base[name])
+        fail(f"{path} holds adapters of another base than {files} (its hash differs): give the files that it was trained with")
+    return model
+
+
+def start_from(model, previous, path, factors=None):
+    """Fill a model with a previous run's weights, the table from factors where they are given. path: for messages."""
+    load_previous(model, previous, path, keep_table=factors is None)
+    if factors:
+        model.import_factors(**factors)
+    return model
 
 
 def build(checkpoint, **changes):
@@ -55,6 +112,8 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "a
 def previous_shape(checkpoint, args, given):
     """The shape of a previous run's model as flags of the new run; a given flag that differs is refused."""
     config = checkpoint["config"]
+    if config.get("lora_rank") is not None:
+        fail(f"--prev_run_ckpt {args.prev_run_ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
     for name in SHAPE:
         if name in given and given[name] != config[name]:
             fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
@@ -78,10 +137,10 @@ TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.",
 def load_previous(model, checkpoint, path, keep_table):
     """
     Copy a previous run's weights into the model; keep_table: the token table too. A weight left out on either side is
-    an error, since it would stay random in silence.
+    an error, since it would stay random in silence; fresh adapters change nothing and may stay.
     """
     state = {k: v for k, v in checkpoint["model"].items() if keep_table or not k.startswith(TABLE)}
-    wanted = {k for k in model.state_dict() if keep_table or not k.startswith(TABLE)}
+    wanted = {k for k in model.state_dict() if not is_adapter(k) and (keep_table or not k.startswith(TABLE))}
     if differing := sorted(wanted ^ state.keys()):
         fail(f"{path} and the new model differ in {len(differing)} weights, first {differing[0]}: is it another model's?")
     try:

@@ -99,16 +99,17 @@ class Dataset:
         starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
         return self._windows(self.train, starts, block_size)
 
-    def fixed_windows(self, count, batch_size, block_size):
+    def fixed_windows(self, count, batch_size, block_size, split="val"):
         """
-        The validation windows, in order, as batches of (B, T): non-overlapping ones over the whole file, or `count` of
-        them evenly spaced where there are more. The same for every model.
+        Windows of the validation file (or the "train" file), in order, as batches of (B, T): non-overlapping ones over
+        the whole file, or `count` of them evenly spaced where there are more. The same for every model.
         """
-        available = (len(self.val) - 1) // block_size
+        tokens = getattr(self, split)
+        available = (len(tokens) - 1) // block_size
         count = min(count, available)
         starts = np.arange(count) * available // count * block_size
         for i in range(0, count, batch_size):
-            yield self._windows(self.val, starts[i : i + batch_size], block_size)
+            yield self._windows(tokens, starts[i : i + batch_size], block_size)
 
     @staticmethod
     def _windows(tokens, starts, block_size):

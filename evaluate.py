@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from model import effective_weight
+
 
 @torch.no_grad()
 def evaluate(model, dataset, args, device, autocast):
@@ -20,7 +22,7 @@ def evaluate(model, dataset, args, device, autocast):
     """
     model.eval()
     t = model.transformer
-    table = model.effective_table()
+    rows, table = effective_weight(model.lm_head), model.effective_table()
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0  # on the CPU: not every device has float64
     for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, model.config.block_size):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
@@ -28,7 +30,7 @@ def evaluate(model, dataset, args, device, autocast):
             h = model.hidden(x)
             loss = F.cross_entropy(model.logits(h).flatten(0, 1), y, reduction="sum")
             small = t.scale_down(h).flatten(0, 1)  # (B T, k), or (B T, d) as it was
-        cosine = F.cosine_similarity(small.float(), model.lm_head.weight[y], dim=-1).sum()
+        cosine = F.cosine_similarity(small.float(), rows[y], dim=-1).sum()
         cosine_full = F.cosine_similarity(h.flatten(0, 1).float(), table[y], dim=-1).sum()
         sums += torch.stack([loss.float(), cosine, cosine_full]).cpu()
         tokens += len(y)

@@ -1,17 +1,19 @@
 """
-One GPT: GPT-2 by default, with an optional factorized token table.
+One GPT: GPT-2 by default, with an optional factorized token table and optional LoRA adapters.
 
-Shapes: B batch, T positions, d = n_embd, k = n_embd_wte (rank of the token table), V = vocab_size, H heads.
+Shapes: B batch, T positions, d = n_embd, k = n_embd_wte (rank of the token table), V = vocab_size, H heads, r = lora_rank.
 
     dense       wte [V,d]                                          logits = h @ wte^T
     factorized  wte [V,k], scale_up [d,k], scale_down [d,k]        logits = (h @ scale_down) @ wte^T
 
 with h = ln_f(...) of shape (B, T, d). wte and lm_head are one tensor. scale_up and scale_down have one shape, so that
 n_embd_wte_scale_tying can make them one tensor too.
+
+An adapter belongs to a weight: W' = W + s B A wherever W is used, so the tied table's acts in the lookup and in the head.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -38,6 +40,10 @@ class GPTConfig:
     n_embd_wte_scale_tying: bool = False
     n_embd_wte_mean: bool = False  # the lookup adds a mean row [d] (a centred factorization); the head needs none
     factor_init: str = "matched"  # matched | naive, see GPT.init_factors
+    lora_rank: int | None = None  # r; None is a model without adapters
+    lora_alpha: float = 0.0  # an adapter's scale s is lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # on what an adapter reads
+    lora_targets: str = ""  # module names, comma-separated
 
 
 ACTIVATIONS = {
@@ -102,6 +108,65 @@ class ScaleDown(nn.Linear):
         return x @ self.weight
 
 
+class Adapter(nn.Module):
+    """
+    LoRA (arXiv:2106.09685) beside a weight W [out, in]: W' = W + s B A, B [out, r] zeros, A [r, in] Kaiming-uniform.
+
+    Raises ValueError where r is above the smaller side of W.
+    """
+
+    def __init__(self, n_out, n_in, config):
+        super().__init__()
+        r = config.lora_rank
+        if not 1 <= r <= min(n_out, n_in):
+            raise ValueError(f"rank {r} for a matrix of {n_out} x {n_in}")
+        self.scale = config.lora_alpha / r
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.A = nn.Parameter(torch.empty(r, n_in))
+        self.B = nn.Parameter(torch.zeros(n_out, r))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as torch draws a Linear's weight: U(-1, 1) / sqrt(in)
+
+    def delta(self):
+        """s B A [out, in], what merging adds to W."""
+        return self.scale * self.B @ self.A
+
+    def forward(self, x):
+        """x (..., in) -> s x A^T B^T (..., out)"""
+        return self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+
+    def transposed(self, x):
+        """x (..., out) -> s x B A (..., in)"""
+        return self.scale * self.dropout(x) @ self.B @ self.A
+
+    def rows(self, idx):
+        """ids (...) -> rows of s B A (..., in); an id cannot be dropped out."""
+        return self.scale * F.embedding(idx, self.B) @ self.A
+
+
+class AdaptedLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.lora(x)
+
+
+class AdaptedScaleDown(ScaleDown):
+    def forward(self, x):
+        return super().forward(x) + self.lora.transposed(x)
+
+
+class AdaptedEmbedding(nn.Embedding):
+    def forward(self, idx):
+        return super().forward(idx) + self.lora.rows(idx)
+
+
+ADAPTED = {nn.Linear: AdaptedLinear, ScaleDown: AdaptedScaleDown, nn.Embedding: AdaptedEmbedding}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def effective_weight(module):
+    """A module's weight with its adapter, where it has one, merged into it."""
+    return module.weight + module.lora.delta() if type(module) in PLAIN else module.weight
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -126,6 +191,8 @@ class GPT(nn.Module):
         if k is not None and config.n_embd_wte_scale_tying:
             self.transformer.scale_down.weight = self.transformer.scale_up.weight
         self.init_weights()
+        if config.lora_rank is not None:
+            self.add_lora()
 
     # -- initialisation -----------------------------------------------------------------------------------------------
 
@@ -166,22 +233,63 @@ class GPT(nn.Module):
 
     def effective_table(self):
         """The dense table [V,d] that the head multiplies with; a centred one's mean row, which it leaves out, is added."""
+        table = effective_weight(self.lm_head)
         if self.config.n_embd_wte is None:
-            return self.lm_head.weight
-        table = self.lm_head.weight @ self.transformer.scale_down.weight.T
+            return table
+        table = table @ effective_weight(self.transformer.scale_down).T
         return table + self.transformer.scale_up.bias if self.config.n_embd_wte_mean else table
+
+    # -- LoRA ---------------------------------------------------------------------------------------------------------
+
+    def add_lora(self):
+        """
+        Give every target's weight an adapter; modules that share a weight share its adapter, so merging keeps the tie.
+
+        Raises ValueError for a target that names no module, and for a rank above a target's matrix.
+        """
+        names = {name.rsplit(".")[-1] for name, module in self.named_modules() if type(module) in ADAPTED}
+        targets = set(self.config.lora_targets.split(","))
+        if unknown := sorted(targets - names):
+            raise ValueError(f"target {unknown[0]!r} names no matrix of this model, which has {', '.join(sorted(names))}")
+        modules = [(name, module) for name, module in self.named_modules() if type(module) in ADAPTED]
+        adapters = {}  # by weight
+        for name, module in modules:
+            if name.rsplit(".")[-1] in targets and module.weight not in adapters:
+                adapters[module.weight] = Adapter(*module.weight.shape, self.config)
+        for _, module in modules:
+            if module.weight in adapters:
+                module.lora = adapters[module.weight]
+                module.__class__ = ADAPTED[type(module)]  # the same weights under the same names, with an adapter beside
+
+    @torch.no_grad()
+    def merge_lora(self):
+        """Add every adapter to its weight, once, and leave a plain model."""
+        adapted = [module for module in self.modules() if type(module) in PLAIN]
+        for weight, delta in {module.weight: module.lora.delta() for module in adapted}.items():
+            weight += delta
+        for module in adapted:
+            del module.lora
+            module.__class__ = PLAIN[type(module)]
+        self.config = replace(self.config, lora_rank=None, lora_alpha=0.0, lora_dropout=0.0, lora_targets="")
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def hidden(self, idx):
-        """Token ids (B, T) -> the output of ln_f (B, T, d)."""
+    def lookup(self, idx):
+        """Token ids (B, T) -> rows of the token table (B, T, d), through (B, T, k) if factorized."""
+        return self.transformer.scale_up(self.transformer.wte(idx))
+
+    def trunk(self, x):
+        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d)."""
         t = self.transformer
-        pos = torch.arange(idx.shape[1], device=idx.device)
-        x = t.scale_up(t.wte(idx))  # (B, T, d), through (B, T, k) if factorized
+        pos = torch.arange(x.shape[1], device=x.device)
         x = t.drop(x + t.wpe(pos))
         for block in t.h:
             x = block(x)
         return t.ln_f(x)
+
+    def hidden(self, idx):
+        """Token ids (B, T) -> the output of ln_f (B, T, d)."""
+        return self.trunk(self.lookup(idx))
 
     def logits(self, h):
         """The output of ln_f (B, T, d) -> logits (B, T, V)."""
@@ -196,12 +304,14 @@ class GPT(nn.Module):
     # -- what it costs ------------------------------------------------------------------------------------------------
 
     def count_parameters(self):
-        """Stored numbers by group, tied tensors once; the groups sum to the total."""
+        """Stored numbers by group, tied tensors once, adapters (which merging makes vanish) apart; they sum to the total."""
         group_of = dict(wte="token_table", scale_up="token_table", scale_down="token_table", wpe="positions")
-        counts = dict(token_table=0, positions=0, attention=0, mlp=0, norms=0)
+        counts = dict(token_table=0, positions=0, attention=0, mlp=0, norms=0, adapters=0)
         for name, p in self.named_parameters():  # yields a tied tensor once
             parts = name.split(".")
-            if parts[1] == "h":
+            if "lora" in parts:
+                group = "adapters"
+            elif parts[1] == "h":
                 group = {"attn": "attention", "mlp": "mlp"}.get(parts[3], "norms")
             else:
                 group = group_of.get(parts[1], "norms")
@@ -209,14 +319,16 @@ class GPT(nn.Module):
         return counts | dict(total=sum(counts.values()))
 
     def flops_per_token(self, T):
-        """Forward FLOPs a token (a multiply-add is two) at context T, by part; training costs three times as much."""
+        """Forward FLOPs a token (a multiply-add is two) at context T, by part."""
         c = self.config
         d, k = c.n_embd, c.n_embd_wte
         scale = 0 if k is None else 2 * k * d
+        adapted = [module for module in self.modules() if type(module) in PLAIN]
         parts = dict(
             lookup=scale,
             blocks=c.n_layer * 2 * (4 + 2 * c.mlp_expansion_factor) * d * d,
             attention=c.n_layer * 4 * d * T // 2,  # causal: half of the T x T scores are needed
             head=scale + 2 * c.vocab_size * (k or d),
+            adapters=sum(2 * m.lora.A.numel() + (0 if m is self.transformer.wte else 2 * m.lora.B.numel()) for m in adapted),
         )
         return parts | dict(total=sum(parts.values()))

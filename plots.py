@@ -1,4 +1,4 @@
-"""The figures of report.py and of the factorization: labelled, readable in grey, PNG."""
+"""The figures of report.py and of the factorization: labelled, readable in grey, PNG and SVG."""
 
 import itertools
 
@@ -7,25 +7,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams["svg.hashsalt"] = "nanopca"  # the same figure is the same file
+
 # Line styles and markers tell the lines apart without colour.
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "d", "p", "8", "H", "+")
 STYLES = [(LINES[i % len(LINES)], marker) for i, marker in enumerate(MARKERS)]
 
 
-def figure(xlabel, ylabel, title):
-    fig, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.grid(alpha=0.3)
-    return fig, ax
-
-
-def legend_beside(ax):
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
+def legend_beside(ax, handles):
+    ax.legend(*handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
 
 
 def save(fig, path):
-    fig.savefig(path, dpi=130)
+    """Write path.png and path.svg."""
+    fig.savefig(f"{path}.png", dpi=130)
+    fig.savefig(f"{path}.svg", metadata=dict(Date=None))
     plt.close(fig)
 
 
@@ -49,29 +46,57 @@ def scree_plot(path, spectra, ranks):
     save(fig, path)
 
 
-def curves_plot(path, curves, unigram):
-    """curves: name -> [(tokens, loss)]; unigram: the entropy that a model without context can reach, as a rule."""
-    fig, ax = figure("training tokens", "validation loss (nats per token)", "Validation loss")
-    for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(STYLES)):
-        tokens, losses = zip(*points)
-        ax.plot(tokens, losses, linestyle=line, marker=marker, markersize=4, label=name)
-    ax.axhline(unigram, color="black", linewidth=1)
-    ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
-    if min(loss for points in curves.values() for _, loss in points) < unigram:
-        ax.set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
-    legend_beside(ax)
+def series_plot(path, panels, x, log=False):
+    """
+    panels: (y label, {series: [(x, [y of each seed])]}, {series: y of a horizontal rule}), drawn side by side.
+
+    One style a series, in all panels; bars show the range over seeds.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(name for _, points, rules in panels for name in (*points, *rules)))
+    style = dict(zip(names, itertools.cycle(STYLES)))
+    handles = {}
+    for ax, (ylabel, series, rules) in zip(axes[0], panels):
+        for name, points in series.items():
+            line, marker = style[name]
+            xs, ys = zip(*((x, y) for x, y in points if x))
+            middle = [sum(y) / len(y) for y in ys]
+            reach = [[max(m - min(y), 0) for m, y in zip(middle, ys)], [max(max(y) - m, 0) for m, y in zip(middle, ys)]]
+            handles[name] = ax.errorbar(xs, middle, yerr=reach, linestyle=line, marker=marker, markersize=6, capsize=3)
+        for name, y in rules.items():
+            line, _ = style[name]
+            handles[name] = ax.axhline(y, linestyle=line, color="black", linewidth=1.2)
+        ax.set(xlabel=x, ylabel=ylabel)
+        if log:
+            ranks = sorted({x for points in series.values() for x, _ in points})
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ranks, [str(rank) for rank in ranks])
+        ax.grid(alpha=0.3)
+    legend_beside(axes[0][-1], (handles.values(), handles))
     save(fig, path)
 
 
-def parameters_plot(path, points):
-    """points: name -> (stored parameters, [loss of each seed])."""
-    fig, ax = figure(
-        "stored parameters", "best validation loss (nats per token)", "Loss against size (bars: the range over seeds)"
-    )
-    for (name, (parameters, losses)), (_, marker) in zip(points.items(), itertools.cycle(STYLES)):
-        middle = sum(losses) / len(losses)
-        reach = [[middle - min(losses)], [max(losses) - middle]] if len(losses) > 1 else None
-        ax.errorbar([parameters], [middle], yerr=reach, marker=marker, markersize=8, capsize=4, linestyle="none", label=name)
-    ax.margins(0.15)
-    legend_beside(ax)
+def curves_plot(path, curves, unigram):
+    """
+    curves: (series, rank or None) -> [(tokens, loss)], a panel for each rank, with the dense models in every one.
+
+    unigram: the entropy that a model without context can reach, as a rule.
+    """
+    ranks = sorted({k for _, k in curves if k}) or [None]
+    fig, axes = plt.subplots(1, len(ranks), figsize=(4 * len(ranks) + 4, 4.4), layout="constrained", sharey=True, squeeze=False)
+    style = dict(zip(dict.fromkeys(name for name, _ in curves), itertools.cycle(STYLES)))
+    handles = {}
+    for ax, rank in zip(axes[0], ranks):
+        for (name, k), points in curves.items():
+            if k in (None, rank):
+                line, marker = style[name]
+                handles[name] = ax.plot(*zip(*points), linestyle=line, marker=marker, markersize=4)[0]
+        ax.axhline(unigram, color="black", linewidth=1)
+        ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        ax.set(xlabel="training tokens", title="dense" if rank is None else f"k = {rank}")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("validation loss (nats per token)")
+    if min(loss for points in curves.values() for _, loss in points) < unigram:
+        axes[0][0].set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
+    legend_beside(axes[0][-1], (handles.values(), handles))
     save(fig, path)

@@ -1,5 +1,5 @@
 """
-Run folders -> one table, what it says in words, and the figures: report.md and PNGs, the table on the terminal too.
+Run folders -> tables, what they say in words, and the figures: report.md, PNGs and SVGs, the tables on the terminal too.
 
     python report.py --runs model_weights
 
@@ -8,11 +8,12 @@ Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, 
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli import fail, finish, flag, parse
+from compare import OUR_CLAIMS, SEEDS_CLAIMS, comparisons, judge, mean, shown, shown_p, spread
+from runs import read_curve, read_factors, read_rows, total_seconds
 
 
 @dataclass
@@ -20,195 +21,13 @@ class Args:
     runs: str = flag("model_weights", "folder with run folders, or with seed_N folders of them; report.md goes there")
 
 
-# Rows in the order of the seeds' table: label, folder name (\d+ is the rank), what it is.
-ROWS = (
-    ("D", r"gpt_baseline", "dense table, from scratch"),
-    ("A", r"gpt_pca_k\d+", "PCA table, the rest from scratch"),
-    ("C", r"gpt_random_lowrank_k\d+", "random factors, from scratch"),
-    ("B", r"gpt_pca_finetune_k\d+", "D, its table factorized, trained on"),
-    ("D+", r"gpt_baseline_more", "B's control: D, dense, as many steps more"),
-)
-
-# label, label, the question; the answer is about the first of the two.
-COMPARISONS = (
-    ("A", "C", "Does a PCA start help?", "the PCA start"),
-    ("A", "D", "What does the smaller table cost, when it starts trained?", "rank {k} of {d}"),
-    ("A", "A full", "And against the whole table with the same start?", "rank {k} of {d}"),
-    ("C", "D", "And when everything starts random?", "rank {k} of {d}"),
-    ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
-    ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
-    ("B", "D+", "And when the baseline gets the same extra steps?", "compressing and fine-tuning"),
-)
-
-
 READING = (
     "The loss is in nats per token, at the run's own best step, which is chosen on the same windows that are reported. "
-    "Tokens are training tokens: those of what a run starts from + its own. ln_f_cosine lives in the head's own space, d or k "
-    "wide; only ln_f_cosine_full compares between rows. ± is the standard deviation over seeds; the p values of the "
-    "comparisons stand alone, none is corrected for the others."
+    "Stored counts adapters as merged. Tokens are training tokens: those of what a run starts from + its own; seconds are its "
+    "own, of training alone. ln_f_cosine lives in the head's own space, d or k wide. ln_f_cosine_full lives in d-space, "
+    "yet it rises when a table shrinks and the loss gets worse: neither measures quality between tables. ± is the standard "
+    "deviation over seeds; the p values stand alone, none is corrected for the others."
 )
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One model: the runs of one folder name, a run for each seed."""
-
-    label: str
-    name: str
-    what: str
-    summaries: dict  # seed -> summary.json
-    folders: dict  # seed -> its folder
-
-    def values(self, *path):
-        """One number for each seed, None where a run has none."""
-        out = []
-        for summary in self.summaries.values():
-            for key in path:
-                summary = summary[key]
-            out.append(summary)
-        return out
-
-    def one(self, *path):
-        return self.values(*path)[0]
-
-    @property
-    def k(self):
-        return self.one("n_embd_wte")
-
-
-def read_rows(root):
-    """Returns (the finished runs as rows, the folders of unfinished ones)."""
-    configs = sorted(p for pattern in ("*/config.json", "seed_*/*/config.json") for p in root.glob(pattern))
-    found, unfinished = {}, []
-    for config in configs:
-        folder = config.parent
-        if not (folder / "summary.json").exists():
-            unfinished.append(folder)
-            continue
-        try:
-            summary = json.loads((folder / "summary.json").read_text())
-            seed = summary["seed"]
-        except (ValueError, KeyError):
-            fail(f"{folder / 'summary.json'} is not what train.py writes: delete the folder and run it again")
-        row = found.setdefault(folder.name, Row("", folder.name, "", {}, {}))
-        if seed in row.summaries:
-            fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
-        row.summaries[seed], row.folders[seed] = summary, folder
-    rows = []
-    for label, pattern, what in ROWS:
-        names = [name for name in found if re.fullmatch(pattern, name)]
-        for name in sorted(names, key=lambda name: found[name].k or 0):
-            row = found.pop(name)
-            row.label, row.what = label, what
-            if label == "A" and row.k == row.one("n_embd"):
-                row.label, row.what = "A full", "A's control: D's whole table as factors of full rank, the rest from scratch"
-            rows.append(row)
-    return rows + list(found.values()), unfinished
-
-
-def read_curve(folder):
-    """The evaluations of a run: [(tokens it had trained on itself, val_loss)]."""
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{folder / 'metrics.jsonl'} cannot be read ({error}): delete the folder and run it again")
-
-
-def read_factors(root):
-    """The JSON of every factor file, by method: {method: [facts, by rank]}."""
-    found = {}
-    for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
-        try:
-            facts = json.loads(path.read_text())
-            found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path} is not what pca_factorize_wte.py writes: delete it, or factorize the checkpoint again")
-    return {method: [ranks[k] for k in sorted(ranks)] for method, ranks in found.items()}
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def mean(xs):
-    return sum(xs) / len(xs)
-
-
-def spread(xs):
-    """Sample standard deviation."""
-    return (sum((x - mean(xs)) ** 2 for x in xs) / (len(xs) - 1)) ** 0.5
-
-
-def shown(xs, digits):
-    xs = [x for x in xs if x is not None]
-    if not xs:
-        return "-"
-    text = f"{mean(xs):,.{digits}f}"
-    return text + (f" ± {spread(xs):,.{digits}f}" if len(xs) > 1 and spread(xs) > 0 else "")
-
-
-def paired_p(differences):
-    """
-    Two-sided p of the paired t-test that the mean difference is zero.
-
-    With t = sqrt(n - 1) tan(theta) Student's density becomes cos(theta)^(n - 2), which a sum integrates.
-    """
-    import numpy as np
-
-    n, s = len(differences), spread(differences)
-    if s == 0:
-        return 1.0 if mean(differences) == 0 else 0.0
-    theta = np.arctan(abs(mean(differences)) / (s / n**0.5) / (n - 1) ** 0.5)
-
-    def integral(low, high, steps=20000):
-        middles = low + (np.arange(steps) + 0.5) * (high - low) / steps
-        return (np.cos(middles) ** (n - 2)).mean() * (high - low)
-
-    return float(integral(theta, np.pi / 2) / integral(0, np.pi / 2))
-
-
-# What two runs must share for their losses to be compared, beside the text they are evaluated on.
-COMMON = ("eval_tokens", "tokens_per_step", "n_embd", "positions", "attention", "mlp", "norms")
-
-
-def conditions(summary):
-    flat = summary | summary["parameters"]
-    return [summary["dataset"], summary["val_unigram_entropy"], *(flat[key] for key in COMMON)]
-
-
-def training_tokens(summary):
-    """A run's own and those of what it starts from, its token table's at the least."""
-    return summary["tokens"] + ((summary["starts_from"] or {}).get("tokens") or 0)
-
-
-def comparison(first, second, subject):
-    """A sentence about the first row against the second, which follows from the best losses of the seeds both have."""
-    seeds = [seed for seed in first.summaries if seed in second.summaries]
-    name = f"{first.label} vs {second.label}" + (f" (k={first.k})" if first.k else "")
-    if not seeds:
-        return f"{name}: no seed in common, so no comparison."
-    pairs = [(first.summaries[seed], second.summaries[seed]) for seed in seeds]
-    for a, b in pairs:
-        for key, x, y in zip(("dataset", "val_unigram_entropy", *COMMON), conditions(a), conditions(b)):
-            if x != y:
-                return f"{name}: not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other."
-    diffs = [first.summaries[s]["best"]["val_loss"] - second.summaries[s]["best"]["val_loss"] for s in seeds]
-    gap = mean(diffs)
-    said = f"{name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
-    if abs(gap) < 0.0005:
-        said = f"{name}: {subject} makes no difference to 0.001 nats"
-    more = training_tokens(a) - training_tokens(b)
-    if more:
-        said += f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
-    if len(seeds) == 1:
-        return f"{said}; one seed, so inconclusive."
-    p = paired_p(diffs)
-    shown_p = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    verdict = "" if p < 0.05 else ", so inconclusive"
-    return f"{said} (spread {spread(diffs):.3f} over {len(seeds)} seeds, paired t-test {shown_p}{verdict})."
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -232,7 +51,7 @@ def title(row):
 
 
 def result_table(rows, dense):
-    header = ["model", "token table", "compression", "all parameters", "val loss", "perplexity", "best step",
+    header = ["model", "token table", "compression", "stored", "trained", "val loss", "perplexity", "best step",
               "tokens", "seconds", "ln_f_cosine", "ln_f_cosine_full"]  # fmt: skip
     lines = []
     for row in rows:
@@ -246,8 +65,9 @@ def result_table(rows, dense):
                 title(row),
                 f"{stored:,}",
                 f"{dense / stored:.2f}x" if dense else "-",
-                f"{row.one('parameters', 'total'):,}",
-                shown(row.values("best", "val_loss"), 4),
+                f"{row.stored:,}",
+                f"{row.trained:,}",
+                shown(row.losses, 4),
                 shown(row.values("best", "val_ppl"), 2),
                 shown(row.values("best", "iter"), 0),
                 tokens,
@@ -259,14 +79,25 @@ def result_table(rows, dense):
     return table(header, lines)
 
 
+def rank_table(rows):
+    """The seeds' figure in numbers: a line for each series, a column for each rank."""
+    ranks = sorted({row.k for row in rows if row.k})
+    lines = []
+    for series in dict.fromkeys(row.series for row in rows):
+        of_rank = {row.k: row for row in rows if row.series == series}
+        dense = [shown(of_rank[None].losses, 3)] if None in of_rank else ["-"]
+        lines.append([series, *dense, *(shown(of_rank[k].losses, 3) if k in of_rank else "-" for k in ranks)])
+    return table(["val loss", "dense", *(f"k={k}" for k in ranks)], lines)
+
+
 def parameter_table(rows):
-    groups = list(rows[0].one("parameters"))
-    header = ["model", *(g.replace("_", " ") for g in groups), "trained", "head MFLOP/token", "tokens/s", "peak memory"]
+    groups = list(dict.fromkeys(group for row in rows for group in row.one("parameters") if group != "total"))
+    header = ["model", *(g.replace("_", " ") for g in groups), "total", "head MFLOP/token", "tokens/s", "peak memory"]
     lines = []
     for row in rows:
         counts = row.one("parameters")
         head = row.one("flops_per_token", "head") / 1e6
-        cells = [*(f"{counts[g]:,}" for g in groups), f"{row.one('parameters_trained'):,}", f"{head:.2f}"]
+        cells = [*(f"{counts.get(g, 0):,}" for g in groups), f"{counts['total']:,}", f"{head:.2f}"]
         memory = max(row.values("peak_memory_bytes")) / 2**20
         lines.append([title(row), *cells, shown(row.values("tokens_per_second"), 0), f"{memory:,.0f} MiB"])
     return table(header, lines)
@@ -285,13 +116,24 @@ def factor_table(factors):
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def comparisons(rows):
-    """The seeds' four questions and the control, for every rank that was run: markdown lines."""
+def claim_lines(claims, rows):
+    """A verdict for each claim, and the numbers that it follows from: markdown lines."""
     lines = []
-    for first, second, question, subject in COMPARISONS:
-        for a in (row for row in rows if row.label == first):
-            for b in (row for row in rows if row.label == second and (row.label == "A full" or row.k in (None, a.k))):
-                lines.append(f"- {question} {comparison(a, b, subject.format(k=a.k, d=a.one('n_embd')))}")
+    for claim, verdict, found in judge(claims, rows):
+        lines += [f"**{claim.text}: {verdict}** ({claim.ranks}). {claim.note}".strip(), ""]
+        cells = [
+            [
+                d.name,
+                f"{mean(d.values):+.4f}",
+                f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
+                len(d.values),
+                shown_p(d.p) if d.p is not None else "-",
+                f"{d.more_tokens:+,}",
+                d.verdict(),
+            ]
+            for d in found
+        ]
+        lines += [table(["", "difference", "spread", "seeds", "paired t-test", "more tokens", "claim"], cells), ""]
     return lines
 
 
@@ -305,31 +147,66 @@ def unigram_line(rows):
 
 
 def figures(root, rows, factors):
-    """Write the PNGs; returns [(caption, file name)]."""
-    from plots import curves_plot, parameters_plot, scree_plot
+    """Write the figures as PNG and SVG; returns [(caption, file name)]."""
+    from plots import curves_plot, scree_plot, series_plot
 
-    entropy = rows[0].one("val_unigram_entropy")
     first = " (the first seed)" if any(len(row.summaries) > 1 for row in rows) else ""
+    dense = [row for row in rows if row.k is None]
+    loss, made = "best validation loss (nats per token)", []
+
+    def by_series(x, y):
+        """{series: [(x, ys of the seeds)]}, by rank; a row that lacks its x has no point."""
+        out = {}
+        for row in sorted(rows, key=lambda row: row.k or 0):
+            if x(row) is not None:
+                out.setdefault(row.series, []).append((x(row), y(row)))
+        return {series: out[series] for series in dict.fromkeys(row.series for row in rows) if series in out}
+
+    def draw(name, caption, panels, **how):
+        series_plot(root / name, panels, **how)
+        made.append((caption, f"{name}.png"))
+
+    def seconds(row):
+        known = [s for s in total_seconds(row, rows) if s is not None]
+        return mean(known) if known else None
+
+    several = len({row.k for row in rows if row.k}) > 1
+    if several:
+        rules = {row.series: mean(row.losses) for row in dense}
+        as_cut = by_series(lambda row: None if row.one("tokens") else row.k, lambda row: row.losses)
+        trained = by_series(lambda row: row.k if row.one("tokens") else None, lambda row: row.losses)
+        panels = [(f"{loss}, {kind}", points, rules) for kind, points in (("as cut", as_cut), ("trained", trained)) if points]
+        draw("loss_by_rank", "Best validation loss by rank of the token table", panels, x="rank k of the token table", log=True)
+    points = by_series(lambda row: row.stored, lambda row: row.losses)
+    panels = [(loss, points, {})]
+    draw("loss_against_parameters", "Best validation loss against stored parameters", panels, x="stored parameters")
+    caption = "Best validation loss against seconds of training, those of the run a model starts from included"
+    panels = [(loss, by_series(seconds, lambda row: row.losses), {})]
+    draw("loss_against_seconds", caption, panels, x="seconds of training")
+    if several:
+        panels = [
+            (
+                key,
+                by_series(lambda row: row.k, lambda row, key=key: row.values("best", key)),
+                {row.series: mean(row.values("best", key)) for row in dense},
+            )
+            for key in ("ln_f_cosine", "ln_f_cosine_full")
+        ]
+        draw("ln_f_cosine", "ln_f_cosine by rank, in the head's own space and in d-space", panels, x="rank k", log=True)
     curves = {}
-    for row in rows:
+    for row in (row for row in rows if row.one("tokens")):
         seed, folder = next(iter(row.folders.items()))
         start = row.one("starts_from") or {}
         before = start["tokens"] if start.get("part") == "all weights" else 0
-        curves[title(row)] = [(before + tokens, loss) for tokens, loss in read_curve(folder)]
-    curves_plot(root / "validation_curves.png", curves, entropy)
-    points = {title(row): (row.one("parameters", "total"), row.values("best", "val_loss")) for row in rows}
-    parameters_plot(root / "loss_against_parameters.png", points)
-    made = [
-        (
-            f"Validation loss over training tokens, those of the run that all weights come from included{first}",
-            "validation_curves.png",
-        ),
-        ("Best validation loss against stored parameters", "loss_against_parameters.png"),
-    ]
+        curves[row.series, row.k] = [(before + tokens, value) for tokens, value in read_curve(folder)]
+    curves_plot(root / "validation_curves", curves, rows[0].one("val_unigram_entropy"))
+    caption = f"Validation loss over training tokens, those of the run that all weights come from included{first}"
+    made.append((caption, "validation_curves.png"))
     if factors:
         spectra = {method: ranks[0]["singular_values"] for method, ranks in factors.items()}
-        scree_plot(root / "scree.png", spectra, sorted({f["k"] for ranks in factors.values() for f in ranks}))
-        made.append((f"Spectrum of the baseline's token table{first}", "scree.png"))
+        scree_plot(root / "scree", spectra, sorted({f["k"] for ranks in factors.values() for f in ranks}))
+        caption = f"Spectrum of the baseline's token table, in the metric of each method{first}"
+        made.append((caption, "scree.png"))
     return made
 
 
@@ -361,13 +238,21 @@ def main(argv=None):
     factors = read_factors(root)
     dense = next((row.one("parameters", "token_table") for row in rows if row.k is None), None)
     results, answers = result_table(rows, dense), comparisons(rows)
+    by_rank = ["## Loss by rank", "", rank_table(rows), ""] if len({row.k for row in rows if row.k}) > 1 else []
+    holds = ["## What holds", "", "Of the seeds' claims:", "", *claim_lines(SEEDS_CLAIMS, rows)]
+    if ours := claim_lines(OUR_CLAIMS, rows):
+        holds += ["Of ours:", "", *ours]
     notes = [unigram_line(rows)] + [f"Not finished, so left out: {folder}" for folder in unfinished]
     legend = [f"- {title(row)}: {row.what}." for row in rows if row.what]
 
-    print("\n".join([results, "", *answers, "", *notes]))
+    print("\n".join([results, "", *by_rank, *answers, "", *notes]))
+    for claims in (SEEDS_CLAIMS, OUR_CLAIMS):
+        for claim, verdict, _ in judge(claims, rows):
+            print(f"- {claim.text}: {verdict}")
     text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
     text += [*legend, "", READING, ""]
-    text += [*notes, "", "## What the comparisons say", "", *answers, ""]
+    text += [*notes, "", *by_rank, *holds]
+    text += ["## What the comparisons say", "", *answers, ""] if answers else []
     text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
     if factors:
         text += ["## The factorization", "", factor_table(factors), ""]

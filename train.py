@@ -41,7 +41,8 @@ resuming, previous = args.init_from == "resume", None
 if resuming:
     out = Path(args.out_dir)
     mend = "start the run without --init_from resume, or give the --out_dir of one that was started"
-    previous = checkpoint.load(out / ("ckpt.pt" if args.eval_only else "last.pt"), mend=mend)
+    base_files = {name: given[name] for name in checkpoint.BASE_FILES if name in given}
+    previous = checkpoint.load(out / ("ckpt.pt" if args.eval_only else "last.pt"), mend=mend, **base_files)
     args = resume_args(previous["args"], given)
 elif args.init_from == "prev_run":
     previous = checkpoint.load(args.prev_run_ckpt)
@@ -128,16 +129,23 @@ else:
         mean = factors["mean"] is not None
     else:
         mean = bool(previous) and previous["config"].get("n_embd_wte_mean", False)
-    model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
+    try:
+        model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
+    except ValueError as error:  # its message names the matrix
+        fail(f"--lora_rank {args.lora_rank} --lora_targets {args.lora_targets}: {error}")
     if previous:
-        checkpoint.load_previous(model, previous, args.prev_run_ckpt, keep_table=factors is None)
-    if factors:
+        checkpoint.start_from(model, previous, args.prev_run_ckpt, factors)
+    elif factors:
         model.import_factors(**factors)
 with ends_in_one_line():
     model.to(device)
 model.transformer.wte.requires_grad_(not args.import_wte_freeze)
 for scale in (model.transformer.scale_up, model.transformer.scale_down):
     scale.requires_grad_(not args.import_scale_matrices_freeze)
+if args.lora_rank is not None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(checkpoint.is_adapter(name))
+base = checkpoint.base_of(model, args) if args.save_adapters_only else None
 parameters = model.count_parameters()
 say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")
 
@@ -187,7 +195,9 @@ starts_from = None  # what the run did not have to learn, and how many tokens th
 if resuming:
     starts_from = previous["starts_from"]
 elif previous:
-    starts_from = dict(part="all weights", ckpt=args.prev_run_ckpt, tokens=previous["tokens"])
+    earlier = (previous.get("starts_from") or dict(tokens=0))["tokens"]
+    cost = None if earlier is None else earlier + previous["tokens"]
+    starts_from = dict(part="all weights", ckpt=args.prev_run_ckpt, tokens=cost)
 elif factors:
     starts_from = dict(part="token table", ckpt=args.import_wte_npy, tokens=read_facts(args.import_wte_npy).get("ckpt_tokens"))
 run = RunFolder(args, step if resuming else None) if writes and master else None
@@ -201,7 +211,9 @@ trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "
 # Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
 PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
 peak = next((p for name, p in PEAKS.items() if name in hardware_name and args.dtype != "float32"), None)
-flops_per_step = 3 * model.flops_per_token(args.block_size)["total"] * tokens_per_step
+# Forward, as much again for the gradient of what passes through, and for that of the weights as far as they train.
+trained_share = sum(p.numel() for p in trained) / parameters["total"]
+flops_per_step = (2 + trained_share) * model.flops_per_token(args.block_size)["total"] * tokens_per_step
 
 
 def save_checkpoints(evaluation):
@@ -214,9 +226,9 @@ def save_checkpoints(evaluation):
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
         state |= dict(cuda_rng=torch.cuda.get_rng_state(device) if device_type == "cuda" else None)
         state |= dict(best=evaluation if is_best else best, seconds=seconds)
-        checkpoint.save(run.path / "last.pt", model, **facts, **state)
+        checkpoint.save(run.path / "last.pt", model, base, **facts, **state)
     if is_best:
-        checkpoint.save(run.path / "ckpt.pt", model, **facts)
+        checkpoint.save(run.path / "ckpt.pt", model, base, **facts)
     return evaluation if is_best else best
 
 

@@ -3,12 +3,20 @@ Every flag of train.py, once: name, default, help. The defaults are the baseline
 2048, 10,000 steps); a preset is a commented difference from them. No torch here, so that --help answers at once.
 """
 
+import difflib
 import re
+import sys
 from dataclasses import dataclass
 
 from cli import fail, flag, parse
 
-PRESET_NAMES = ("gpt2", "gpt2_finetune", "laptop", "laptop_finetune", "laptop13", "laptop13_finetune")
+PRESET_NAMES = (
+    "gpt2", "gpt2_finetune", "gpt2_lora", "laptop", "laptop_finetune", "laptop_lora",
+    "laptop13", "laptop13_finetune", "laptop13_lora",
+)  # fmt: skip
+
+# Every matrix of a factorized GPT that an adapter can stand beside; a dense table has no scale_up and scale_down.
+LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
 
 # -- the flags, one dataclass per concern -----------------------------------------------------------------------------
 
@@ -29,6 +37,19 @@ class ModelArgs:
         "matched",
         "random factors: matched gives their product a dense table's std 0.02, naive draws each N(0, 0.02)",
         choices=("matched", "naive"),
+    )
+
+
+@dataclass
+class LoraArgs:
+    lora_rank: int | None = flag(None, "train adapters of this rank and nothing else; left out, there are none")
+    lora_alpha: float = flag(64.0, "an adapter's scale is lora_alpha / lora_rank")
+    lora_dropout: float = flag(0.1, "dropout of what an adapter reads; evaluation uses none")
+    lora_targets: str = flag(
+        ",".join(LORA_TARGETS), "what gets an adapter, comma-separated; wte's acts in the lookup and in the tied head"
+    )
+    save_adapters_only: bool = flag(
+        False, "checkpoints without the frozen base, which is read from where it came from, by hash"
     )
 
 
@@ -85,7 +106,7 @@ class RunArgs:
 
 
 @dataclass
-class TrainArgs(RunArgs, StartArgs, OptimArgs, ModelArgs):
+class TrainArgs(RunArgs, StartArgs, OptimArgs, LoraArgs, ModelArgs):
     pass
 
 
@@ -100,6 +121,9 @@ GPT2_FINETUNE = GPT2 | dict(
     max_iters=5000, eval_interval=200, learning_rate=5e-5, min_lr=1e-6, warmup_iters=100, weight_decay=0.01
 )
 
+# The same schedule for adapters: rank 32 of width 768, half of the smallest table's rank, 64.
+GPT2_LORA = GPT2_FINETUNE | dict(lora_rank=32)
+
 # Two CPU cores: 1 x 8 x 128 = 1,024 tokens a step, 1,000 steps = 1.0M tokens of data/sotu, about 3 minutes. No dropout,
 # since there are fewer tokens than in the text. The token table is 1.05M of the 2.66M parameters.
 LAPTOP = dict(
@@ -113,6 +137,9 @@ LAPTOP_FINETUNE = LAPTOP | dict(
     max_iters=500, eval_interval=100, learning_rate=5e-4, min_lr=1e-5, warmup_iters=20, weight_decay=0.01
 )
 
+# Rank 8 of 256, as much of the width as the reference's, and no dropout here either.
+LAPTOP_LORA = LAPTOP_FINETUNE | dict(lora_rank=8, lora_alpha=16, lora_dropout=0.0)
+
 # Experiments 1-13 on two CPU cores: half the width, so that twice the steps fit into the same minutes (2.0M tokens, fewer
 # than the text has), at four times the rate. Its table is fuller, so that what a rank costs and how it is chosen
 # can be seen: ranks 8, 16, 32, 64 of 128 for the reference's 64, 128, 256, 512 of 768.
@@ -123,16 +150,25 @@ LAPTOP13_FINETUNE = LAPTOP13 | dict(
     max_iters=1000, eval_interval=125, learning_rate=2e-3, min_lr=4e-5, warmup_iters=20, weight_decay=0.01
 )
 
-PRESETS = dict(zip(PRESET_NAMES, (GPT2, GPT2_FINETUNE, LAPTOP, LAPTOP_FINETUNE, LAPTOP13, LAPTOP13_FINETUNE)))
+# Rank 8 of 128: the reference's share of the width would be 5, and the smallest table has rank 8. Few numbers want a higher
+# rate than all of them: at k = 8, seed 1, a rate of 5e-3 ends at 5.353 and 1e-2 at 5.346 (2e-3 with rank 4: 5.499).
+LAPTOP13_LORA = LAPTOP13_FINETUNE | dict(learning_rate=5e-3, min_lr=1e-4, lora_rank=8, lora_alpha=16, lora_dropout=0.0)
+
+PRESETS = dict(
+    zip(
+        PRESET_NAMES,
+        (GPT2, GPT2_FINETUNE, GPT2_LORA, LAPTOP, LAPTOP_FINETUNE, LAPTOP_LORA, LAPTOP13, LAPTOP13_FINETUNE, LAPTOP13_LORA),
+    )
+)
 
 # The numbers a flag may have, both ends included.
 ALMOST_1, LARGE = 0.999999, 1e9
 RANGES = {
     "block_size n_layer n_head n_embd n_embd_wte mlp_expansion_factor batch_size gradient_accumulation_steps "
-    "eval_iters eval_interval log_interval lr_decay_iters": (1, LARGE),
+    "eval_iters eval_interval log_interval lr_decay_iters lora_rank": (1, LARGE),
     "max_iters warmup_iters weight_decay grad_clip min_lr": (0, LARGE),
-    "learning_rate": (1e-12, LARGE),
-    "dropout beta1 beta2": (0, ALMOST_1),
+    "learning_rate lora_alpha": (1e-12, LARGE),
+    "dropout lora_dropout beta1 beta2": (0, ALMOST_1),
     "seed": (0, 2**63 - 1),
 }
 
@@ -169,8 +205,29 @@ def check(a):
     decay = a.max_iters if a.lr_decay_iters is None else a.lr_decay_iters
     if not a.eval_only and not a.warmup_iters < decay:
         fail(f"--warmup_iters {a.warmup_iters} leaves no cosine before step {decay}: lower it, or raise --max_iters")
+    if a.lora_rank is not None:
+        check_lora(a)
+    elif a.save_adapters_only:
+        fail("--save_adapters_only has no adapters to save: give --lora_rank too")
     if a.dtype == "float16" and not a.device.startswith("cuda"):
         fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
+
+
+def check_lora(a):
+    if a.init_from != "prev_run":
+        fail(f"--lora_rank {a.lora_rank} adapts weights that are there: give --init_from prev_run and --prev_run_ckpt too")
+    targets = a.lora_targets.split(",")
+    for target in targets:
+        if target not in LORA_TARGETS:
+            near = difflib.get_close_matches(target, LORA_TARGETS, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"give some of {','.join(LORA_TARGETS)}"
+            fail(f"--lora_targets {a.lora_targets}: {target!r} names no matrix here, {mend}")
+    if len(targets) > len(set(targets)):
+        fail(f"--lora_targets {a.lora_targets} names a matrix twice: leave one out")
+    if a.n_embd_wte is not None and a.lora_rank > a.n_embd_wte and set(targets) & set(LORA_TARGETS[:3]):
+        fail(f"--lora_rank {a.lora_rank} is above --n_embd_wte {a.n_embd_wte}, the rank of a target's matrix: lower it")
+    if a.import_wte_freeze or a.import_scale_matrices_freeze:
+        print("note: --lora_rank freezes every weight, the imported ones too; adapters beside them train", file=sys.stderr)
 
 
 # What may change when a run is resumed: nothing that alters the steps already planned, save for how many there are.
@@ -182,6 +239,8 @@ MAY_CHANGE_EVAL_ONLY = MAY_CHANGE | {"dataset", "batch_size", "eval_iters", "dty
 def resume_args(stored, given):
     """The flags of a resumed run: those it was started with, and what was given anew where that may change."""
     may_change = MAY_CHANGE_EVAL_ONLY if given.get("eval_only") else MAY_CHANGE
+    if stored.get("save_adapters_only"):  # the files of its base may have moved, a hash tells whether they are the same
+        may_change = may_change | {"prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz"}
     for name, value in given.items():
         if name not in may_change and value != stored.get(name, value):
             fail(

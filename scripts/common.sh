@@ -1,19 +1,23 @@
 # Sourced by the training scripts after setup.sh: picks preset, data and folder, and runs train.py once.
 #
-#   PRESET    gpt2 | laptop           left out: gpt2 where torch sees a GPU, else laptop
-#   DATASET   wikitext103 | sotu      left out: wikitext103 with gpt2, sotu with laptop or where WikiText cannot be had
-#   OUT       model_weights           where the run folders go, from the repository's folder
-
-OUT=${OUT:-model_weights}
+#   PRESET    gpt2 | laptop | laptop13   left out: gpt2 where torch sees a GPU, else laptop (laptop13 for experiments 1-13)
+#   DATASET   wikitext103 | sotu         left out: wikitext103 with gpt2, sotu with the laptop's or where WikiText cannot be had
+#   OUT       model_weights              where the run folders go, from the repository's folder; left out,
+#                                        model_weights/laptop13 with that preset, since its runs have the names of laptop's
+#   METHOD    svd                        how the table is factorized, where a script starts from factors
 
 if [ -z "${PRESET:-}" ]; then
   # nvidia-smi first: it answers at once, importing torch takes seconds
   if command -v nvidia-smi >/dev/null && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PRESET=gpt2
   else
-    PRESET=laptop
+    PRESET=${LAPTOP:-laptop}
   fi
 fi
+if [ -z "${OUT:-}" ]; then
+  [ "$PRESET" = laptop13 ] && OUT=model_weights/laptop13 || OUT=model_weights
+fi
+METHOD=${METHOD:-svd}
 if [ -z "${DATASET:-}" ]; then
   DATASET=sotu
   if [ "$PRESET" = gpt2 ]; then
@@ -28,7 +32,7 @@ fi
 if [ -z "${PICKED:-}" ]; then
   echo "preset $PRESET, dataset $DATASET, folder $OUT; choose otherwise with PRESET=, DATASET=, OUT= before the command"
 fi
-export PRESET DATASET OUT PICKED=1
+export PRESET DATASET OUT METHOD PICKED=1
 [ -f "data/$DATASET/meta.pkl" ] || [ ! -f "data/$DATASET/prepare.py" ] || python "data/$DATASET/prepare.py"
 
 # train_run FOLDER WANDB_NAME FLAGS...: starts the run, resumes an interrupted one, leaves a finished one alone
@@ -36,6 +40,10 @@ train_run() {
   local out=$OUT/$1 name=$2
   shift 2
   if [ -f "$out/summary.json" ]; then
+    if ! grep -q "\"preset\": \"$PRESET[_\"]" "$out/summary.json"; then
+      echo "$(basename "$0"): error: $out was not run with PRESET=$PRESET: give its preset, or another OUT=" >&2
+      exit 2
+    fi
     echo "$out is done; delete the folder to run it again"
     return
   fi
@@ -44,11 +52,37 @@ train_run() {
   python train.py --dataset "$DATASET" --out_dir "$out" --wandb_run_name "$name" "$@"
 }
 
-# The scripts' first argument is the rank, 128 where the first argument is a flag of train.py or missing.
+# The scripts' first argument is the rank; 128, or 32 of laptop13's 128, where the first argument is a flag of train.py or missing.
 take_rank() {
   case ${1:-} in
-    "" | --*) k=128; rest=("$@") ;;
+    "" | --*) [ "$PRESET" = laptop13 ] && k=32 || k=128; rest=("$@") ;;
     *[!0-9]*) echo "$(basename "$0"): error: rank '$1' is not a number: give it first, e.g. 128" >&2; exit 2 ;;
     *) k=$((10#$1)); rest=("${@:2}") ;;
   esac
+}
+
+# The table's factors by $METHOD at ranks $1, or at rank $k, made where they are missing or older than the baseline. Sets
+# wte_npy, scale_npz (of rank $k) and method, svd's being pca in the seeds' names.
+need_factors() {
+  local rank missing=""
+  method=${METHOD/#svd/pca}
+  for rank in ${1:-$k}; do
+    wte_npy=$OUT/pca_factorized/wte_${method}_k$rank.npy scale_npz=$OUT/pca_factorized/scale_mats_${method}_k$rank.npz
+    if [ ! -f "$wte_npy" ] || [ "$OUT/gpt_baseline/ckpt.pt" -nt "$wte_npy" ]; then missing+=",$rank"; fi
+  done
+  [ -z "$missing" ] || bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
+}
+
+lora_rank() { python -c "import train_args; print(train_args.PRESETS['${PRESET}_lora']['lora_rank'])"; }
+
+# The cards to share runs out to, as an array: GPUS="0 1", left out all that are visible; none with a laptop's preset.
+take_cards() {
+  if [ -z "${GPUS+given}" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
+      GPUS=${CUDA_VISIBLE_DEVICES//,/ }
+    elif [[ $PRESET != laptop* ]] && command -v nvidia-smi >/dev/null; then
+      GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | grep -E '^[0-9]+$' | tr '\n' ' ') || true
+    fi
+  fi
+  read -ra gpus <<< "${GPUS:-}"
 }

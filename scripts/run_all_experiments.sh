@@ -15,14 +15,7 @@ root=$OUT
 python -c 'import sys, train_args; sys.argv[0] = "train.py"; train_args.parse_args()' \
   --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"}
 
-if [ -z "${GPUS+given}" ]; then
-  if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
-    GPUS=${CUDA_VISIBLE_DEVICES//,/ }
-  elif [ "$PRESET" != laptop ] && command -v nvidia-smi >/dev/null; then
-    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | grep -E '^[0-9]+$' | tr '\n' ' ') || true
-  fi
-fi
-read -ra gpus <<< "${GPUS:-}"
+take_cards
 
 # Runs a script, "NAME [RANK]", with the further flags, on one card where there are cards.
 run() {
@@ -48,8 +41,7 @@ for seed in ${SEEDS:-""}; do
     flags+=(--seed "$seed")
   fi
   run train_baseline_gpt2.sh
-  factors=$OUT/pca_factorized/wte_pca_k$k.npy
-  if [ ! -f "$factors" ] || [ "$OUT/gpt_baseline/ckpt.pt" -nt "$factors" ]; then bash scripts/run_pca_factorization.sh "$k"; fi
+  need_factors
   both "train_pca_compressed.sh $k" "train_random_lowrank.sh $k"
   both "train_pca_finetune.sh $k" "train_baseline_more.sh"
 done

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
 case ${1:-} in
-  "" | --*) [ "$PRESET" = laptop ] && ranks=16,32,64,128 || ranks=64,128,256,512 ;;
+  "" | --*) case $PRESET in laptop) ranks=16,32,64,128 ;; laptop13) ranks=8,16,32,64 ;; *) ranks=64,128,256,512 ;; esac ;;
   *) ranks=$1; shift ;;
 esac
 folder=$OUT/pca_factorized

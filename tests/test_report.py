@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from report import comparison, paired_p, read_rows, table
+from compare import OUR_CLAIMS, SEEDS_CLAIMS, comparison, judge, overall, paired_p
+from report import table
+from runs import read_rows, total_seconds
 
 
 def write_run(folder, loss, k=None, seed=1337, tokens=1000, **changes):
@@ -43,8 +45,9 @@ def test_one_seed_is_inconclusive_and_the_words_follow_the_numbers(tmp_path, run
         assert "B vs D+ (k=4): compressing and fine-tuning is 0.100 nats worse" in text
         assert "6.5000 nats. D lies 1.500 nats under it." in text
         assert "2.50x" in text  # 100 / 40
-    for figure in ("validation_curves.png", "loss_against_parameters.png"):
-        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG") and figure in (tmp_path / "report.md").read_text()
+    for figure in ("validation_curves", "loss_against_parameters", "loss_against_seconds"):
+        assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{figure}.svg").read_text() and f"{figure}.png" in (tmp_path / "report.md").read_text()
 
 
 def test_seeds_make_one_row_with_spread_and_a_paired_test(tmp_path, run_main):
@@ -121,3 +124,88 @@ def test_paired_p_against_the_printed_tables_of_students_t(t, n, p):
 def test_table_is_aligned():
     lines = table(["a", "b"], [["x", "1"], ["longer", "1,000"]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[1] == "|--------|------:|"
+
+
+# -- experiments 1-13 -------------------------------------------------------------------------------------------------
+
+BASE = dict(part="all weights", ckpt="model_weights/gpt_baseline", tokens=1000)
+
+
+def write_13(root, seed, jitter=0.0):
+    """The thirteen rows and their controls at ranks 2 and 8, with losses of our choosing."""
+    write_run(root / "gpt_baseline", 5.0 + jitter, seed=seed, seconds=100.0)
+    write_run(root / "gpt_baseline_more", 4.8 + jitter, seed=seed, starts_from=BASE, tokens=500)
+    write_run(root / "gpt_baseline_lora", 4.9 + jitter, seed=seed, starts_from=BASE, tokens=500)
+    for k, worse in ((2, 0.3), (8, 0.0)):
+        noise = jitter * 1.001 + worse
+        write_run(root / f"gpt_lowrank_scratch_k{k}", 5.1 + noise, k, seed)
+        more = dict(part="all weights", ckpt=f"model_weights/gpt_lowrank_scratch_k{k}/ckpt.pt", tokens=1000)
+        write_run(root / f"gpt_lowrank_scratch_more_k{k}", 5.05 + noise, k, seed, starts_from=more, tokens=500)
+        for method, loss in (("pca", 6.0), ("freq", 5.8), ("whiten", 5.9), ("joint", 5.5), ("fisher", 5.4)):
+            write_run(root / f"gpt_{method}_nofinetune_k{k}", loss + noise, k, seed, starts_from=BASE, tokens=0, seconds=0.0)
+        write_run(root / f"gpt_pca_lora_k{k}", 4.95 + noise, k, seed, starts_from=BASE, tokens=500)
+        write_run(root / f"gpt_fisher_lora_k{k}", 4.85 + noise, k, seed, starts_from=BASE, tokens=500)
+        write_run(root / f"gpt_pca_finetune_k{k}", 4.82 + noise, k, seed, starts_from=BASE, tokens=500)
+
+
+def test_thirteen_rows_by_rank_and_what_holds(tmp_path, run_main):
+    for seed, jitter in ((1, 0.0), (2, 0.1), (3, -0.1)):
+        write_13(tmp_path / f"seed_{seed}", seed, jitter)
+    result = run_main("report.py", "--runs", tmp_path)
+    assert result.status == 0, result.err
+    report = (tmp_path / "report.md").read_text()
+    lines = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in report.splitlines() if "|" in line
+    }
+    assert lines["val loss"] == ["dense", "k=2", "k=8"]
+    assert lines["low-rank scratch (2-5)"] == ["-", "5.400 ± 0.100", "5.100 ± 0.100"]
+    assert lines["baseline"] == ["5.000 ± 0.100", "-", "-"]
+    for said in (
+        "**Fine-tuning reaches the baseline: does not hold**",  # at rank 2
+        "**A PCA start beats a random start, the seeds' way: holds**",
+        "**joint is below whiten below freq below svd, without training: does not hold**",
+        "**fisher + LoRA is below the seeds' PCA + LoRA: holds**",
+    ):
+        assert said in report
+    assert "| 10-13 vs D (k=8) |    -0.0500 |" in report
+    for figure in ("loss_by_rank", "loss_against_parameters", "loss_against_seconds", "ln_f_cosine", "validation_curves"):
+        for kind in ("png", "svg"):
+            assert (tmp_path / f"{figure}.{kind}").stat().st_size > 1000
+
+
+def test_claims_are_judged_by_the_paired_test(tmp_path):
+    for seed, jitter in ((1, 0.0), (2, 0.1), (3, -0.1)):
+        write_13(tmp_path / f"seed_{seed}", seed, jitter)
+    rows = read_rows(tmp_path)[0]
+    judged = {claim.text: (verdict, found) for claim, verdict, found in judge(SEEDS_CLAIMS + OUR_CLAIMS, rows)}
+    verdict, found = judged["Fine-tuning is cheaper than scratch, counting the baseline's tokens"]
+    assert verdict == "holds" and [d.more_tokens for d in found] == [0, 0]
+    verdict, found = judged["k = 128 is enough"]  # at the rank nearest to 16 / 6
+    assert verdict == "does not hold" and {d.first.k for d in found} == {2}
+    order = judged["joint is below whiten below freq below svd, without training"][1]
+    assert [(d.name, d.verdict()) for d in order[::2]] == [
+        ("joint vs whiten (k=2)", "holds"), ("whiten vs freq (k=2)", "does not hold"), ("freq vs 6-9 (k=2)", "holds"),
+    ]  # fmt: skip
+    assert overall([]) == overall(["holds", "inconclusive"]) == "inconclusive"
+    assert overall(["holds", "does not hold", "inconclusive"]) == "does not hold"
+    one_seed = read_rows(tmp_path / "seed_1")[0]
+    assert {verdict for _, verdict, _ in judge(SEEDS_CLAIMS, one_seed)} == {"inconclusive"}
+
+
+def test_what_a_model_stores_trains_and_takes(tmp_path):
+    write_13(tmp_path, 1)
+    counts = dict(token_table=40, positions=4, attention=8, mlp=16, norms=2, adapters=9, total=79)
+    summary = json.loads((tmp_path / "gpt_pca_lora_k2" / "summary.json").read_text())
+    summary |= dict(parameters=counts, parameters_trained=9)
+    (tmp_path / "gpt_pca_lora_k2" / "summary.json").write_text(json.dumps(summary))
+    rows = read_rows(tmp_path)[0]
+    by_name = {row.name: row for row in rows}
+    lora, cut, more = (by_name[f"gpt_{n}_k2"] for n in ("pca_lora", "pca_nofinetune", "lowrank_scratch_more"))
+    assert (lora.stored, lora.trained, cut.trained) == (70, 9, 0)
+    assert [total_seconds(row, rows) for row in (lora, cut, more, by_name["gpt_baseline"])] == [
+        [112.0],
+        [100.0],
+        [24.0],
+        [100.0],
+    ]
+    assert by_name["gpt_fisher_lora_k2"].label == "fisher+LoRA" and by_name["gpt_pca_lora_k2"].label == "10-13"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cli import fail, finish, flag, parse
-from util_factorization import METHODS
+from util_factorization import CALIBRATED, JOINT_LAMBDA, METHODS
 
 FOLDER = "model_weights/pca_factorized"
 
@@ -26,9 +26,12 @@ class Args:
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
     method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=METHODS)
     dataset: str = flag(
-        "", "token counts for freq and the error per token; left out, the checkpoint's own dataset, if it is there"
+        "", "token counts of all methods but svd and centered; left out, the checkpoint's own dataset, if it is there"
     )
-    device: str = flag("cpu", "where the decomposition runs: cpu or cuda")
+    calib_dataset: str = flag("", "training text that whiten, joint and fisher read; left out, the dataset of the token counts")
+    calib_tokens: int = flag(131072, "how much of it, in windows evenly spread over it")
+    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint")
+    device: str = flag("cpu", "where calibration and decomposition run: cpu or cuda")
 
 
 def parse_ranks(text, d):
@@ -61,6 +64,27 @@ def check_names(args, given, n_ranks):
         fail(f"--out_wte_npy and --out_scale_npz are both {args.out_wte_npy}: give two names")
 
 
+def calibration(args, checkpoint, dataset):
+    """(C, G or None) of the checkpoint's model on the calibration text, see calibrate.py."""
+    import checkpoint as ckpt
+    from dataset import Dataset
+    from util_factorization.calibrate import calibrate
+
+    text = Dataset(args.calib_dataset) if args.calib_dataset else dataset
+    T, V = checkpoint["config"]["block_size"], checkpoint["config"]["vocab_size"]
+    if text.vocab_size != V:
+        fail(f"--calib_dataset {text.folder} has {text.vocab_size} ids, the table {V}: give text of the same tokenizer")
+    count = -(-args.calib_tokens // T)
+    available = (len(text.train) - 1) // T * T
+    if count * T > available:
+        fail(
+            f"--calib_tokens {args.calib_tokens}: {text.folder / 'train.bin'} has {available} in whole windows of {T}, "
+            "give fewer or more text"
+        )
+    windows = text.fixed_windows(count, max(1, 4096 // T), T, split="train")
+    return calibrate(ckpt.build(checkpoint, dropout=0.0), windows, args.device, gradients=args.method == "fisher")
+
+
 def main(argv=None):
     args, given = parse(Args, argv, description=__doc__)
 
@@ -69,6 +93,8 @@ def main(argv=None):
     path = Path(args.ckpt_path)
     path = path / "ckpt.pt" if path.is_dir() else path
     checkpoint = ckpt.load(path)
+    if checkpoint["config"].get("lora_rank") is not None:
+        fail(f"--ckpt_path {path} has adapters: merge them first (util_factorization/merge_lora.py)")
     if checkpoint["config"]["n_embd_wte"] is not None:
         fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
     table = checkpoint["model"]["transformer.wte.weight"]
@@ -86,7 +112,7 @@ def main(argv=None):
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     counts, name = None, args.dataset or checkpoint["args"]["dataset"]
-    required, folder = bool(args.dataset) or args.method == "freq", find_folder(name)
+    required, folder = bool(args.dataset) or args.method not in ("svd", "centered"), find_folder(name)
     if required or (folder and (folder / "meta.pkl").is_file()):
         dataset = Dataset(name)
         if dataset.vocab_size == V:
@@ -94,7 +120,18 @@ def main(argv=None):
         elif required:
             fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the one it was trained on")
 
-    whole = decompose(table, args.method, counts, args.device)
+    C, G, calibrated = None, None, {}
+    if args.method in CALIBRATED:
+        C, G = calibration(args, checkpoint, dataset)
+        calibrated = dict(calib_dataset=args.calib_dataset or name, calib_tokens=args.calib_tokens)
+    elif not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
+        fail(f"--method {args.method} reads no calibration text: leave --calib_dataset and --calib_tokens out")
+    if args.method == "joint":
+        calibrated |= dict(joint_lambda=args.joint_lambda)
+    elif "joint_lambda" in given:
+        fail(f"--joint_lambda weighs nothing in --method {args.method}: give --method joint, or leave it out")
+
+    whole = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)
     ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
     per_row = whole.relative_errors(ranks)
     per_token = [None] * len(ranks) if counts is None else whole.relative_errors(ranks, counts)
@@ -116,6 +153,7 @@ def main(argv=None):
         names = dict(k=k, method=method_in_names(args.method))
         wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
         source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, ckpt_tokens=checkpoint["tokens"])
+        source |= calibrated
         versions = dict(torch=torch.__version__, numpy=np.__version__)
         spectrum = [float(f"{s:.6g}") for s in whole.S]
         write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
@@ -126,9 +164,9 @@ def main(argv=None):
 
     from plots import scree_plot
 
-    figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}.png")
+    figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}")
     scree_plot(figure, {args.method: whole.S.tolist()}, ranks)
-    finish(method=args.method, V=V, d=d, scree=str(figure), ranks=rows)
+    finish(method=args.method, V=V, d=d, scree=f"{figure}.png", ranks=rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""
+What two models of the same seeds say about each other: paired differences of their best losses, and what becomes of a claim.
+"""
+
+from dataclasses import dataclass
+
+# What two runs must share for their losses to be compared, beside the text they are evaluated on.
+COMMON = ("eval_tokens", "tokens_per_step", "n_embd", "positions", "attention", "mlp", "norms")
+LEVEL = 0.05  # of the p values, none of which is corrected for the others
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def mean(xs):
+    return sum(xs) / len(xs)
+
+
+def spread(xs):
+    """Sample standard deviation."""
+    return (sum((x - mean(xs)) ** 2 for x in xs) / (len(xs) - 1)) ** 0.5
+
+
+def shown(xs, digits):
+    xs = [x for x in xs if x is not None]
+    if not xs:
+        return "-"
+    text = f"{mean(xs):,.{digits}f}"
+    return text + (f" ± {spread(xs):,.{digits}f}" if len(xs) > 1 and spread(xs) > 0 else "")
+
+
+def paired_p(differences):
+    """
+    Two-sided p of the paired t-test that the mean difference is zero.
+
+    With t = sqrt(n - 1) tan(theta) Student's density becomes cos(theta)^(n - 2), which a sum integrates.
+    """
+    import numpy as np
+
+    n, s = len(differences), spread(differences)
+    if s == 0:
+        return 1.0 if mean(differences) == 0 else 0.0
+    theta = np.arctan(abs(mean(differences)) / (s / n**0.5) / (n - 1) ** 0.5)
+
+    def integral(low, high, steps=20000):
+        middles = low + (np.arange(steps) + 0.5) * (high - low) / steps
+        return (np.cos(middles) ** (n - 2)).mean() * (high - low)
+
+    return float(integral(theta, np.pi / 2) / integral(0, np.pi / 2))
+
+
+# -- two models -------------------------------------------------------------------------------------------------------
+
+
+def conditions(summary):
+    flat = summary | summary["parameters"]
+    return [summary["dataset"], summary["val_unigram_entropy"], *(flat[key] for key in COMMON)]
+
+
+def training_tokens(summary):
+    """A run's own and those of what it starts from, its token table's at the least."""
+    return summary["tokens"] + ((summary["starts_from"] or {}).get("tokens") or 0)
+
+
+@dataclass
+class Difference:
+    """The first model's best loss minus the second's, over the seeds that both have."""
+
+    first: object
+    second: object
+    values: list  # nats, one for each seed
+    more_tokens: int  # that the first has read, counting what each starts from
+    problem: str = ""  # why the two cannot be compared
+
+    @property
+    def name(self):
+        return f"{self.first.label} vs {self.second.label}" + (f" (k={self.first.k})" if self.first.k else "")
+
+    @property
+    def p(self):
+        return paired_p(self.values) if len(self.values) > 1 else None
+
+    def verdict(self):
+        """Of the claim that the first is better: holds, does not hold, inconclusive."""
+        if self.problem or self.p is None or self.p >= LEVEL:
+            return "inconclusive"
+        return "holds" if mean(self.values) < 0 else "does not hold"
+
+
+def difference(first, second):
+    seeds = [seed for seed in first.summaries if seed in second.summaries]
+    if not seeds:
+        return Difference(first, second, [], 0, "no seed in common, so no comparison.")
+    pairs = [(first.summaries[seed], second.summaries[seed]) for seed in seeds]
+    for a, b in pairs:
+        for key, x, y in zip(("dataset", "val_unigram_entropy", *COMMON), conditions(a), conditions(b)):
+            if x != y:
+                problem = f"not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other."
+                return Difference(first, second, [], 0, problem)
+    values = [a["best"]["val_loss"] - b["best"]["val_loss"] for a, b in pairs]
+    return Difference(first, second, values, training_tokens(a) - training_tokens(b))
+
+
+def shown_p(p):
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+
+
+def comparison(first, second, subject):
+    """A sentence about the first row against the second, which follows from the best losses of the seeds both have."""
+    found = difference(first, second)
+    if found.problem:
+        return f"{found.name}: {found.problem}"
+    gap, more = mean(found.values), found.more_tokens
+    said = f"{found.name}: {subject} is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'}"
+    if abs(gap) < 0.0005:
+        said = f"{found.name}: {subject} makes no difference to 0.001 nats"
+    if more:
+        said += f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
+    if found.p is None:
+        return f"{said}; one seed, so inconclusive."
+    verdict = "" if found.p < LEVEL else ", so inconclusive"
+    seeds = f"spread {spread(found.values):.3f} over {len(found.values)} seeds"
+    return f"{said} ({seeds}, paired t-test {shown_p(found.p)}{verdict})."
+
+
+# label, label, the question; the answer is about the first of the two.
+COMPARISONS = (
+    ("A", "C", "Does a PCA start help?", "the PCA start"),
+    ("A", "D", "What does the smaller table cost, when it starts trained?", "rank {k} of {d}"),
+    ("A", "A full", "And against the whole table with the same start?", "rank {k} of {d}"),
+    ("C", "D", "And when everything starts random?", "rank {k} of {d}"),
+    ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
+    ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
+    ("B", "D+", "And when the baseline gets the same extra steps?", "compressing and fine-tuning"),
+)
+
+
+def pairs(rows, first, second):
+    """The rows of the two labels that belong together: of one rank, or the second of none (or of full rank)."""
+    for a in (row for row in rows if row.label == first):
+        for b in (row for row in rows if row.label == second and (second == "A full" or row.k in (None, a.k))):
+            yield a, b
+
+
+def comparisons(rows):
+    """The main job's questions, for every rank that was run: markdown lines."""
+    return [
+        f"- {question} {comparison(a, b, subject.format(k=a.k, d=a.one('n_embd')))}"
+        for first, second, question, subject in COMPARISONS
+        for a, b in pairs(rows, first, second)
+    ]
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+EVERY, SIXTH, SMALLEST_TWO = "every rank", "the rank nearest to a sixth of the width", "the two smallest ranks"
+
+
+@dataclass
+class Claim:
+    """Of each pair, that the first model's loss is below the second's."""
+
+    text: str
+    decide: tuple  # pairs of labels
+    ranks: str = EVERY
+    note: str = ""
+
+    def differences(self, rows):
+        ranks = sorted({row.k for row in rows if row.k and any(row.label == a for a, _ in self.decide)})
+        if self.ranks == SIXTH:
+            ranks = sorted(ranks, key=lambda k: abs(k - rows[0].one("n_embd") / 6))[:1]
+        elif self.ranks == SMALLEST_TWO:
+            ranks = ranks[:2]
+        return [difference(a, b) for first, second in self.decide for a, b in pairs(rows, first, second) if a.k in ranks]
+
+
+SEEDS_CLAIMS = (
+    Claim("A PCA start beats a random start, the seeds' way", (("A", "C"), ("10-13", "2-5")),
+          note="The PCA start has the tokens that its table or its weights were trained on before."),
+    Claim("A PCA start beats a random start, equal tokens counted from the same start", (("B", "2-5+"), ("10-13", "2-5+"))),
+    Claim("k = 128 is enough", (("B", "D+"), ("10-13", "D+"), ("A", "A full")), SIXTH,
+          note="The seeds' 128 is a sixth of their width, 768. Enough means no worse than dense with the same training."),
+    Claim("Fine-tuning reaches the baseline", (("B", "D"), ("10-13", "D"))),
+    Claim("Fine-tuning reaches the baseline with the same extra steps", (("B", "D+"), ("10-13", "D+"), ("10-13", "D+LoRA"))),
+    Claim("Fine-tuning is cheaper than scratch, where a baseline is there already", (("10-13", "2-5"), ("B", "A")),
+          note="Cheaper in its own steps, half as many, and in what it trains; held against the loss of scratch."),
+    Claim("Fine-tuning is cheaper than scratch, counting the baseline's tokens", (("10-13", "2-5+"),),
+          note="Both have read the same number of tokens in all."),
+)  # fmt: skip
+
+OUR_CLAIMS = (
+    Claim("joint is below whiten below freq below svd, without training",
+          (("joint", "whiten"), ("whiten", "freq"), ("freq", "6-9")), SMALLEST_TWO),
+    Claim("fisher is below joint, and below svd, without training", (("fisher", "joint"), ("fisher", "6-9"))),
+    Claim("fisher + LoRA is below the seeds' PCA + LoRA", (("fisher+LoRA", "10-13"),)),
+    Claim("fisher + LoRA is below low-rank scratch, equal tokens counted from the same start", (("fisher+LoRA", "2-5+"),)),
+    Claim("fisher + LoRA is below low-rank scratch, the seeds' way", (("fisher+LoRA", "2-5"),)),
+)  # fmt: skip
+
+
+def overall(verdicts):
+    """holds where every comparison does; does not hold where one is against it; else inconclusive."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if verdicts and set(verdicts) == {"holds"} else "inconclusive"
+
+
+def judge(claims, rows):
+    """Of every claim that the rows say something about: (claim, verdict, its differences)."""
+    judged = []
+    for claim in claims:
+        found = [d for d in claim.differences(rows) if not d.problem]
+        if found:
+            judged.append((claim, overall([d.verdict() for d in found]), found))
+    return judged

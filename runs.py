@@ -1,0 +1,147 @@
+"""
+What finished runs left behind: run folders -> rows. A row is one model, with a run for each seed.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import fail
+
+# In the order of the tables: label, folder name (k\d+ is the rank, m the method of the factors), series, what it is.
+# {m} is filled in; the seeds call svd pca.
+METHOD = r"(?P<m>centered|freq|whiten|joint|fisher)"
+ROWS = (
+    ("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
+    ("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
+    ("C", r"gpt_random_lowrank_k\d+", "random factors, scratch (C)", "random factors, from scratch"),
+    ("2-5", r"gpt_lowrank_scratch_k\d+", "low-rank scratch (2-5)", "random factors, from scratch"),
+    ("6-9", r"gpt_pca_nofinetune_k\d+", "PCA, no training (6-9)", "D, its table factorized by svd, not trained on"),
+    ("10-13", r"gpt_pca_lora_k\d+", "PCA + LoRA (10-13)", "D, its table factorized by svd, adapters trained"),
+    ("{m}", rf"gpt_{METHOD}_nofinetune_k\d+", "{m}, no training", "D, its table factorized by {m}, not trained on"),
+    ("{m}+LoRA", rf"gpt_{METHOD}_lora_k\d+", "{m} + LoRA", "D, its table factorized by {m}, adapters trained"),
+    ("B", r"gpt_pca_finetune_k\d+", "PCA + full fine-tuning (B)", "D, its table factorized by svd, every weight trained on"),
+    (
+        "B {m}",
+        rf"gpt_{METHOD}_finetune_k\d+",
+        "{m} + full fine-tuning",
+        "D, its table factorized by {m}, every weight trained on",
+    ),
+    (
+        "2-5+",
+        r"gpt_lowrank_scratch_more_k\d+",
+        "low-rank scratch, more steps (2-5+)",
+        "2-5, every weight, with as many steps more",
+    ),
+    ("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight, with as many steps more"),
+    ("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many steps more"),
+)
+
+
+@dataclass
+class Row:
+    """One model: the runs of one folder name, a run for each seed."""
+
+    label: str
+    name: str
+    series: str  # the line of a figure that it is a point of
+    what: str
+    summaries: dict  # seed -> summary.json
+    folders: dict  # seed -> its folder
+
+    def values(self, *path):
+        """One number for each seed, None where a run has none."""
+        out = []
+        for summary in self.summaries.values():
+            for key in path:
+                summary = summary[key]
+            out.append(summary)
+        return out
+
+    def one(self, *path):
+        return self.values(*path)[0]
+
+    @property
+    def k(self):
+        return self.one("n_embd_wte")
+
+    @property
+    def losses(self):
+        return self.values("best", "val_loss")
+
+    @property
+    def stored(self):
+        """Parameters that a shipped model has, adapters merged."""
+        counts = self.one("parameters")
+        return counts["total"] - counts.get("adapters", 0)  # runs from before LoRA have no such group
+
+    @property
+    def trained(self):
+        return self.one("parameters_trained") if self.one("tokens") else 0
+
+
+def read_rows(root):
+    """Returns (the finished runs as rows, the folders of unfinished ones)."""
+    configs = sorted(p for pattern in ("*/config.json", "seed_*/*/config.json") for p in root.glob(pattern))
+    found, unfinished = {}, []
+    for config in configs:
+        folder = config.parent
+        if not (folder / "summary.json").exists():
+            unfinished.append(folder)
+            continue
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+            seed = summary["seed"]
+        except (ValueError, KeyError):
+            fail(f"{folder / 'summary.json'} is not what train.py writes: delete the folder and run it again")
+        row = found.setdefault(folder.name, Row("", folder.name, folder.name, "", {}, {}))
+        if seed in row.summaries:
+            fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
+        row.summaries[seed], row.folders[seed] = summary, folder
+    rows = []
+    for label, pattern, series, what in ROWS:
+        matches = [match for name in found if (match := re.fullmatch(pattern, name))]
+        for match in sorted(matches, key=lambda match: (match.groups(), found[match.string].k or 0)):
+            row = found.pop(match.string)
+            row.label, row.series, row.what = (text.format(**match.groupdict()) for text in (label, series, what))
+            if label == "A" and row.k == row.one("n_embd"):
+                row.label = row.series = "A full"
+                row.what = "A's control: D's whole table as factors of full rank, the rest from scratch"
+            rows.append(row)
+    return rows + list(found.values()), unfinished
+
+
+def read_curve(folder):
+    """The evaluations of a run: [(tokens it had trained on itself, val_loss)]."""
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{folder / 'metrics.jsonl'} cannot be read ({error}): delete the folder and run it again")
+
+
+def read_factors(root):
+    """The JSON of every factor file, by method: {method: [facts, by rank]}."""
+    found = {}
+    for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
+        try:
+            facts = json.loads(path.read_text())
+            found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path} is not what pca_factorize_wte.py writes: delete it, or factorize the checkpoint again")
+    return {method: [ranks[k] for k in sorted(ranks)] for method, ranks in found.items()}
+
+
+def total_seconds(row, rows):
+    """Seconds of training, one number for each seed: its own and those of the run it starts from, None where that is gone."""
+    out = []
+    for seed, summary in row.summaries.items():
+        start, before = summary["starts_from"], 0
+        if start:
+            # <root>/[seed_N/]NAME[/ckpt.pt] or the factors of gpt_baseline
+            parts = ["gpt_baseline"] if start["part"] == "token table" else list(Path(start["ckpt"]).parts)
+            sources = [r.summaries[seed] for r in rows if r.name in parts and seed in r.summaries]
+            before = sources[0]["seconds"] if sources else None
+        out.append(None if before is None else before + summary["seconds"])
+    return out

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Experiments 1-13 and the rows that they need beside them -> report.
+#
+#   bash scripts/run_13_experiments.sh                        flags for every train.py may follow
+#   K="64 128 256 512"                                        ranks; left out: these with gpt2, 8 16 32 64 with laptop13
+#   METHODS="centered freq whiten joint fisher" BEST=fisher   evaluated without training; trained on with adapters
+#   ONLY13=1                                                  the thirteen alone
+#   SEEDS="1 2 3"                                             three rounds, in OUT/seed_N, and paired tests
+#   GPUS="0 1"                                                cards, one run each; left out: all that are visible
+#
+# Finished runs are skipped, interrupted ones resumed. A run that fails is named at the end, the others go on.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+LAPTOP=laptop13
+source scripts/common.sh
+take_cards
+root=$OUT
+case $PRESET in gpt2) K=${K:-64 128 256 512} ;; laptop) K=${K:-16 32 64 128} ;; *) K=${K:-8 16 32 64} ;; esac
+METHODS=${METHODS-centered freq whiten joint fisher} BEST=${BEST:-fisher}
+if [ -n "${ONLY13:-}" ]; then METHODS="" BEST=""; fi
+echo "ranks $K, adapters of rank $(lora_rank)"
+# A mistake in ranks or flags shows here, not after the baseline has been trained.
+for k in $K; do
+  python -c 'import sys, train_args; sys.argv[0] = "run_13_experiments.sh"; train_args.parse_args()' \
+    --preset "${PRESET}_lora" --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline" --n_embd_wte "$k" "$@"
+done
+
+failed=$(mktemp) cards=$(mktemp -u)
+trap 'rm -f "$failed"' EXIT
+mkfifo "$cards"
+exec 3<> "$cards"  # a run takes a card out and puts it back
+rm "$cards"
+if [ ${#gpus[@]} -eq 0 ]; then echo >&3; else printf '%s\n' "${gpus[@]}" >&3; fi
+
+# Each argument, "[VAR=value] SCRIPT [RANK]", is a run; as many go side by side as there are cards.
+share_out() {
+  local run card
+  for run; do
+    read -r card <&3
+    {
+      # shellcheck disable=SC2086  # the words of a run
+      ${card:+env CUDA_VISIBLE_DEVICES="$card"} env ${run%% *} bash scripts/${run#* } ${flags[@]+"${flags[@]}"} 3>&- ||
+        echo "$OUT: ${run#* }" >> "$failed"
+      echo "$card" >&3
+    } &
+  done
+  wait
+}
+
+for seed in ${SEEDS:-""}; do
+  flags=("$@")
+  if [ -n "$seed" ]; then
+    export OUT=$root/seed_$seed
+    flags+=(--seed "$seed")
+  fi
+  runs=("METHOD=svd train_baseline_gpt2.sh --wandb_run_name baseline")
+  for k in $K; do runs+=("METHOD=svd train_lowrank_scratch.sh $k"); done
+  share_out "${runs[@]}"
+
+  runs=()
+  if [ -f "$OUT/gpt_baseline/ckpt.pt" ]; then
+    for METHOD in svd $METHODS; do
+      need_factors "$K" || echo "$OUT: run_pca_factorization.sh ${K// /,} --method $METHOD" >> "$failed"
+    done
+    for k in $K; do
+      for METHOD in svd $METHODS; do runs+=("METHOD=$METHOD eval_pca_nofinetune.sh $k"); done
+      for METHOD in svd $BEST; do runs+=("METHOD=$METHOD train_pca_lora.sh $k"); done
+      if [ -n "$BEST" ]; then runs+=("METHOD=svd train_pca_finetune.sh $k" "METHOD=svd train_lowrank_more.sh $k"); fi
+    done
+    if [ -n "$BEST" ]; then runs+=("METHOD=svd train_baseline_more.sh" "METHOD=svd train_baseline_lora.sh"); fi
+    share_out "${runs[@]}"
+  fi
+done
+python report.py --runs "$root" || echo "report.py --runs $root" >> "$failed"
+if [ -s "$failed" ]; then
+  echo "run_13_experiments.sh: failed, the others went on:" >&2
+  sed 's/^/  /' "$failed" >&2
+  exit 1
+fi

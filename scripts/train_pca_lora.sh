@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Experiments 10-13. The baseline with its table factorized (METHOD=svd), adapters trained on both sides of the table and in
+# the blocks, everything else frozen. Arguments: rank, then flags of train.py.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+LAPTOP=laptop13
+source scripts/common.sh
+take_rank "$@"
+need_factors
+train_run "gpt_${method}_lora_k$k" "$method-lora-k$k-r$(lora_rank)" --preset "${PRESET}_lora" --n_embd_wte "$k" \
+  --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline" \
+  --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz" ${rest[@]+"${rest[@]}"}

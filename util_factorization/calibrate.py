@@ -1,0 +1,32 @@
+"""What a model does with its token table, measured on text: second moments that whiten, joint and fisher weigh errors by."""
+
+import torch
+from torch.nn import functional as F
+
+
+def calibrate(model, windows, device="cpu", gradients=False):
+    """
+    One pass of a model over windows, an iterable of numpy (B, T) token ids and the (B, T) that follow them.
+
+    Returns (C [d,d], G [d,d] or None), float64: C = E[h h^T] of what the head reads, h after ln_f; with gradients also
+    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row (the empirical Fisher's factor).
+    """
+    model.to(device).eval().requires_grad_(False)
+    d, tokens = model.config.n_embd, 0
+    C, G = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    for x, y in windows:
+        x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        rows = model.lookup(x).requires_grad_(gradients)  # (B, T, d)
+        h = model.trunk(rows)
+        C += sum_of_squares(h.detach())
+        if gradients:
+            loss = F.cross_entropy(model.logits(h).flatten(0, 1), y.flatten(), reduction="sum")
+            G += sum_of_squares(torch.autograd.grad(loss, rows)[0])
+        tokens += x.numel()
+    return C / tokens, G / tokens if gradients else None
+
+
+def sum_of_squares(x):
+    """(B, T, d) -> the sum of x x^T over tokens, [d,d] float64 on the CPU."""
+    x = x.flatten(0, 1).cpu().double()
+    return x.T @ x

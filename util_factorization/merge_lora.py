@@ -1,0 +1,45 @@
+"""
+Merge the adapters of a LoRA checkpoint into its weights: a plain checkpoint of the base's size with the same logits.
+
+    python util_factorization/merge_lora.py --ckpt_path model_weights/gpt_pca_lora_k64 --out merged.pt
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli import fail, finish, flag, parse
+
+
+@dataclass
+class Args:
+    ckpt_path: str = flag(help="checkpoint with adapters, or the run folder that holds ckpt.pt")
+    out: str = flag(help="the file to write; an existing one is left alone")
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+
+    import checkpoint as ckpt
+
+    checkpoint = ckpt.load(args.ckpt_path, mend="give the ckpt.pt of a run with --lora_rank")
+    if checkpoint["config"].get("lora_rank") is None:
+        fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
+    if Path(args.out).exists():
+        fail(f"--out {args.out} exists: choose another file, or delete it")
+    model = ckpt.build(checkpoint)
+    before = model.count_parameters()
+    model.merge_lora()
+    kept = ("args", "iter_num", "data_step", "tokens", "starts_from", "val_loss")
+    facts = {name: checkpoint[name] for name in kept if name in checkpoint}
+    facts["args"] = facts["args"] | dict(lora_rank=None, save_adapters_only=False)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    ckpt.save(args.out, model, **facts)
+    after = model.count_parameters()
+    print(f"{args.ckpt_path}: {before['adapters']:,} numbers of adapters merged, {after['total']:,} stored")
+    finish(out=args.out, adapters_merged=before["adapters"], parameters=after)
+
+
+if __name__ == "__main__":
+    main()
