@@ -55,11 +55,11 @@ def find_folder(name):
 
 
 class Dataset:
-    def __init__(self, name):
-        """name: a folder under data/, or the path of one elsewhere. Checks both files whole."""
+    def __init__(self, name, flag="--dataset"):
+        """name: a folder under data/, or the path of one elsewhere; flag: what named it. Checks both files whole."""
         self.folder = find_folder(name)
         if self.folder is None:
-            fail(f"--dataset {name}: no such folder under data/; run data/{name}/prepare.py, or give a folder's path")
+            fail(f"{flag} {name}: no such folder under data/; run data/{name}/prepare.py, or give a folder's path")
         self.meta = read_meta(self.folder / "meta.pkl")
         self.vocab_size = self.meta["vocab_size"]
         self.train = self._tokens("train.bin")

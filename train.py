@@ -45,7 +45,10 @@ if resuming:
     previous = checkpoint.load(out / ("ckpt.pt" if args.eval_only else "last.pt"), mend=mend, **base_files)
     args = resume_args(previous["args"], given)
 elif args.init_from == "prev_run":
-    previous = checkpoint.load(args.prev_run_ckpt)
+    mend = (
+        "train it first (scripts/train_baseline_gpt2.sh trains gpt_baseline, train_lowrank_scratch.sh gpt_lowrank_scratch_k*)"
+    )
+    previous = checkpoint.load(args.prev_run_ckpt, mend=mend)
     args = replace(args, **checkpoint.previous_shape(previous, args, given))
 # Weights that come from another run go on in the text where they stopped, rather than read its beginning again.
 steps_before = previous["data_step"] - (previous["iter_num"] if resuming else 0) if previous else 0

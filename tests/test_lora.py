@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from model import GPT, effective_weight
-from train_args import LORA_TARGETS, PRESETS
+from train_args import LORA_TARGETS, PRESETS, TrainArgs
 
 ALL = ",".join(LORA_TARGETS)
 PLAIN = ("q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")  # ordinary linear layers
@@ -310,9 +310,8 @@ def test_more_mistakes(train, tmp_path, start, assert_one_line_error):
 
 
 def test_presets_have_the_seeds_adapters_and_fit_the_smallest_rank():
-    assert PRESETS["gpt2_lora"]["lora_rank"] == 32
-    defaults = {f.name: f.default for f in __import__("dataclasses").fields(__import__("train_args").LoraArgs)}
-    assert (defaults["lora_alpha"], defaults["lora_dropout"], defaults["lora_targets"]) == (64, 0.1, ALL)
+    a = TrainArgs(**PRESETS["gpt2_lora"])
+    assert (a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_targets) == (32, 64, 0.1, ALL)
     runner = (REPO / "scripts" / "run_13_experiments.sh").read_text()
     for preset, smallest in (("gpt2", 64), ("laptop", 16), ("laptop13", 8)):
         assert PRESETS[f"{preset}_lora"]["lora_rank"] <= smallest and f"{smallest} " in runner

@@ -14,10 +14,13 @@ import pytest
 import torch
 from conftest import REPO
 
+from dataset import write_dataset
+
 PROGRAMS = [
     "train.py",
     "report.py",
     "util_factorization/pca_factorize_wte.py",
+    "util_factorization/merge_lora.py",
     "data/sotu/prepare.py",
     "data/wikitext103/prepare.py",
 ]
@@ -45,6 +48,11 @@ CHOICES = (
     "DATASET",
     "OUT",
     "SEEDS",
+    "K",
+    "METHOD",
+    "METHODS",
+    "BEST",
+    "ONLY13",
     "GPUS",
     "PICKED",
     "SETUP_PYTHON",
@@ -71,13 +79,20 @@ def main_job(copy):
     return succeed(f"bash scripts/run_all_experiments.sh 128 {TOY}", copy, PRESET="laptop", GPUS="0 1")
 
 
+@pytest.fixture(scope="module")
+def thirteen(copy):
+    """Experiments 1-13 at one rank, with one further method, over two cards that a CPU takes for names."""
+    few = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
+    return few, succeed(f"bash scripts/run_13_experiments.sh {TOY}", copy, **few)
+
+
 FOLDERS = {"gpt_baseline", "gpt_pca_k128", "gpt_pca_finetune_k128", "gpt_random_lowrank_k128", "gpt_baseline_more"}
 
 
 def test_the_main_job_makes_the_seeds_folders_and_the_report(copy, main_job):
     out = copy / "model_weights"
     assert {p.name for p in out.iterdir() if p.is_dir()} == FOLDERS | {"pca_factorized"}
-    factors = {"wte_pca_k128.npy", "scale_mats_pca_k128.npz", "factors_pca_k128.json", "scree_pca.png"}
+    factors = {"wte_pca_k128.npy", "scale_mats_pca_k128.npz", "factors_pca_k128.json", "scree_pca.png", "scree_pca.svg"}
     assert {p.name for p in (out / "pca_factorized").iterdir()} == factors
     summaries = {name: json.loads((out / name / "summary.json").read_text()) for name in FOLDERS}
     assert len({s["tokens_per_step"] for s in summaries.values()}) == 1
@@ -103,6 +118,36 @@ def test_again_skips_what_is_done_and_resumes_what_was_interrupted(copy, main_jo
     assert (weights / "gpt_baseline" / "ckpt.pt").stat().st_mtime_ns == untouched
 
 
+def test_experiments_1_to_13_have_the_seeds_names_and_their_controls(copy, thirteen):
+    few, done = thirteen
+    out = copy / "model_weights" / "laptop13"
+    names = {
+        "gpt_baseline": "baseline", "gpt_lowrank_scratch_k8": "lowrank-scratch-k8",
+        "gpt_pca_nofinetune_k8": "pca-nofinetune-k8",
+        "gpt_pca_lora_k8": "pca-lora-k8-r8", "gpt_fisher_nofinetune_k8": "fisher-nofinetune-k8",
+        "gpt_fisher_lora_k8": "fisher-lora-k8-r8", "gpt_pca_finetune_k8": "gpt-pca-finetune-k8",
+        "gpt_lowrank_scratch_more_k8": "lowrank-scratch-more-k8", "gpt_baseline_more": "gpt-baseline-more",
+        "gpt_baseline_lora": "baseline-lora",
+    }  # fmt: skip
+    assert {p.name for p in out.iterdir() if p.is_dir()} == names.keys() | {"pca_factorized"}
+    for folder, wandb_name in names.items():
+        assert json.loads((out / folder / "config.json").read_text())["args"]["wandb_run_name"] == wandb_name
+    summaries = {name: json.loads((out / name / "summary.json").read_text()) for name in names}
+    assert all(summaries[f"gpt_{m}_nofinetune_k8"]["tokens"] == 0 for m in ("pca", "fisher"))
+    for name, summary in summaries.items():
+        assert (summary["parameters"]["adapters"] > 0) == ("lora" in name)
+    assert "ranks 8, adapters of rank 8" in done.stdout and "preset laptop13" in done.stdout
+    report = (out / "report.md").read_text()
+    assert "## What holds" in report and "10-13 vs 2-5+ (k=8)" in report and "loss_against_seconds.png" in report
+    again = succeed(f"bash scripts/run_13_experiments.sh {TOY}", copy, **few)
+    assert again.stdout.count("is done; delete the folder") == len(names)
+
+
+def test_a_folder_of_another_preset_is_not_taken_for_done(copy, main_job):
+    done = run(f"bash scripts/train_baseline_gpt2.sh {TOY}", copy, PRESET="laptop13", OUT="model_weights")
+    assert done.returncode == 2 and "PRESET=laptop13" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_mistakes_of_the_scripts(copy, tmp_path):
     for command, words in [
         ("scripts/train_pca_finetune.sh 128", "Checkpoint not found"),
@@ -112,6 +157,12 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
         ("scripts/train_random_lowrank.sh big", "rank 'big' is not a number"),
         ("scripts/run_all_experiments.sh 256", "--n_embd_wte 256"),  # wider than n_embd: before the baseline is trained
         ("scripts/run_all_experiments.sh 64 --n_layerz 2", "--n_layerz"),
+        ("scripts/run_13_experiments.sh --n_layerz 2", "--n_layerz"),
+        ("scripts/run_13_experiments.sh --lora_rank 32", "--lora_rank 32 is above --n_embd_wte 16"),
+        ("scripts/train_pca_lora.sh 16", "Checkpoint not found"),
+        ("scripts/eval_pca_nofinetune.sh 16", "Checkpoint not found"),
+        ("scripts/train_lowrank_more.sh 16", "train_lowrank_scratch.sh"),
+        ("scripts/train_baseline_lora.sh", "Checkpoint not found"),
     ]:
         flags = TOY if "pca_factorization" not in command else ""
         done = run(f"bash {command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
@@ -130,9 +181,14 @@ def test_scripts_run_from_any_folder(copy, main_job, tmp_path):
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for python: notes the call, and leaves what a finished run leaves.
 echo "card=${CUDA_VISIBLE_DEVICES-none} $*" >> "$CALLS"
-case "$*" in *"$FAILS"*) exit 1 ;; *"import sys, torch"*) exit "$NO_CUDA" ;; esac
+case "$*" in
+  *"print(train_args"*) exec "$REAL_PYTHON" "$@" ;;
+  *"$FAILS"*) exit 1 ;;
+  *"import sys, torch"*) exit "$NO_CUDA" ;;
+esac
 while [ $# -gt 0 ]; do
-  if [ "$1" = --out_dir ]; then mkdir -p "$2"; touch "$2/summary.json" "$2/ckpt.pt"; fi
+  if [ "$1" = --preset ]; then preset=$2; fi
+  if [ "$1" = --out_dir ]; then mkdir -p "$2"; touch "$2/ckpt.pt"; echo "\"preset\": \"$preset\"" > "$2/summary.json"; fi
   shift
 done
 """
@@ -147,7 +203,16 @@ def pretend(copy, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
 
     def call(command, no_cuda=0, fails="nothing at all", **env):
-        env = dict(OUT=str(tmp_path / "out"), CALLS=str(tmp_path / "calls"), NO_CUDA=str(no_cuda), FAILS=fails) | env
+        env = (
+            dict(
+                OUT=str(tmp_path / "out"),
+                CALLS=str(tmp_path / "calls"),
+                NO_CUDA=str(no_cuda),
+                FAILS=fails,
+                REAL_PYTHON=sys.executable,
+            )
+            | env
+        )
         done = run(command, copy, **env, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         return done, (tmp_path / "calls").read_text().splitlines()
 
@@ -186,10 +251,38 @@ def test_one_of_two_side_by_side_that_fails_fails_the_job_and_the_other_goes_on(
     assert (tmp_path / "out" / "gpt_random_lowrank_k64" / "summary.json").exists()
 
 
-def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error, tmp_path):
+def test_with_two_cards_the_thirteen_use_both_and_a_failing_run_is_named_at_the_end(pretend, tmp_path):
+    done, calls = pretend("bash scripts/run_13_experiments.sh", fails="--wandb_run_name lowrank-scratch-k128 ")
+    assert done.returncode == 1
+    trained = [c for c in calls if " train.py " in c and "parse_args" not in c]
+    assert {c.split()[0] for c in trained} == {"card=0", "card=1"}
+    folders = {re.search(r"out/(\w+)", c).group(1) for c in trained}
+    for k in (64, 128, 256, 512):
+        for name in ("lowrank_scratch", "pca_nofinetune", "pca_lora", "fisher_lora", "pca_finetune", "lowrank_scratch_more"):
+            assert f"gpt_{name}_k{k}" in folders
+    assert all("--preset gpt2" in c for c in trained)
+    assert any("pca-lora-k64-r32" in c for c in trained) and any(
+        c.endswith("report.py --runs " + str(tmp_path / "out")) for c in calls
+    )
+    named = done.stderr[done.stderr.index("failed, the others went on") :].splitlines()[1:]
+    assert named == [f"  {tmp_path / 'out'}: train_lowrank_scratch.sh 128"]
+
+
+def test_the_thirteen_alone(pretend):
+    done, calls = pretend("bash scripts/run_13_experiments.sh --bias", ONLY13="1", PRESET="laptop13")
+    assert done.returncode == 0, done.stderr
+    trained = [c for c in calls if " train.py " in c and "parse_args" not in c]
+    assert len(trained) == 13 and all("--bias" in c for c in trained)
+    assert [len([c for c in trained if word in c]) for word in ("lowrank_scratch", "nofinetune", "lora_k")] == [4, 4, 4]
+
+
+def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error, tmp_path, tmp_path_factory):
     ckpt = copy / "model_weights" / "gpt_baseline"
     program = "util_factorization/pca_factorize_wte.py"
     to = ("--out_wte_npy", tmp_path / "wte_k{k}.npy", "--out_scale_npz", tmp_path / "scale_k{k}.npz")
+    calibrated = ["--ckpt_path", ckpt, "--rank_k", "4", "--method", "joint", "--dataset", copy / "data" / "sotu", *to]
+    narrow = tmp_path_factory.mktemp("narrow")
+    write_dataset(narrow, [1] * 99, [1] * 99, dict(vocab_size=50))
     for words, argv in [
         (["Checkpoint not found"], ["--ckpt_path", tmp_path / "none.pt", "--rank_k", "4", *to]),
         (["--rank_k", "1 to 160"], ["--ckpt_path", ckpt, "--rank_k", "4,161", *to]),
@@ -201,6 +294,13 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
         (["two names"], ["--ckpt_path", ckpt, "--rank_k", "4", "--out_wte_npy", to[3], "--out_scale_npz", to[3]]),
         (["--dataset gone"], ["--ckpt_path", ckpt, "--rank_k", "4", "--method", "freq", "--dataset", "gone", *to]),
         (["--method", "svdd"], ["--ckpt_path", ckpt, "--method", "svdd", *to]),
+        (["--method svd", "--calib_dataset"], ["--ckpt_path", ckpt, "--rank_k", "4", "--calib_tokens", "64", *to]),
+        (["--joint_lambda", "--method joint"], ["--ckpt_path", ckpt, "--rank_k", "4", "--joint_lambda", "1", *to]),
+        (["--calib_tokens 99999", "has 4992"], [*calibrated, "--calib_tokens", "99999"]),
+        (["--calib_tokens 0"], [*calibrated, "--calib_tokens", "0"]),
+        (["--calib_dataset gone"], [*calibrated, "--calib_dataset", "gone"]),
+        (["--calib_dataset", "50 ids", "97"], [*calibrated, "--calib_dataset", narrow]),
+        (["--joint_lambda -1"], [*calibrated, "--joint_lambda", "-1"]),
         (["factorized table already"], ["--ckpt_path", copy / "model_weights" / "gpt_pca_k128", "--rank_k", "4", *to]),
     ]:
         assert_one_line_error(run_main(program, *argv), *words)
@@ -338,7 +438,7 @@ def readme_commands():
     return [c for c in commands if not c.startswith(NOT_RUN)]
 
 
-def test_every_readme_command_runs(copy, main_job):
+def test_every_readme_command_runs(copy, main_job, thirteen):
     commands = readme_commands()
     assert len(commands) > 8
     (copy / "path" / "to" / "wikitext").mkdir(parents=True)  # the README's example folder
@@ -350,8 +450,15 @@ def test_every_readme_command_runs(copy, main_job):
         succeed(
             f"{command} {TOY}" if re.search(TRAINS, command) else command,
             copy,
-            **({} if "PRESET" in command else dict(PRESET="laptop")),
+            **environment_of(command, thirteen[0]),
         )
+
+
+def environment_of(command, few):
+    """What stands before a command on the page wins; at toy size 1-13 have one rank and one further method."""
+    if "13" in command or "lowrank" in command or "_lora" in command:
+        return {name: value for name, value in few.items() if f"{name}=" not in command}
+    return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
 def test_readme_tree_names_every_file():

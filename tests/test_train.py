@@ -332,7 +332,8 @@ def test_flags_that_contradict_each_other(capsys):
 
 def test_presets_are_made_of_flags_and_give_way_to_what_is_given():
     for name, values in PRESETS.items():
-        args, _ = parse_args(["--preset", name])
+        start = ["--init_from", "prev_run", "--prev_run_ckpt", "base"] if "lora_rank" in values else []
+        args, _ = parse_args(["--preset", name, *start])
         assert all(getattr(args, k) == v for k, v in values.items())
     args, given = parse_args(["--preset", "laptop", "--max_iters", "77", "--no-bias"])
     assert (args.max_iters, args.bias, args.n_embd) == (77, False, PRESETS["laptop"]["n_embd"])
@@ -348,6 +349,7 @@ def test_the_gpt2_preset_is_the_seeds_baseline():
     b, _ = parse_args(["--preset", "gpt2_finetune"])
     assert (b.max_iters, b.eval_interval, b.learning_rate, b.min_lr) == (5000, 200, 5e-5, 1e-6)
     assert (b.warmup_iters, b.weight_decay) == (100, 0.01)
+    assert PRESETS["gpt2_lora"] == PRESETS["gpt2_finetune"] | dict(lora_rank=32)
 
 
 def test_cuda_asked_for_and_absent(train, tmp_path, assert_one_line_error, monkeypatch):
