@@ -21,6 +21,7 @@ PROGRAMS = [
     "report.py",
     "util_factorization/pca_factorize_wte.py",
     "util_factorization/merge_lora.py",
+    "util_factorization/which_side.py",
     "data/sotu/prepare.py",
     "data/wikitext103/prepare.py",
 ]
@@ -141,6 +142,19 @@ def test_experiments_1_to_13_have_the_seeds_names_and_their_controls(copy, thirt
     assert "## What holds" in report and "10-13 vs 2-5+ (k=8)" in report and "loss_against_seconds.png" in report
     again = succeed(f"bash scripts/run_13_experiments.sh {TOY}", copy, **few)
     assert again.stdout.count("is done; delete the folder") == len(names)
+
+
+def test_which_side_agrees_with_the_evaluated_runs(copy, thirteen, run_main, assert_one_line_error, tmp_path):
+    out = copy / "model_weights" / "laptop13"
+    argv = ("util_factorization/which_side.py", "--dataset", copy / "data" / "sotu", "--ckpt_path")
+    result = run_main(*argv, out / "gpt_baseline", "--factors", out / "pca_factorized")
+    rows = {row["method"]: row for row in result.last["rows"]}
+    for method, name in (("svd", "gpt_pca_nofinetune_k8"), ("fisher", "gpt_fisher_nofinetune_k8")):
+        evaluated = json.loads((out / name / "summary.json").read_text())["final"]["val_loss"]
+        assert rows[method]["both"] == pytest.approx(evaluated, abs=1e-4)
+        assert len({round(rows[method][side], 6) for side in ("lookup", "head", "both")}) == 3
+    assert_one_line_error(run_main(*argv, out / "gpt_baseline", "--factors", tmp_path), "--factors", "run_pca_factorization.sh")
+    assert_one_line_error(run_main(*argv, out / "gpt_pca_lora_k8", "--factors", out / "pca_factorized"), "not a dense model")
 
 
 def test_a_folder_of_another_preset_is_not_taken_for_done(copy, main_job):

@@ -71,8 +71,6 @@ def calibration(args, checkpoint, dataset):
     from dataset import Dataset
     from util_factorization.calibrate import calibrate
 
-    if args.calib_tokens is not None and args.calib_tokens < 1:
-        fail(f"--calib_tokens {args.calib_tokens}: give 1 or more")
     text = Dataset(args.calib_dataset, "--calib_dataset") if args.calib_dataset else dataset
     T, V = checkpoint["config"]["block_size"], checkpoint["config"]["vocab_size"]
     if text.vocab_size != V:
@@ -86,21 +84,58 @@ def calibration(args, checkpoint, dataset):
     count = min(-(-(args.calib_tokens or CALIB_TOKENS) // T), available)
     windows = text.fixed_windows(count, max(1, 4096 // T), T, split="train")
     C, G = calibrate(ckpt.build(checkpoint), windows, args.device, gradients=args.method == "fisher")
-    return C, G, dict(calib_dataset=text.folder.name, calib_tokens=count * T)
+    facts = dict(calib_dataset=text.folder.name, calib_tokens=count * T)
+    return C, G, facts | (dict(joint_lambda=args.joint_lambda) if args.method == "joint" else {})
 
 
-def main(argv=None):
-    args, given = parse(Args, argv, description=__doc__)
-
+def read_dense(ckpt_path):
+    """(The file, its checkpoint), refused where the token table is not dense or not whole without adapters."""
     import checkpoint as ckpt
 
-    path = Path(args.ckpt_path)
+    path = Path(ckpt_path)
     path = path / "ckpt.pt" if path.is_dir() else path
     checkpoint = ckpt.load(path)
     if checkpoint["config"].get("lora_rank") is not None:
         fail(f"--ckpt_path {path} has adapters: merge them first (util_factorization/merge_lora.py)")
     if checkpoint["config"]["n_embd_wte"] is not None:
         fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
+    return path, checkpoint
+
+
+def token_counts(args, checkpoint):
+    """(The dataset or None, counts [V] or None); an error where the method needs them and they are not to be had."""
+    import torch
+
+    from dataset import Dataset, find_folder
+
+    V, name = checkpoint["config"]["vocab_size"], args.dataset or checkpoint["args"]["dataset"]
+    required, folder = bool(args.dataset) or args.method not in ("svd", "centered"), find_folder(name)
+    if not required and not (folder and (folder / "meta.pkl").is_file()):
+        return None, None
+    dataset = Dataset(name)
+    if dataset.vocab_size == V:
+        return dataset, torch.from_numpy(dataset.counts())
+    if required:
+        fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the one it was trained on")
+    return None, None
+
+
+def check_method(args, given):
+    """Refuse flags that the method does not read."""
+    if args.method not in CALIBRATED and not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
+        fail(f"--method {args.method} reads no calibration text: leave --calib_dataset and --calib_tokens out")
+    if args.method != "joint" and "joint_lambda" in given:
+        fail(f"--joint_lambda weighs nothing in --method {args.method}: give --method joint, or leave it out")
+    if not 0 < args.joint_lambda < float("inf"):
+        fail(f"--joint_lambda {args.joint_lambda}: give a number above 0")
+    if args.calib_tokens is not None and args.calib_tokens < 1:
+        fail(f"--calib_tokens {args.calib_tokens}: give 1 or more")
+
+
+def main(argv=None):
+    args, given = parse(Args, argv, description=__doc__)
+    check_method(args, given)
+    path, checkpoint = read_dense(args.ckpt_path)
     table = checkpoint["model"]["transformer.wte.weight"]
     V, d = table.shape
     asked = parse_ranks(args.rank_k, d)
@@ -109,65 +144,39 @@ def main(argv=None):
     import numpy as np
     import torch
 
-    from dataset import Dataset, find_folder
+    from plots import scree_plot
     from util_factorization.decompose import decompose
     from util_factorization.factors import method_in_names, sha256, write_factors
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
-    counts, name = None, args.dataset or checkpoint["args"]["dataset"]
-    required, folder = bool(args.dataset) or args.method not in ("svd", "centered"), find_folder(name)
-    if required or (folder and (folder / "meta.pkl").is_file()):
-        dataset = Dataset(name)
-        if dataset.vocab_size == V:
-            counts = torch.from_numpy(dataset.counts())
-        elif required:
-            fail(f"--dataset {dataset.folder} has {dataset.vocab_size} ids, the table {V}: give the one it was trained on")
-
-    C, G, calibrated = None, None, {}
-    if args.method in CALIBRATED:
-        C, G, calibrated = calibration(args, checkpoint, dataset)
-    elif not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
-        fail(f"--method {args.method} reads no calibration text: leave --calib_dataset and --calib_tokens out")
-    if args.method == "joint":
-        if not args.joint_lambda > 0:
-            fail(f"--joint_lambda {args.joint_lambda}: give a number above 0")
-        calibrated |= dict(joint_lambda=args.joint_lambda)
-    elif "joint_lambda" in given:
-        fail(f"--joint_lambda weighs nothing in --method {args.method}: give --method joint, or leave it out")
-
+    dataset, counts = token_counts(args, checkpoint)
+    C, G, source = calibration(args, checkpoint, dataset) if args.method in CALIBRATED else (None, None, {})
     whole = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)
+
     ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
     per_row = whole.relative_errors(ranks)
     per_token = [None] * len(ranks) if counts is None else whole.relative_errors(ranks, counts)
-    sha = sha256(path)
+    source |= dict(
+        method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha256(path), ckpt_tokens=checkpoint["tokens"]
+    )
+    source |= dict(versions=dict(torch=torch.__version__, numpy=np.__version__))
+    source |= dict(singular_values=[float(f"{s:.6g}") for s in whole.S])
     print(f"{path}: table {V} x {d}, method {args.method}")
     print(f"{'rank':>6} {'energy':>8} {'error/row':>10} {'error/token':>12} {'parameters':>12} {'compression':>12}")
     rows = []
     for k, row_error, token_error in zip(ranks, per_row, per_token, strict=True):
         Z, P, mean = whole.factors(k)
         parameters = V * k + 2 * k * d + (0 if mean is None else d)
-        facts = dict(
-            k=k,
-            energy=whole.energy(k),
-            relative_error=row_error,
-            relative_error_per_token=token_error,
-            parameters=parameters,
-            compression=V * d / parameters,
-        )
+        errors = dict(relative_error=row_error, relative_error_per_token=token_error)
+        facts = dict(k=k, energy=whole.energy(k), **errors, parameters=parameters, compression=V * d / parameters)
         names = dict(k=k, method=method_in_names(args.method))
         wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
-        source = dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha, ckpt_tokens=checkpoint["tokens"])
-        source |= calibrated
-        versions = dict(torch=torch.__version__, numpy=np.__version__)
-        spectrum = [float(f"{s:.6g}") for s in whole.S]
-        write_factors(wte_npy, scale_npz, Z, P, mean, source | facts | dict(versions=versions, singular_values=spectrum))
+        write_factors(wte_npy, scale_npz, Z, P, mean, source | facts)
         rows.append(facts | dict(wte_npy=wte_npy, scale_npz=scale_npz))
         shown = "-" if token_error is None else f"{token_error:.4f}"
         cost = f"{parameters:>12,} {facts['compression']:>11.2f}x"
         print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {shown:>12} {cost}")
-
-    from plots import scree_plot
 
     figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}")
     scree_plot(figure, {args.method: whole.S.tolist()}, ranks)
