@@ -44,7 +44,8 @@ def base_of(model, args):
     for name, tensor in sorted(model.state_dict().items()):
         if not is_adapter(name):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return {name: getattr(args, name) for name in BASE_FILES} | dict(sha256=digest.hexdigest())
+    files = {name: getattr(args, name) for name in BASE_FILES}
+    return {name: file and str(Path(file).resolve()) for name, file in files.items()} | dict(sha256=digest.hexdigest())
 
 
 def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)", **base_files):

@@ -119,7 +119,7 @@ class Adapter(nn.Module):
         super().__init__()
         r = config.lora_rank
         if not 1 <= r <= min(n_out, n_in):
-            raise ValueError(f"rank {r} for a matrix of {n_out} x {n_in}")
+            raise ValueError(f"rank {r} does not fit a target's matrix, {n_out} x {n_in}: lower it")
         self.scale = config.lora_alpha / r
         self.dropout = nn.Dropout(config.lora_dropout)
         self.A = nn.Parameter(torch.empty(r, n_in))
@@ -245,16 +245,16 @@ class GPT(nn.Module):
         """
         Give every target's weight an adapter; modules that share a weight share its adapter, so merging keeps the tie.
 
-        Raises ValueError for a target that names no module, and for a rank above a target's matrix.
+        Raises ValueError for a target that names no matrix, and for a rank above a target's.
         """
-        names = {name.rsplit(".")[-1] for name, module in self.named_modules() if type(module) in ADAPTED}
+        modules = [(name.split(".")[-1], module) for name, module in self.named_modules() if type(module) in ADAPTED]
         targets = set(self.config.lora_targets.split(","))
+        names = {name for name, _ in modules} - {"lm_head", "wpe"}  # the head has wte's adapter
         if unknown := sorted(targets - names):
-            raise ValueError(f"target {unknown[0]!r} names no matrix of this model, which has {', '.join(sorted(names))}")
-        modules = [(name, module) for name, module in self.named_modules() if type(module) in ADAPTED]
+            raise ValueError(f"{unknown[0]!r} names no matrix of this model, which has {','.join(sorted(names))}: leave it out")
         adapters = {}  # by weight
         for name, module in modules:
-            if name.rsplit(".")[-1] in targets and module.weight not in adapters:
+            if name in targets and module.weight not in adapters:
                 adapters[module.weight] = Adapter(*module.weight.shape, self.config)
         for _, module in modules:
             if module.weight in adapters:

@@ -1,7 +1,5 @@
 """The figures of report.py and of the factorization: labelled, readable in grey, PNG and SVG."""
 
-import itertools
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -11,8 +9,14 @@ plt.rcParams["svg.hashsalt"] = "nanopca"  # the same figure is the same file
 
 # Line styles and markers tell the lines apart without colour.
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h", ">", "d", "p", "8", "H", "+")
-STYLES = [(LINES[i % len(LINES)], marker) for i, marker in enumerate(MARKERS)]
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "d", "p")
+
+
+def style(order, name):
+    """How a series is drawn in every figure: by its place in order; hollow markers from the thirteenth on."""
+    i = order.index(name)
+    filled = "full" if i < len(MARKERS) else "none"
+    return dict(color=f"C{i % 10}", linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], fillstyle=filled)
 
 
 def legend_beside(ax, handles):
@@ -29,13 +33,13 @@ def save(fig, path):
 def scree_plot(path, spectra, ranks):
     """spectra: name -> singular values, falling. ranks: those that were cut to, marked."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (name, S), (line, _) in zip(spectra.items(), STYLES):
+    for (name, S), line in zip(spectra.items(), LINES):
         energy = [s * s for s in S]
         total = sum(energy)
         kept = [sum(energy[: k + 1]) / total for k in range(len(S))]
         left.semilogy(range(1, len(S) + 1), [max(s, 1e-12) / S[0] for s in S], linestyle=line, label=name)
         right.plot(range(1, len(S) + 1), kept, linestyle=line, label=name)
-    left.set(xlabel="component", ylabel="singular value / largest", title="Spectrum of the token table")
+    left.set(xlabel="component", ylabel="singular value / largest", title="Spectrum of the token table", ylim=(1e-3, 1.3))
     right.set(xlabel="rank k", ylabel="share of the energy kept", title="What rank k keeps", ylim=(0, 1.02))
     for ax in (left, right):
         for k in ranks:
@@ -46,37 +50,44 @@ def scree_plot(path, spectra, ranks):
     save(fig, path)
 
 
-def series_plot(path, panels, x, log=False):
+def series_plot(path, panels, order, x, ranks=False, front=False):
     """
     panels: (y label, {series: [(x, [y of each seed])]}, {series: y of a horizontal rule}), drawn side by side.
 
-    One style a series, in all panels; bars show the range over seeds.
+    order: all series, which gives each its style. ranks: x is a rank, its ticks are those that were run. front: a step line
+    through the points than which none has both less x and less y (Pareto). Bars show the range over seeds.
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(name for _, points, rules in panels for name in (*points, *rules)))
-    style = dict(zip(names, itertools.cycle(STYLES)))
     handles = {}
     for ax, (ylabel, series, rules) in zip(axes[0], panels):
         for name, points in series.items():
-            line, marker = style[name]
-            xs, ys = zip(*((x, y) for x, y in points if x))
+            xs, ys = zip(*points)
             middle = [sum(y) / len(y) for y in ys]
             reach = [[max(m - min(y), 0) for m, y in zip(middle, ys)], [max(max(y) - m, 0) for m, y in zip(middle, ys)]]
-            handles[name] = ax.errorbar(xs, middle, yerr=reach, linestyle=line, marker=marker, markersize=6, capsize=3)
+            handles[name] = ax.errorbar(xs, middle, yerr=reach, markersize=6, capsize=3, **style(order, name))
         for name, y in rules.items():
-            line, _ = style[name]
-            handles[name] = ax.axhline(y, linestyle=line, color="black", linewidth=1.2)
-        ax.set(xlabel=x, ylabel=ylabel)
-        if log:
-            ranks = sorted({x for points in series.values() for x, _ in points})
+            handles[name] = ax.axhline(y, linestyle=style(order, name)["linestyle"], color="black", linewidth=1.2)
+        if front:
+            best, steps = float("inf"), []
+            for position, y in sorted((x, sum(ys) / len(ys)) for points in series.values() for x, ys in points):
+                if y < best:
+                    best = y
+                    steps.append((position, y))
+            handles["front: none is left of it and below"] = ax.step(
+                *zip(*steps), where="post", color="grey", linewidth=3, alpha=0.4
+            )[0]
+            ax.set_xscale("log")
+        if ranks:
+            ticks = sorted({x for points in series.values() for x, _ in points})
             ax.set_xscale("log", base=2)
-            ax.set_xticks(ranks, [str(rank) for rank in ranks])
+            ax.set_xticks(ticks, [str(rank) for rank in ticks])
+        ax.set(xlabel=x, ylabel=ylabel)
         ax.grid(alpha=0.3)
     legend_beside(axes[0][-1], (handles.values(), handles))
     save(fig, path)
 
 
-def curves_plot(path, curves, unigram):
+def curves_plot(path, curves, order, unigram):
     """
     curves: (series, rank or None) -> [(tokens, loss)], a panel for each rank, with the dense models in every one.
 
@@ -84,13 +95,11 @@ def curves_plot(path, curves, unigram):
     """
     ranks = sorted({k for _, k in curves if k}) or [None]
     fig, axes = plt.subplots(1, len(ranks), figsize=(4 * len(ranks) + 4, 4.4), layout="constrained", sharey=True, squeeze=False)
-    style = dict(zip(dict.fromkeys(name for name, _ in curves), itertools.cycle(STYLES)))
     handles = {}
     for ax, rank in zip(axes[0], ranks):
         for (name, k), points in curves.items():
             if k in (None, rank):
-                line, marker = style[name]
-                handles[name] = ax.plot(*zip(*points), linestyle=line, marker=marker, markersize=4)[0]
+                handles[name] = ax.plot(*zip(*points), markersize=4, **style(order, name))[0]
         ax.axhline(unigram, color="black", linewidth=1)
         ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
         ax.set(xlabel="training tokens", title="dense" if rank is None else f"k = {rank}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import fail, finish, flag, parse
-from compare import OUR_CLAIMS, SEEDS_CLAIMS, comparisons, judge, mean, shown, shown_p, spread
+from compare import SEEDS_CLAIMS, comparisons, judge, mean, our_claims, shown, shown_p, spread
 from runs import read_curve, read_factors, read_rows, total_seconds
 
 
@@ -120,20 +120,30 @@ def claim_lines(claims, rows):
     """A verdict for each claim, and the numbers that it follows from: markdown lines."""
     lines = []
     for claim, verdict, found in judge(claims, rows):
-        lines += [f"**{claim.text}: {verdict}** ({claim.ranks}). {claim.note}".strip(), ""]
-        cells = [
-            [
-                d.name,
-                f"{mean(d.values):+.4f}",
-                f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
-                len(d.values),
-                shown_p(d.p) if d.p is not None else "-",
-                f"{d.more_tokens:+,}",
-                d.verdict(),
-            ]
-            for d in found
-        ]
-        lines += [table(["", "difference", "spread", "seeds", "paired t-test", "more tokens", "claim"], cells), ""]
+        at = claim.ranks if found else "not run"
+        lines += [f"**{claim.text}: {verdict}** ({at}). {claim.note}".strip(), ""]
+        cells = []
+        for d in found:
+            if d.problem:
+                cells.append([d.name, "-", "-", len(d.values), "-", "-", "-", "-", f"inconclusive: {d.problem}"])
+                continue
+            pair = (d.first, d.second)
+            tokens = dict.fromkeys(f"{more:+,}" for more in (min(d.more_tokens), max(d.more_tokens)))
+            cells.append(
+                [
+                    d.name,
+                    f"{mean(d.values):+.4f}",
+                    f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
+                    len(d.values),
+                    shown_p(d.p) if d.p is not None else "-",
+                    " to ".join(tokens),
+                    " / ".join(f"{mean(row.values('seconds')):,.0f}" for row in pair),
+                    " / ".join(f"{row.trained:,}" for row in pair),
+                    d.verdict(claim.margin),
+                ]
+            )
+        header = ["", "difference", "spread", "seeds", "paired t-test", "more tokens", "own seconds", "trained", "claim"]
+        lines += [table(header, cells), ""] if cells else []
     return lines
 
 
@@ -162,8 +172,10 @@ def figures(root, rows, factors):
                 out.setdefault(row.series, []).append((x(row), y(row)))
         return {series: out[series] for series in dict.fromkeys(row.series for row in rows) if series in out}
 
+    order = list(dict.fromkeys(row.series for row in rows))  # one style a series, in every figure
+
     def draw(name, caption, panels, **how):
-        series_plot(root / name, panels, **how)
+        series_plot(root / name, panels, order, **how)
         made.append((caption, f"{name}.png"))
 
     def seconds(row):
@@ -175,14 +187,18 @@ def figures(root, rows, factors):
         rules = {row.series: mean(row.losses) for row in dense}
         as_cut = by_series(lambda row: None if row.one("tokens") else row.k, lambda row: row.losses)
         trained = by_series(lambda row: row.k if row.one("tokens") else None, lambda row: row.losses)
-        panels = [(f"{loss}, {kind}", points, rules) for kind, points in (("as cut", as_cut), ("trained", trained)) if points]
-        draw("loss_by_rank", "Best validation loss by rank of the token table", panels, x="rank k of the token table", log=True)
+        baseline = {series: y for series, y in rules.items() if series == "baseline"}
+        kinds = (("as cut", as_cut, baseline), ("trained", trained, rules))
+        panels = [(f"{loss}, {kind}", points, lines) for kind, points, lines in kinds if points]
+        draw(
+            "loss_by_rank", "Best validation loss by rank of the token table", panels, x="rank k of the token table", ranks=True
+        )
     points = by_series(lambda row: row.stored, lambda row: row.losses)
     panels = [(loss, points, {})]
-    draw("loss_against_parameters", "Best validation loss against stored parameters", panels, x="stored parameters")
+    draw("loss_against_parameters", "Best validation loss against stored parameters", panels, x="stored parameters", front=True)
     caption = "Best validation loss against seconds of training, those of the run a model starts from included"
     panels = [(loss, by_series(seconds, lambda row: row.losses), {})]
-    draw("loss_against_seconds", caption, panels, x="seconds of training")
+    draw("loss_against_seconds", caption, panels, x="seconds of training", front=True)
     if several:
         panels = [
             (
@@ -192,14 +208,14 @@ def figures(root, rows, factors):
             )
             for key in ("ln_f_cosine", "ln_f_cosine_full")
         ]
-        draw("ln_f_cosine", "ln_f_cosine by rank, in the head's own space and in d-space", panels, x="rank k", log=True)
+        draw("ln_f_cosine", "ln_f_cosine by rank, in the head's own space and in d-space", panels, x="rank k", ranks=True)
     curves = {}
     for row in (row for row in rows if row.one("tokens")):
         seed, folder = next(iter(row.folders.items()))
         start = row.one("starts_from") or {}
         before = start["tokens"] if start.get("part") == "all weights" else 0
         curves[row.series, row.k] = [(before + tokens, value) for tokens, value in read_curve(folder)]
-    curves_plot(root / "validation_curves", curves, rows[0].one("val_unigram_entropy"))
+    curves_plot(root / "validation_curves", curves, order, rows[0].one("val_unigram_entropy"))
     caption = f"Validation loss over training tokens, those of the run that all weights come from included{first}"
     made.append((caption, "validation_curves.png"))
     if factors:
@@ -240,13 +256,13 @@ def main(argv=None):
     results, answers = result_table(rows, dense), comparisons(rows)
     by_rank = ["## Loss by rank", "", rank_table(rows), ""] if len({row.k for row in rows if row.k}) > 1 else []
     holds = ["## What holds", "", "Of the seeds' claims:", "", *claim_lines(SEEDS_CLAIMS, rows)]
-    if ours := claim_lines(OUR_CLAIMS, rows):
+    if ours := claim_lines(our_claims(rows), rows):
         holds += ["Of ours:", "", *ours]
     notes = [unigram_line(rows)] + [f"Not finished, so left out: {folder}" for folder in unfinished]
     legend = [f"- {title(row)}: {row.what}." for row in rows if row.what]
 
     print("\n".join([results, "", *by_rank, *answers, "", *notes]))
-    for claims in (SEEDS_CLAIMS, OUR_CLAIMS):
+    for claims in (SEEDS_CLAIMS, our_claims(rows)):
         for claim, verdict, _ in judge(claims, rows):
             print(f"- {claim.text}: {verdict}")
     text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]

@@ -60,7 +60,7 @@ class RunFolder:
                 f"--out_dir {self.path} holds another run, with --{k} {before.get(k)} where this one has {getattr(args, k)}: "
                 "choose another --out_dir, or delete the folder"
             )
-        if checkpoints:
+        if checkpoints and not args.eval_only:  # an evaluation comes out the same again
             fail(
                 f"--out_dir {self.path} holds this run already: go on with --init_from resume, choose another --out_dir, "
                 "or delete the folder"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import fail
+from util_factorization import METHODS
 
 # In the order of the tables: label, folder name (k\d+ is the rank, m the method of the factors), series, what it is.
 # {m} is filled in; the seeds call svd pca.
-METHOD = r"(?P<m>centered|freq|whiten|joint|fisher)"
+METHOD = rf"(?P<m>{'|'.join(METHODS[1:])})"
 ROWS = (
     ("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
     ("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
@@ -93,6 +94,8 @@ def read_rows(root):
         try:
             summary = json.loads((folder / "summary.json").read_text())
             seed = summary["seed"]
+            if not {"starts_from", "best", "parameters", "seconds"} <= summary.keys():
+                raise ValueError
         except (ValueError, KeyError):
             fail(f"{folder / 'summary.json'} is not what train.py writes: delete the folder and run it again")
         row = found.setdefault(folder.name, Row("", folder.name, folder.name, "", {}, {}))
@@ -102,7 +105,11 @@ def read_rows(root):
     rows = []
     for label, pattern, series, what in ROWS:
         matches = [match for name in found if (match := re.fullmatch(pattern, name))]
-        for match in sorted(matches, key=lambda match: (match.groups(), found[match.string].k or 0)):
+
+        def place(match):
+            return METHODS.index(match.groupdict().get("m", METHODS[0])), found[match.string].k or 0
+
+        for match in sorted(matches, key=place):
             row = found.pop(match.string)
             row.label, row.series, row.what = (text.format(**match.groupdict()) for text in (label, series, what))
             if label == "A" and row.k == row.one("n_embd"):
@@ -127,10 +134,12 @@ def read_factors(root):
     for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
         try:
             facts = json.loads(path.read_text())
+            if not {"energy", "relative_error", "singular_values", "parameters"} <= facts.keys():
+                raise ValueError
             found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
         except (ValueError, KeyError, TypeError):
             fail(f"{path} is not what pca_factorize_wte.py writes: delete it, or factorize the checkpoint again")
-    return {method: [ranks[k] for k in sorted(ranks)] for method, ranks in found.items()}
+    return {method: [found[method][k] for k in sorted(found[method])] for method in METHODS if method in found}
 
 
 def total_seconds(row, rows):

@@ -135,6 +135,8 @@ else:
     try:
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
     except ValueError as error:  # its message names the matrix
+        if args.lora_rank is None:
+            raise
         fail(f"--lora_rank {args.lora_rank} --lora_targets {args.lora_targets}: {error}")
     if previous:
         checkpoint.start_from(model, previous, args.prev_run_ckpt, factors)

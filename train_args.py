@@ -256,6 +256,9 @@ def parse_args(argv=None):
     """Returns (TrainArgs, the dict of flags that were given on the command line)."""
     args, given = parse(TrainArgs, argv, presets=PRESETS, description="Train or evaluate one GPT.", epilog=describe_presets())
     if args.init_from != "resume":  # whose flags are in its checkpoint, see resume_args
+        inert = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given.keys())
+        if inert and args.lora_rank is None:
+            fail(f"--{inert[0]} is of adapters, and there are none: give --lora_rank too, or leave it out")
         check(args)
     return args, given
 

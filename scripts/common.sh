@@ -5,6 +5,7 @@
 #   OUT       model_weights              where the run folders go, from the repository's folder; left out,
 #                                        model_weights/laptop13 with that preset, since its runs have the names of laptop's
 #   METHOD    svd                        how the table is factorized, where a script starts from factors
+#   LORA      "--lora_rank 4 ..."        further flags of the scripts that train adapters
 
 if [ -z "${PRESET:-}" ]; then
   # nvidia-smi first: it answers at once, importing torch takes seconds
@@ -35,15 +36,23 @@ fi
 export PRESET DATASET OUT METHOD PICKED=1
 [ -f "data/$DATASET/meta.pkl" ] || [ ! -f "data/$DATASET/prepare.py" ] || python "data/$DATASET/prepare.py"
 
+mistake() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
+
+# start_from FOLDER SCRIPT: the run that the next one starts from has to be done, or it would start from half of it
+start_from() {
+  source_run=$OUT/$1
+  [ -f "$source_run/summary.json" ] || mistake "Checkpoint not found, or not trained to its end: $source_run: run scripts/$2 first"
+}
+
 # train_run FOLDER WANDB_NAME FLAGS...: starts the run, resumes an interrupted one, leaves a finished one alone
 train_run() {
   local out=$OUT/$1 name=$2
   shift 2
   if [ -f "$out/summary.json" ]; then
-    if ! grep -q "\"preset\": \"$PRESET[_\"]" "$out/summary.json"; then
-      echo "$(basename "$0"): error: $out was not run with PRESET=$PRESET: give its preset, or another OUT=" >&2
-      exit 2
-    fi
+    grep -q "\"preset\": \"$PRESET[_\"]" "$out/summary.json" ||
+      mistake "$out was not run with PRESET=$PRESET: give its preset, or another OUT="
+    [ -z "${source_run:-}" ] || [ ! "$source_run/ckpt.pt" -nt "$out/summary.json" ] ||
+      mistake "$out started from an older $source_run: delete the folder to run it again"
     echo "$out is done; delete the folder to run it again"
     return
   fi
@@ -56,7 +65,7 @@ train_run() {
 take_rank() {
   case ${1:-} in
     "" | --*) [ "$PRESET" = laptop13 ] && k=32 || k=128; rest=("$@") ;;
-    *[!0-9]*) echo "$(basename "$0"): error: rank '$1' is not a number: give it first, e.g. 128" >&2; exit 2 ;;
+    *[!0-9]*) mistake "rank '$1' is not a number: give it first, e.g. 128" ;;
     *) k=$((10#$1)); rest=("${@:2}") ;;
   esac
 }
@@ -65,6 +74,7 @@ take_rank() {
 # wte_npy, scale_npz (of rank $k) and method, svd's being pca in the seeds' names.
 need_factors() {
   local rank missing=""
+  start_from gpt_baseline train_baseline_gpt2.sh
   method=${METHOD/#svd/pca}
   for rank in ${1:-$k}; do
     wte_npy=$OUT/pca_factorized/wte_${method}_k$rank.npy scale_npz=$OUT/pca_factorized/scale_mats_${method}_k$rank.npz
@@ -73,7 +83,14 @@ need_factors() {
   [ -z "$missing" ] || bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
 }
 
-lora_rank() { python -c "import train_args; print(train_args.PRESETS['${PRESET}_lora']['lora_rank'])"; }
+# The adapters' rank, which the seeds put into a run's name: LORA's, or the preset's.
+lora_rank() {
+  local lora=" ${LORA:-} "
+  case $lora in
+    *" --lora_rank "*) lora=${lora#* --lora_rank } && echo "${lora%% *}" ;;
+    *) python -c "import train_args; print(train_args.PRESETS['${PRESET}_lora']['lora_rank'])" ;;
+  esac
+}
 
 # The cards to share runs out to, as an array: GPUS="0 1", left out all that are visible; none with a laptop's preset.
 take_cards() {

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -141,8 +142,8 @@ def test_dropout_of_adapters_is_of_what_they_read_and_off_in_evaluation(tiny_mod
     [
         (dict(lora_targets="c_attn"), "'c_attn' names no matrix of this model"),
         (dict(n_embd_wte=None), "'scale_down' names no matrix of this model"),
-        (dict(lora_rank=9), "rank 9 for a matrix of"),
-        (dict(lora_rank=0), "rank 0 for a matrix of"),
+        (dict(lora_rank=9), "rank 9 does not fit"),
+        (dict(lora_rank=0), "rank 0 does not fit"),
     ],
 )
 def test_what_the_model_refuses(tiny_model, changes, words):
@@ -238,6 +239,9 @@ def test_checkpoints_with_adapters_only_need_their_base_and_no_other(train, tmp_
     start["prev_run_ckpt"].rename(moved)
     assert_one_line_error(train(**evaluate), "--prev_run_ckpt", "base")
     factors = dict(import_wte_npy=moved / "wte_k8.npy", import_scale_matrices_npz=moved / "scale_k8.npz")
+    mended = [f"--{name}={path}" for name, path in dict(prev_run_ckpt=moved, **factors).items()]
+    assert_one_line_error(run_main("util_factorization/merge_lora.py", "--ckpt_path", out, "--out", tmp_path / "m.pt"), "base")
+    assert run_main("util_factorization/merge_lora.py", "--ckpt_path", out, "--out", tmp_path / "m.pt", *mended).status == 0
     again = train(**evaluate, prev_run_ckpt=moved, **factors)
     assert again.status == 0 and again.last["val_loss"] == first.last["val_loss"]
 
@@ -293,7 +297,8 @@ def test_a_dense_baseline_can_have_adapters_too(train, tmp_path, start):
         (dict(lora_rank=17, lora_targets="q_proj"), ["--lora_rank 17", "16 x 16"]),
         (dict(lora_alpha=0), ["--lora_alpha"]),
         (dict(lora_dropout=1.0), ["--lora_dropout"]),
-        (dict(lora_rank=None, save_adapters_only=True), ["--save_adapters_only", "--lora_rank"]),
+        (dict(lora_rank=None, lora_alpha=None, save_adapters_only=True), ["--save_adapters_only", "--lora_rank"]),
+        (dict(lora_rank=None, save_adapters_only=None), ["--lora_alpha", "--lora_rank"]),
     ],
 )
 def test_mistakes(train, tmp_path, start, assert_one_line_error, flags, words):
@@ -313,5 +318,6 @@ def test_presets_have_the_seeds_adapters_and_fit_the_smallest_rank():
     a = TrainArgs(**PRESETS["gpt2_lora"])
     assert (a.lora_rank, a.lora_alpha, a.lora_dropout, a.lora_targets) == (32, 64, 0.1, ALL)
     runner = (REPO / "scripts" / "run_13_experiments.sh").read_text()
-    for preset, smallest in (("gpt2", 64), ("laptop", 16), ("laptop13", 8)):
-        assert PRESETS[f"{preset}_lora"]["lora_rank"] <= smallest and f"{smallest} " in runner
+    ranks = dict(zip(("gpt2", "laptop", "laptop13"), re.findall(r"K=\$\{K:-(\d+) [\d ]+\}", runner), strict=True))
+    for preset, smallest in ranks.items():
+        assert PRESETS[f"{preset}_lora"]["lora_rank"] <= int(smallest)

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from compare import OUR_CLAIMS, SEEDS_CLAIMS, comparison, judge, overall, paired_p
+from compare import SEEDS_CLAIMS, Difference, comparison, judge, our_claims, overall, paired_p
 from report import table
 from runs import read_rows, total_seconds
 
@@ -177,9 +177,9 @@ def test_claims_are_judged_by_the_paired_test(tmp_path):
     for seed, jitter in ((1, 0.0), (2, 0.1), (3, -0.1)):
         write_13(tmp_path / f"seed_{seed}", seed, jitter)
     rows = read_rows(tmp_path)[0]
-    judged = {claim.text: (verdict, found) for claim, verdict, found in judge(SEEDS_CLAIMS + OUR_CLAIMS, rows)}
+    judged = {claim.text: (verdict, found) for claim, verdict, found in judge([*SEEDS_CLAIMS, *our_claims(rows)], rows)}
     verdict, found = judged["Fine-tuning is cheaper than scratch, counting the baseline's tokens"]
-    assert verdict == "holds" and [d.more_tokens for d in found] == [0, 0]
+    assert verdict == "holds" and [d.more_tokens for d in found] == [[0, 0, 0]] * 2
     verdict, found = judged["k = 128 is enough"]  # at the rank nearest to 16 / 6
     assert verdict == "does not hold" and {d.first.k for d in found} == {2}
     order = judged["joint is below whiten below freq below svd, without training"][1]
@@ -209,3 +209,35 @@ def test_what_a_model_stores_trains_and_takes(tmp_path):
         [100.0],
     ]
     assert by_name["gpt_fisher_lora_k2"].label == "fisher+LoRA" and by_name["gpt_pca_lora_k2"].label == "10-13"
+
+
+def test_a_margin_is_for_claims_of_as_good_as():
+    def verdict(values, margin):
+        return Difference(None, None, values, []).verdict(margin)
+
+    assert verdict([0.0010, 0.0011, 0.0009], 0.0) == "does not hold"
+    assert verdict([0.0010, 0.0011, 0.0009], 0.02) == "holds"
+    assert verdict([0.050, 0.051, 0.049], 0.02) == "does not hold"
+    assert verdict([0.0, 0.04, 0.02], 0.02) == verdict([-1.0], 0.02) == "inconclusive"
+
+
+def test_a_rank_that_cannot_be_compared_is_told_and_leaves_the_claim_open(tmp_path):
+    for seed, jitter in ((1, 0.0), (2, 0.1), (3, -0.1)):
+        write_13(tmp_path / f"seed_{seed}", seed, jitter)
+
+    def change(name, **changes):
+        path = tmp_path / "seed_2" / name / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        judged = judge([*SEEDS_CLAIMS, *our_claims(read_rows(tmp_path)[0])], read_rows(tmp_path)[0])
+        return {claim.text: verdict for claim, verdict, _ in judged}
+
+    fair = "fisher + LoRA is below low-rank scratch, equal tokens counted from the same start"
+    assert change("gpt_baseline")[fair] == "holds"
+    assert change("gpt_lowrank_scratch_more_k8", tokens=600)[fair] == "inconclusive"
+    assert change("gpt_pca_lora_k8", eval_tokens=999)["A PCA start beats a random start, the seeds' way"] == "inconclusive"
+
+
+def test_claims_that_no_runs_speak_of_are_inconclusive(tmp_path, run_main):
+    write_run(tmp_path / "gpt_baseline", 5.0)
+    run_main("report.py", "--runs", tmp_path)
+    assert "**k = 128 is enough: inconclusive** (not run)" in (tmp_path / "report.md").read_text()

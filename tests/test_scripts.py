@@ -54,6 +54,7 @@ CHOICES = (
     "METHODS",
     "BEST",
     "ONLY13",
+    "LORA",
     "GPUS",
     "PICKED",
     "SETUP_PYTHON",
@@ -140,8 +141,9 @@ def test_experiments_1_to_13_have_the_seeds_names_and_their_controls(copy, thirt
     assert "ranks 8, adapters of rank 8" in done.stdout and "preset laptop13" in done.stdout
     report = (out / "report.md").read_text()
     assert "## What holds" in report and "10-13 vs 2-5+ (k=8)" in report and "loss_against_seconds.png" in report
+    (out / "gpt_pca_nofinetune_k8" / "summary.json").unlink()  # interrupted between its checkpoint and its end
     again = succeed(f"bash scripts/run_13_experiments.sh {TOY}", copy, **few)
-    assert again.stdout.count("is done; delete the folder") == len(names)
+    assert again.stdout.count("is done; delete the folder") == len(names) - 1
 
 
 def test_which_side_agrees_with_the_evaluated_runs(copy, thirteen, run_main, assert_one_line_error, tmp_path):
@@ -172,14 +174,17 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
         ("scripts/run_all_experiments.sh 256", "--n_embd_wte 256"),  # wider than n_embd: before the baseline is trained
         ("scripts/run_all_experiments.sh 64 --n_layerz 2", "--n_layerz"),
         ("scripts/run_13_experiments.sh --n_layerz 2", "--n_layerz"),
-        ("scripts/run_13_experiments.sh --lora_rank 32", "--lora_rank 32 is above --n_embd_wte 16"),
+        ("LORA='--lora_rank 32' bash scripts/run_13_experiments.sh", "--lora_rank 32 is above --n_embd_wte 16"),
+        ("METHODS=jiont bash scripts/run_13_experiments.sh", "jiont"),
+        ("K='8 x' bash scripts/run_13_experiments.sh", "K="),
         ("scripts/train_pca_lora.sh 16", "Checkpoint not found"),
         ("scripts/eval_pca_nofinetune.sh 16", "Checkpoint not found"),
         ("scripts/train_lowrank_more.sh 16", "train_lowrank_scratch.sh"),
         ("scripts/train_baseline_lora.sh", "Checkpoint not found"),
     ]:
         flags = TOY if "pca_factorization" not in command else ""
-        done = run(f"bash {command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
+        command = command if " bash " in command else f"bash {command}"
+        done = run(f"{command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -282,6 +287,33 @@ def test_with_two_cards_the_thirteen_use_both_and_a_failing_run_is_named_at_the_
     assert named == [f"  {tmp_path / 'out'}: train_lowrank_scratch.sh 128"]
 
 
+def test_nothing_starts_from_a_baseline_that_is_not_done(pretend, tmp_path):
+    (tmp_path / "out" / "gpt_baseline").mkdir(parents=True)
+    (tmp_path / "out" / "gpt_baseline" / "ckpt.pt").touch()  # as after its first evaluation
+    done, calls = pretend("bash scripts/run_13_experiments.sh", PRESET="laptop13", fails="--wandb_run_name baseline")
+    assert done.returncode == 1 and "train_baseline_gpt2.sh" in done.stderr and "not run, since gpt_baseline" in done.stderr
+    assert not any(word in c for c in calls if "parse_args" not in c for word in ("pca_factorize", "nofinetune", "lora_k"))
+    assert len([c for c in calls if "lowrank_scratch_k" in c and "parse_args" not in c]) == 4  # the others go on
+    done, _ = pretend("bash scripts/train_baseline_more.sh", PRESET="laptop13")
+    assert done.returncode == 2 and "not trained to its end" in done.stderr
+
+
+def test_a_run_that_started_from_an_older_baseline_is_not_taken_for_done(pretend, tmp_path):
+    for script in ("train_baseline_gpt2.sh", "train_baseline_more.sh"):
+        assert pretend(f"bash scripts/{script}", PRESET="laptop13")[0].returncode == 0
+    later = time.time() + 100
+    os.utime(tmp_path / "out" / "gpt_baseline" / "ckpt.pt", (later, later))
+    done, _ = pretend("bash scripts/train_baseline_more.sh", PRESET="laptop13")
+    assert done.returncode == 2 and "older" in done.stderr
+
+
+def test_ranks_and_methods_named_twice_run_once(pretend):
+    done, calls = pretend("bash scripts/run_13_experiments.sh", PRESET="laptop13", K="8 08", METHODS="svd", BEST="svd")
+    assert done.returncode == 0, done.stderr
+    folders = [c.split("--out_dir ")[1].split()[0] for c in calls if "--out_dir" in c]
+    assert len(folders) == len(set(folders)) == 7
+
+
 def test_the_thirteen_alone(pretend):
     done, calls = pretend("bash scripts/run_13_experiments.sh --bias", ONLY13="1", PRESET="laptop13")
     assert done.returncode == 0, done.stderr
@@ -297,6 +329,8 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
     calibrated = ["--ckpt_path", ckpt, "--rank_k", "4", "--method", "joint", "--dataset", copy / "data" / "sotu", *to]
     narrow = tmp_path_factory.mktemp("narrow")
     write_dataset(narrow, [1] * 99, [1] * 99, dict(vocab_size=50))
+    short = tmp_path_factory.mktemp("short")
+    write_dataset(short, [1] * 9, [1] * 99, dict(vocab_size=97))
     for words, argv in [
         (["Checkpoint not found"], ["--ckpt_path", tmp_path / "none.pt", "--rank_k", "4", *to]),
         (["--rank_k", "1 to 160"], ["--ckpt_path", ckpt, "--rank_k", "4,161", *to]),
@@ -315,6 +349,11 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
         (["--calib_dataset gone"], [*calibrated, "--calib_dataset", "gone"]),
         (["--calib_dataset", "50 ids", "97"], [*calibrated, "--calib_dataset", narrow]),
         (["--joint_lambda -1"], [*calibrated, "--joint_lambda", "-1"]),
+        (["--joint_lambda inf"], [*calibrated, "--joint_lambda", "inf"]),
+        (["--calib_tokens", "160 directions"], [*calibrated, "--calib_tokens", "16"]),
+        (["--calib_dataset", "0 tokens"], [*calibrated, "--calib_dataset", short]),
+        (["--device mps"], [*calibrated, "--device", "mps"]),
+        (["cannot be written"], [*calibrated[:-4], "--out_wte_npy", ckpt / "ckpt.pt" / "w.npy", *to[2:]]),
         (["factorized table already"], ["--ckpt_path", copy / "model_weights" / "gpt_pca_k128", "--rank_k", "4", *to]),
     ]:
         assert_one_line_error(run_main(program, *argv), *words)

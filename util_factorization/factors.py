@@ -45,12 +45,15 @@ def write_factors(wte_npy, scale_npz, Z, P, mean, facts):
 
 def _write(path, write, finish=True):
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:  # an open file, since numpy appends a suffix to names that lack it
-        write(f)
-    if finish:
-        os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:  # an open file, since numpy appends a suffix to names that lack it
+            write(f)
+        if finish:
+            os.replace(part, path)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror}): give another name, or make room")
     return part
 
 

@@ -16,6 +16,9 @@ from cli import fail, finish, flag, parse
 class Args:
     ckpt_path: str = flag(help="checkpoint with adapters, or the run folder that holds ckpt.pt")
     out: str = flag(help="the file to write; an existing one is left alone")
+    prev_run_ckpt: str = flag("", "where the base of adapters that were saved alone lies now, if it has moved")
+    import_wte_npy: str = flag("", "and its factors")
+    import_scale_matrices_npz: str = flag("", "and their scale matrices")
 
 
 def main(argv=None):
@@ -23,19 +26,23 @@ def main(argv=None):
 
     import checkpoint as ckpt
 
-    checkpoint = ckpt.load(args.ckpt_path, mend="give the ckpt.pt of a run with --lora_rank")
+    moved = {name: getattr(args, name) for name in ckpt.BASE_FILES if getattr(args, name)}
+    checkpoint = ckpt.load(args.ckpt_path, mend="give the ckpt.pt of a run with --lora_rank", **moved)
     if checkpoint["config"].get("lora_rank") is None:
         fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
-    if Path(args.out).exists():
-        fail(f"--out {args.out} exists: choose another file, or delete it")
+    if not args.out or Path(args.out).exists():
+        fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
     model = ckpt.build(checkpoint)
     before = model.count_parameters()
     model.merge_lora()
     kept = ("args", "iter_num", "data_step", "tokens", "starts_from", "val_loss")
     facts = {name: checkpoint[name] for name in kept if name in checkpoint}
     facts["args"] = facts["args"] | dict(lora_rank=None, save_adapters_only=False)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    ckpt.save(args.out, model, **facts)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        ckpt.save(args.out, model, **facts)
+    except OSError as error:
+        fail(f"--out {args.out} cannot be written ({error.strerror}): choose another file")
     after = model.count_parameters()
     print(f"{args.ckpt_path}: {before['adapters']:,} numbers of adapters merged, {after['total']:,} stored")
     finish(out=args.out, adapters_merged=before["adapters"], parameters=after)

@@ -82,6 +82,10 @@ def calibration(args, checkpoint, dataset):
             "give fewer or more text"
         )
     count = min(-(-(args.calib_tokens or CALIB_TOKENS) // T), available)
+    d = checkpoint["config"]["n_embd"]
+    if count * T < 2 * d:
+        more = "--calib_tokens" if available * T >= 2 * d else f"--calib_dataset {text.folder}"
+        fail(f"{more}: {count * T} tokens in whole windows of {T} say too little about {d} directions, give {2 * d} or more")
     windows = text.fixed_windows(count, max(1, 4096 // T), T, split="train")
     C, G = calibrate(ckpt.build(checkpoint), windows, args.device, gradients=args.method == "fisher")
     facts = dict(calib_dataset=text.folder.name, calib_tokens=count * T)
@@ -126,8 +130,10 @@ def check_method(args, given):
         fail(f"--method {args.method} reads no calibration text: leave --calib_dataset and --calib_tokens out")
     if args.method != "joint" and "joint_lambda" in given:
         fail(f"--joint_lambda weighs nothing in --method {args.method}: give --method joint, or leave it out")
-    if not 0 < args.joint_lambda < float("inf"):
-        fail(f"--joint_lambda {args.joint_lambda}: give a number above 0")
+    if not 0 < args.joint_lambda <= 1e9:
+        fail(f"--joint_lambda {args.joint_lambda}: give a number above 0, at most 1e9")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: give cpu or cuda")
     if args.calib_tokens is not None and args.calib_tokens < 1:
         fail(f"--calib_tokens {args.calib_tokens}: give 1 or more")
 
@@ -161,7 +167,7 @@ def main(argv=None):
         method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha256(path), ckpt_tokens=checkpoint["tokens"]
     )
     source |= dict(versions=dict(torch=torch.__version__, numpy=np.__version__))
-    source |= dict(singular_values=[float(f"{s:.6g}") for s in whole.S])
+    source |= dict(singular_values=[float(f"{s:.6g}") for s in whole.S[:d]])
     print(f"{path}: table {V} x {d}, method {args.method}")
     print(f"{'rank':>6} {'energy':>8} {'error/row':>10} {'error/token':>12} {'parameters':>12} {'compression':>12}")
     rows = []
@@ -179,7 +185,7 @@ def main(argv=None):
         print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {shown:>12} {cost}")
 
     figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}")
-    scree_plot(figure, {args.method: whole.S.tolist()}, ranks)
+    scree_plot(figure, {args.method: whole.S[:d].tolist()}, ranks)
     finish(method=args.method, V=V, d=d, scree=f"{figure}.png", ranks=rows)
 
 
