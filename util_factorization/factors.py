@@ -33,11 +33,11 @@ def write_factors(wte_npy, scale_npz, Z, P, mean, facts):
     """
     Write the three files of one rank: Z [V,k], P [k,d], mean [d] or None; facts goes into the JSON, with the files' hashes.
 
-    Each is written whole or not at all, wte last: where it is there, the others are.
+    Each is written whole or not at all, wte is there last: where it is, the others are.
     """
     centre = {} if mean is None else dict(mean=np.asarray(mean))
-    _write(scale_npz, lambda f: np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre))
     part = _write(wte_npy, lambda f: np.save(f, np.asarray(Z)), finish=False)
+    _write(scale_npz, lambda f: np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre))
     facts = facts | dict(sha256=dict(wte=sha256(part), scale_mats=sha256(scale_npz)))
     _write(json_beside(wte_npy), lambda f: f.write((json.dumps(facts, indent=1) + "\n").encode()))
     os.replace(part, wte_npy)
