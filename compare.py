@@ -154,7 +154,7 @@ def comparisons(rows):
 
 # -- claims -----------------------------------------------------------------------------------------------------------
 
-EVERY, SIXTH, SMALLEST_TWO = "every rank", "the rank nearest to a sixth of the width", "the two smallest ranks"
+EVERY, SIXTH, SMALLEST_TWO = "every rank that was run", "the rank nearest to a sixth of the width", "the two smallest ranks"
 MARGIN = 0.02  # nats: what "enough" and "reaches" may lack
 
 
