@@ -71,15 +71,17 @@ take_rank() {
 }
 
 # The table's factors by $METHOD at ranks $1, or at rank $k, made where they are missing or older than the baseline. Sets
-# wte_npy, scale_npz (of rank $k) and method, svd's being pca in the seeds' names.
+# method, svd's being pca in the seeds' names, and from_factors, the flags that start from the baseline with the last rank's.
 need_factors() {
-  local rank missing=""
+  local rank wte_npy scale_npz missing=""
   start_from gpt_baseline train_baseline_gpt2.sh
   method=${METHOD/#svd/pca}
   for rank in ${1:-$k}; do
     wte_npy=$OUT/pca_factorized/wte_${method}_k$rank.npy scale_npz=$OUT/pca_factorized/scale_mats_${method}_k$rank.npz
     if [ ! -f "$wte_npy" ] || [ "$OUT/gpt_baseline/ckpt.pt" -nt "$wte_npy" ]; then missing+=",$rank"; fi
   done
+  from_factors=(--n_embd_wte "$rank" --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline"
+    --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz")
   [ -z "$missing" ] || bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
 }
 

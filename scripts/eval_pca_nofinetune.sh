@@ -6,6 +6,5 @@ LAPTOP=laptop13
 source scripts/common.sh
 take_rank "$@"
 need_factors
-train_run "gpt_${method}_nofinetune_k$k" "$method-nofinetune-k$k" --preset "${PRESET}_finetune" --eval_only --n_embd_wte "$k" \
-  --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline" \
-  --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz" ${rest[@]+"${rest[@]}"}
+train_run "gpt_${method}_nofinetune_k$k" "$method-nofinetune-k$k" --preset "${PRESET}_finetune" --eval_only \
+  "${from_factors[@]}" ${rest[@]+"${rest[@]}"}

@@ -8,6 +8,5 @@ source scripts/common.sh
 take_rank "$@"
 need_factors
 # shellcheck disable=SC2086  # the words of LORA
-train_run "gpt_${method}_lora_k$k" "$method-lora-k$k-r$(lora_rank)" --preset "${PRESET}_lora" --n_embd_wte "$k" \
-  --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline" \
-  --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz" ${LORA:-} ${rest[@]+"${rest[@]}"}
+train_run "gpt_${method}_lora_k$k" "$method-lora-k$k-r$(lora_rank)" --preset "${PRESET}_lora" \
+  "${from_factors[@]}" ${LORA:-} ${rest[@]+"${rest[@]}"}
