@@ -107,18 +107,27 @@ def build(checkpoint, **changes):
 
 
 # What a previous run's weights fix; the table's rank and the dropout are the new run's own.
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "activation", "bias")
+SHAPE = (
+    "block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "activation", "bias", "rotary_pct",
+    "parallel_residual", "norms_per_layer", "tie_head", "v_proj_narrow",
+)  # fmt: skip
 
 
 def previous_shape(checkpoint, args, given):
     """The shape of a previous run's model as flags of the new run; a given flag that differs is refused."""
-    config = checkpoint["config"]
-    if config.get("lora_rank") is not None:
+    config = asdict(GPTConfig(**checkpoint["config"]))
+    if config["lora_rank"] is not None:
         fail(f"--prev_run_ckpt {args.prev_run_ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
     for name in SHAPE:
         if name in given and given[name] != config[name]:
             fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
     shape = {name: config[name] for name in SHAPE}
+    for name in ("v_proj_dim", "k_proj_dim"):
+        if config[name] is None:
+            continue  # a new part, where the flag is given
+        if name in given and given[name] != config[name]:
+            fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
+        shape[name] = config[name]
     if not args.import_wte_npy:
         for name in ("n_embd_wte", "n_embd_wte_scale_tying"):
             if name in given and given[name] != config[name]:
@@ -138,10 +147,14 @@ TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.",
 def load_previous(model, checkpoint, path, keep_table):
     """
     Copy a previous run's weights into the model; keep_table: the token table too. A weight left out on either side is
-    an error, since it would stay random in silence; fresh adapters change nothing and may stay.
+    an error, since it would stay random in silence; fresh adapters, and a fresh bottleneck of the keys or the values, may stay.
     """
     state = {k: v for k, v in checkpoint["model"].items() if keep_table or not k.startswith(TABLE)}
+    before = GPTConfig(**checkpoint["config"])
+    fresh = [kind for kind in "kv" if getattr(before, f"{kind}_proj_dim") is None]
+    fresh = [f"{kind}_{part}" for kind in fresh for part in ("compress", "restore")]
     wanted = {k for k in model.state_dict() if not is_adapter(k) and (keep_table or not k.startswith(TABLE))}
+    wanted = {k for k in wanted if k.split(".")[-2] not in fresh}
     if differing := sorted(wanted ^ state.keys()):
         fail(f"{path} and the new model differ in {len(differing)} weights, first {differing[0]}: is it another model's?")
     try:

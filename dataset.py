@@ -99,6 +99,28 @@ class Dataset:
         starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
         return self._windows(self.train, starts, block_size)
 
+    def epoch_steps(self, step_size, block_size, samples=None):
+        """
+        Steps of an epoch: as many as `samples` sequences of block_size that do not overlap (None: all of the training file)
+        fill with step_size each. What is left over is another part in each epoch, since the order is.
+        """
+        available = (len(self.train) - 1) // block_size
+        samples = available if samples is None else samples
+        if samples > available:
+            fail(
+                f"--max_train_samples {samples}: {self.folder / 'train.bin'} has {available} sequences of {block_size} tokens: "
+                "lower it, or prepare more text"
+            )
+        if samples < step_size:
+            fail(f"--max_train_samples {samples} do not fill one step of {step_size}: raise it, or lower --batch_size")
+        return samples // step_size
+
+    def epoch_batch(self, batch_size, block_size, samples, place, *key):
+        """The batch from `place` on in the order of an epoch, which hangs on the key alone: two int64 arrays (B, T)."""
+        samples = (len(self.train) - 1) // block_size if samples is None else samples
+        order = np.random.default_rng(key).permutation(samples)
+        return self._windows(self.train, order[place : place + batch_size] * block_size, block_size)
+
     def fixed_windows(self, count, batch_size, block_size, split="val"):
         """
         Windows of the validation file (or the "train" file), in order, as batches of (B, T): non-overlapping ones over

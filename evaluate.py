@@ -1,40 +1,103 @@
-"""What every run is measured by: the same fixed windows of the validation file, for every model."""
+"""What a model is measured by: the same fixed windows of the validation file, for every model."""
 
 import math
 
 import torch
 from torch.nn import functional as F
 
-from model import effective_weight
+from model import NO_CACHE, effective_weight
+
+# Where in a window the loss is looked at: these positions, then twice as far each time.
+EDGES = (0, 16, 32, 64, 96, 128)
+
+
+class Restored:
+    """
+    Watches what a model's bottlenecks lose: what went into v_compress and came out of v_restore (kind "v", or "k") in the
+    last forward pass, (B, T, d) for each layer.
+    """
+
+    def __init__(self, model, kind):
+        self.before, self.after = {}, {}
+        for layer, block in enumerate(model.transformer.h):
+            compress, restore = (getattr(block.attn, f"{kind}_{part}") for part in ("compress", "restore"))
+            compress.register_forward_hook(lambda module, args, out, layer=layer: self.before.update({layer: args[0]}))
+            restore.register_forward_hook(lambda module, args, out, layer=layer: self.after.update({layer: out}))
+
+    def pairs(self):
+        return [(self.before[layer].float(), self.after[layer].float()) for layer in sorted(self.before)]
+
+    def loss(self):
+        """Mean squared error over elements and layers."""
+        return torch.stack([F.mse_loss(after, before) for before, after in self.pairs()]).mean()
+
+    def sums(self):
+        """(layers, 2 + d) float64: the squared errors' sum, the squares' sum, the sum of each of the d numbers."""
+        return (
+            torch.stack(
+                [
+                    torch.cat([(after - before).square().sum()[None], before.square().sum()[None], before.flatten(0, 1).sum(0)])
+                    for before, after in self.pairs()
+                ]
+            )
+            .double()
+            .cpu()
+        )
 
 
 @torch.no_grad()
-def evaluate(model, dataset, args, device, autocast):
+def evaluate(model, dataset, args, device, autocast, watches=None, cache_for=lambda B: NO_CACHE):
     """
     Evaluate a GPT on the dataset's first args.eval_iters batches of args.batch_size fixed windows, (B, T) each.
 
-    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens).
+    watches: {"v": Restored(model, "v"), ...}, what to report the reconstruction of. cache_for: batch size -> the KV cache that
+    keys and values pass through, to see what its number format costs.
+
+    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss) and, of each
+    watch, {v,k}_recon and {v,k}_error.
 
     ln_f_cosine       mean cosine between what the head reads and lm_head's row of the target token, in the head's own
                       space: d for a dense table, k for a factorized one, so not comparable between them
     ln_f_cosine_full  the same in d-space: between ln_f's output and the target's row of the effective table,
                       comparable between all
+    position_loss     {"0-16": nats per token, ...}: the loss by position in the window
+    v_recon           mean (V - V_restored)^2 over elements and layers
+    v_error           for each layer, the share of V's variance over the tokens that V_restored misses
     """
     model.eval()
-    t = model.transformer
+    t, T = model.transformer, model.config.block_size
     rows, table = effective_weight(model.lm_head), model.effective_table()
-    sums, tokens = torch.zeros(3, dtype=torch.float64), 0  # on the CPU: not every device has float64
-    for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, model.config.block_size):
+    sums, tokens = torch.zeros(2, dtype=torch.float64), 0  # on the CPU: not every device has float64
+    by_position, seen = torch.zeros(T, dtype=torch.float64), {kind: 0 for kind in watches or {}}
+    for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, T):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
         with autocast:
-            h = model.hidden(x)
-            loss = F.cross_entropy(model.logits(h).flatten(0, 1), y, reduction="sum")
+            h = model.hidden(x, cache_for(len(x)))
+            loss = F.cross_entropy(model.logits(h).flatten(0, 1), y, reduction="none").view(-1, T)
             small = t.scale_down(h).flatten(0, 1)  # (B T, k), or (B T, d) as it was
         cosine = F.cosine_similarity(small.float(), rows[y], dim=-1).sum()
         cosine_full = F.cosine_similarity(h.flatten(0, 1).float(), table[y], dim=-1).sum()
-        sums += torch.stack([loss.float(), cosine, cosine_full]).cpu()
+        sums += torch.stack([cosine, cosine_full]).cpu()
+        by_position += loss.float().sum(0).cpu()
+        for kind in seen:
+            seen[kind] = seen[kind] + watches[kind].sums()
         tokens += len(y)
     model.train()
-    loss, cosine, cosine_full = (sums / tokens).tolist()
+    loss, (cosine, cosine_full) = by_position.sum().item() / tokens, (sums / tokens).tolist()
     ppl = math.exp(loss) if loss < 700 else math.inf
-    return dict(val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens)
+    values = dict(val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens)
+    values["position_loss"] = {
+        f"{low}-{high}": by_position[low:high].mean().item() * T / tokens for low, high in position_bins(T)
+    }
+    for kind, total in seen.items():
+        error, squares, mean = total[:, 0], total[:, 1], total[:, 2:] / tokens
+        values[f"{kind}_recon"] = (error.mean() / tokens / mean.shape[1]).item()
+        values[f"{kind}_error"] = (error / (squares - tokens * mean.square().sum(1))).tolist()
+    return values
+
+
+def position_bins(T):
+    edges = [edge for edge in EDGES if edge < T]
+    while edges[-1] * 2 < T and edges[-1] >= EDGES[-1]:
+        edges.append(edges[-1] * 2)
+    return list(zip(edges, [*edges[1:], T]))

@@ -1,7 +1,8 @@
 """
-One GPT: GPT-2 by default, with an optional factorized token table and optional LoRA adapters.
+One GPT: GPT-2 by default, Pythia by config; optional factorized token table, LoRA adapters, compressed keys and values.
 
-Shapes: B batch, T positions, d = n_embd, k = n_embd_wte (rank of the token table), V = vocab_size, H heads, r = lora_rank.
+Shapes: B batch, T positions, S positions that a query may see, d = n_embd, k = n_embd_wte (rank of the token table),
+V = vocab_size, H heads, r = a rank: lora_rank, k_proj_dim, v_proj_dim.
 
     dense       wte [V,d]                                          logits = h @ wte^T
     factorized  wte [V,k], scale_up [d,k], scale_down [d,k]        logits = (h @ scale_down) @ wte^T
@@ -10,6 +11,11 @@ with h = ln_f(...) of shape (B, T, d). wte and lm_head are one tensor. scale_up 
 n_embd_wte_scale_tying can make them one tensor too.
 
 An adapter belongs to a weight: W' = W + s B A wherever W is used, so the tied table's acts in the lookup and in the head.
+
+Keys and values may be kept as r numbers a token for all heads together, and are restored to attend:
+
+    v_proj -> v_compress -> [cache] -> v_restore -> heads
+    k_proj -> k_compress -> [cache] -> k_restore -> rotary -> heads
 """
 
 import math
@@ -40,6 +46,13 @@ class GPTConfig:
     n_embd_wte_scale_tying: bool = False
     n_embd_wte_mean: bool = False  # the lookup adds a mean row [d] (a centred factorization); the head needs none
     factor_init: str = "matched"  # matched | naive, see GPT.init_factors
+    rotary_pct: float = 0.0  # share of each head that is rotated by its position; 0 learns positions (wpe) instead
+    parallel_residual: bool = False  # x + attn(ln_1 x) + mlp(ln_2 x), Pythia's block
+    norms_per_layer: int = 2  # with 1, a parallel block's attention and MLP share ln_1
+    tie_head: bool = True  # lm_head is wte
+    v_proj_dim: int | None = None  # numbers a token that the cache holds for the values of all heads; None is d
+    k_proj_dim: int | None = None  # for the keys, before their rotation
+    v_proj_narrow: bool = False  # v_proj gives v_proj_dim numbers itself: narrower heads, nothing to restore
     lora_rank: int | None = None  # r; None is a model without adapters
     lora_alpha: float = 0.0  # an adapter's scale s is lora_alpha / lora_rank
     lora_dropout: float = 0.0  # on what an adapter reads
@@ -52,27 +65,99 @@ ACTIVATIONS = {
 }
 
 
+class NoCache:
+    """Stands where a KV cache may: every position is computed at once and none is kept."""
+
+    length = 0
+
+    def __getitem__(self, layer):
+        return self
+
+    def extend(self, k, v):
+        return k, v
+
+
+NO_CACHE = NoCache()
+
+
+class Rotary(nn.Module):
+    """
+    Turns the first `dims` numbers of each head by an angle that grows with the position (RoFormer, arXiv:2104.09864):
+    number i and number i + dims/2 are a pair, as in GPT-NeoX, and the angle of pair i is position / 10000^(2i / dims).
+    """
+
+    def __init__(self, dims, n_head, block_size):
+        super().__init__()
+        self.dims, self.n_head = dims, n_head
+        angles = torch.arange(block_size)[:, None] / 10000 ** (torch.arange(0, dims, 2) / dims)  # (block_size, dims/2)
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, x, start):
+        """x (B, T, H n), heads side by side, whose first position is `start` -> the same, turned."""
+        x = x.unflatten(-1, (self.n_head, -1))  # (B, T, H, n)
+        cos, sin = (t[start : start + x.shape[1]].to(x.dtype) for t in (self.cos, self.sin))
+        a, b, rest = x.tensor_split((self.dims // 2, self.dims), dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).flatten(-2)
+
+
+class NoRotary(nn.Module):
+    def forward(self, x, start):
+        return x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
+        d, bias = config.n_embd, config.bias
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        heads_width = config.v_proj_dim if config.v_proj_narrow else d
+        self.q_proj = nn.Linear(d, d, bias=bias)
+        self.k_proj = nn.Linear(d, d, bias=bias)
+        self.v_proj = nn.Linear(d, heads_width, bias=bias)
+        self.k_compress, self.k_restore = self.bottleneck(d, config.k_proj_dim, bias)
+        self.v_compress, self.v_restore = self.bottleneck(d, None if config.v_proj_narrow else config.v_proj_dim, bias)
+        self.c_proj = nn.Linear(heads_width, d, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        dims = round(config.rotary_pct * d / config.n_head)
+        self.rotary = Rotary(dims, config.n_head, config.block_size) if dims else NoRotary()
+        # Plain keys are turned before they are kept, compressed ones each time they have been restored.
+        plain = config.k_proj_dim is None
+        self.rotary_kept, self.rotary_read = (self.rotary, NoRotary()) if plain else (NoRotary(), self.rotary)
 
-    def forward(self, x):
-        B, T, d = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.n_head, d // self.n_head).transpose(1, 2)  # (B, H, T, d/H)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    @staticmethod
+    def bottleneck(d, r, bias):
+        """A map to r numbers and one back; without r, two that change nothing."""
+        if r is None:
+            return nn.Identity(), nn.Identity()
+        return nn.Linear(d, r, bias=bias), nn.Linear(r, d, bias=bias)
+
+    def forward(self, x, cache=NO_CACHE):
+        """x (B, T, d) at the positions after those of the cache -> (B, T, d); the cache keeps k and v."""
+        start = cache.length
+        q = self.rotary(self.q_proj(x), start)
+        k = self.rotary_kept(self.k_compress(self.k_proj(x)), start)  # (B, T, r_k)
+        v = self.v_compress(self.v_proj(x))  # (B, T, r_v)
+        k, v = cache.extend(k, v)  # (B, S, r_k) and (B, S, r_v), S = start + T
+        return self.resid_dropout(self.c_proj(self.attend(q, k, v)))
+
+    def attend(self, q, k, v):
+        """The last T queries (B, T, d), all keys and values as kept (B, S, r) -> the heads' answers, side by side (B, T, d)."""
+        T, S = q.shape[1], k.shape[1]
+        k, v = self.rotary_read(self.k_restore(k), 0), self.v_restore(v)
+        q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, width / H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, d)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        # is_causal lines up the first query with the first key, which is right where every position is computed at once
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if T in (1, S) else sees(T, S, q.device), dropout_p=dropout, is_causal=T == S
+        )
+        return y.transpose(1, 2).flatten(-2)
+
+
+def sees(T, S, device):
+    """(T, S) of booleans: which of S positions each of the last T may see."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class MLP(nn.Module):
@@ -92,13 +177,35 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        if config.norms_per_layer == 2:
+            self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=NO_CACHE):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+class ParallelBlock(Block):
+    def forward(self, x, cache=NO_CACHE):
+        return x + self.attn(self.ln_1(x), cache) + self.mlp(self.ln_2(x))
+
+
+class ParallelBlockOneNorm(Block):
+    def forward(self, x, cache=NO_CACHE):
+        h = self.ln_1(x)
+        return x + self.attn(h, cache) + self.mlp(h)
+
+
+BLOCKS = {(False, 2): Block, (True, 2): ParallelBlock, (True, 1): ParallelBlockOneNorm}  # parallel_residual, norms_per_layer
+
+
+class NoPositions(nn.Module):
+    """Stands where wpe does in a model that turns its queries and keys instead."""
+
+    def forward(self, pos):
+        return 0
 
 
 class ScaleDown(nn.Linear):
@@ -175,19 +282,21 @@ class GPT(nn.Module):
         # A dense table passes through identities, which hold no weights: forward() is the same for both.
         scale_up = nn.Identity() if k is None else nn.Linear(k, d, bias=config.n_embd_wte_mean)
         scale_down = nn.Identity() if k is None else ScaleDown(k, d, bias=False)
+        block = BLOCKS[config.parallel_residual, config.norms_per_layer]
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, k or d),
                 scale_up=scale_up,
-                wpe=nn.Embedding(config.block_size, d),
+                wpe=NoPositions() if config.rotary_pct else nn.Embedding(config.block_size, d),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                h=nn.ModuleList(block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(d, bias=config.bias),
                 scale_down=scale_down,
             )
         )
         self.lm_head = nn.Linear(k or d, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_head:
+            self.lm_head.weight = self.transformer.wte.weight
         if k is not None and config.n_embd_wte_scale_tying:
             self.transformer.scale_down.weight = self.transformer.scale_up.weight
         self.init_weights()
@@ -278,18 +387,18 @@ class GPT(nn.Module):
         """Token ids (B, T) -> rows of the token table (B, T, d), through (B, T, k) if factorized."""
         return self.transformer.scale_up(self.transformer.wte(idx))
 
-    def trunk(self, x):
-        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d)."""
+    def trunk(self, x, cache=NO_CACHE):
+        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). A cache holds the positions before them."""
         t = self.transformer
-        pos = torch.arange(x.shape[1], device=x.device)
+        pos = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         x = t.drop(x + t.wpe(pos))
-        for block in t.h:
-            x = block(x)
+        for layer, block in enumerate(t.h):
+            x = block(x, cache[layer])
         return t.ln_f(x)
 
-    def hidden(self, idx):
+    def hidden(self, idx, cache=NO_CACHE):
         """Token ids (B, T) -> the output of ln_f (B, T, d)."""
-        return self.trunk(self.lookup(idx))
+        return self.trunk(self.lookup(idx), cache)
 
     def logits(self, h):
         """The output of ln_f (B, T, d) -> logits (B, T, V)."""
@@ -306,29 +415,37 @@ class GPT(nn.Module):
     def count_parameters(self):
         """Stored numbers by group, tied tensors once, adapters (which merging makes vanish) apart; they sum to the total."""
         group_of = dict(wte="token_table", scale_up="token_table", scale_down="token_table", wpe="positions")
-        counts = dict(token_table=0, positions=0, attention=0, mlp=0, norms=0, adapters=0)
+        group_of |= dict(attn="attention", mlp="mlp", lm_head="head")
+        groups = ("token_table", "head", "positions", "attention", "kv_compression", "mlp", "norms", "adapters")
+        counts = dict.fromkeys(groups, 0)
         for name, p in self.named_parameters():  # yields a tied tensor once
             parts = name.split(".")
             if "lora" in parts:
                 group = "adapters"
-            elif parts[1] == "h":
-                group = {"attn": "attention", "mlp": "mlp"}.get(parts[3], "norms")
+            elif any(part.endswith(("_compress", "_restore")) for part in parts):
+                group = "kv_compression"
             else:
-                group = group_of.get(parts[1], "norms")
+                group = next((group_of[part] for part in parts if part in group_of), "norms")
             counts[group] += p.numel()
         return counts | dict(total=sum(counts.values()))
 
+    def cache_widths(self):
+        """Numbers a token and layer that a KV cache holds: of the keys, of the values."""
+        c = self.config
+        return c.k_proj_dim or c.n_embd, c.v_proj_dim or c.n_embd
+
     def flops_per_token(self, T):
         """Forward FLOPs a token (a multiply-add is two) at context T, by part."""
-        c = self.config
-        d, k = c.n_embd, c.n_embd_wte
-        scale = 0 if k is None else 2 * k * d
+        c, t = self.config, self.transformer
+        scale = 0 if c.n_embd_wte is None else 2 * t.scale_up.weight.numel()
+        linear = [m for m in t.h.modules() if isinstance(m, nn.Linear)]
         adapted = [module for module in self.modules() if type(module) in PLAIN]
+        values_width = t.h[0].attn.c_proj.in_features
         parts = dict(
             lookup=scale,
-            blocks=c.n_layer * 2 * (4 + 2 * c.mlp_expansion_factor) * d * d,
-            attention=c.n_layer * 4 * d * T // 2,  # causal: half of the T x T scores are needed
-            head=scale + 2 * c.vocab_size * (k or d),
-            adapters=sum(2 * m.lora.A.numel() + (0 if m is self.transformer.wte else 2 * m.lora.B.numel()) for m in adapted),
+            blocks=sum(2 * m.weight.numel() for m in linear),
+            attention=c.n_layer * 2 * (c.n_embd + values_width) * T // 2,  # causal: half of the T x T scores are needed
+            head=scale + 2 * self.lm_head.weight.numel(),
+            adapters=sum(2 * m.lora.A.numel() + (0 if m is t.wte else 2 * m.lora.B.numel()) for m in adapted),
         )
         return parts | dict(total=sum(parts.values()))

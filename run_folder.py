@@ -109,7 +109,9 @@ def tensorboard_log(args, folder):
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")
-    return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()]
+    return lambda step, values: [
+        writer.add_scalar(name, value, step) for name, value in values.items() if isinstance(value, (int, float))
+    ]
 
 
 def provenance(device):

@@ -9,7 +9,7 @@ Train or evaluate one GPT.
 The same flags and seed read the same text in the same order, whatever the model, however many cards, resumed or not.
 """
 
-from train_args import parse_args, resume_args
+from train_args import check_schedule, check_shape, parse_args, resume_args
 
 args, given = parse_args()  # before torch is imported, so that --help answers at once
 
@@ -24,13 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed import all_reduce, destroy_process_group, init_process_group
+from torch.distributed import all_reduce, broadcast, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from cli import fail, finish
 from dataset import Dataset
-from evaluate import evaluate
+from evaluate import Restored, evaluate
 from model import GPT, GPTConfig
 from run_folder import RunFolder, hardware
 from util_factorization.factors import read_factors, read_facts
@@ -50,6 +50,7 @@ elif args.init_from == "prev_run":
     )
     previous = checkpoint.load(args.prev_run_ckpt, mend=mend)
     args = replace(args, **checkpoint.previous_shape(previous, args, given))
+    check_shape(args)
 # Weights that come from another run go on in the text where they stopped, rather than read its beginning again.
 steps_before = previous["data_step"] - (previous["iter_num"] if resuming else 0) if previous else 0
 writes = not (resuming and args.eval_only)  # evaluating a run that is there changes nothing in its folder
@@ -85,13 +86,25 @@ hardware_name = hardware(device)
 dataset = Dataset(args.dataset)
 dataset.check_block_size(args.block_size)
 micro_steps = args.gradient_accumulation_steps // world_size
-tokens_per_step = args.gradient_accumulation_steps * args.batch_size * args.block_size
+step_size = args.gradient_accumulation_steps * args.batch_size  # windows
+tokens_per_step = step_size * args.block_size
+epoch_steps = None
+if args.max_epochs is not None:
+    epoch_steps = dataset.epoch_steps(step_size, args.block_size, args.max_train_samples)
+    args = replace(args, max_iters=args.max_epochs * epoch_steps, eval_interval=epoch_steps)
+    check_schedule(args)
 
 
 def batch(step, micro):
     """Windows of this process's micro-step: (B, T) token ids and the (B, T) that follow them."""
-    key = (args.seed, steps_before + step, micro * world_size + rank)
-    x, y = (torch.from_numpy(a) for a in dataset.batch(args.batch_size, args.block_size, *key))
+    place, size = micro * world_size + rank, (args.batch_size, args.block_size)
+    if args.max_epochs is None:
+        x, y = dataset.batch(*size, args.seed, steps_before + step, place)
+    else:
+        epoch, within = divmod(step, epoch_steps)
+        place = within * step_size + place * args.batch_size
+        x, y = dataset.epoch_batch(*size, args.max_train_samples, place, args.seed, steps_before + epoch)
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
     if device_type == "cuda":  # pinned memory lets the copy overlap with the step before
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
@@ -150,9 +163,47 @@ for scale in (model.transformer.scale_up, model.transformer.scale_down):
 if args.lora_rank is not None:
     for name, p in model.named_parameters():
         p.requires_grad_(checkpoint.is_adapter(name))
+names = [name for name, _ in model.named_parameters()]
+
+
+def matched(flag):
+    """The parameters that a flag's patterns name; a pattern that names none, or patterns that name all, are a mistake."""
+    patterns = [pattern for pattern in getattr(args, flag).split(",") if pattern]
+    for pattern in patterns:
+        if not any(pattern in name for name in names):
+            near = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+            fail(f"--{flag} {pattern} names no parameter of this model: give a part of a name, of {', '.join(near)}")
+    found = {name for name in names if any(pattern in name for pattern in patterns)}
+    if len(found) == len(names):
+        fail(f"--{flag} {getattr(args, flag)} names every parameter of this model: leave it out, or name some of them")
+    return found
+
+
+only, frozen = matched("train_only"), matched("freeze")
+for name, p in model.named_parameters():
+    if name in frozen or (only and name not in only):
+        p.requires_grad_(False)
+if not any(p.requires_grad for p in model.parameters()):
+    fail(f"--freeze {args.freeze} leaves nothing of --train_only {args.train_only} to train: leave one of the two out")
+if args.objective == "v_recon" and any(".v_compress." not in n and ".v_restore." not in n for n in only):
+    fail(f"--objective v_recon --train_only {args.train_only} would let the values shrink: give v_compress,v_restore")
 base = checkpoint.base_of(model, args) if args.save_adapters_only else None
 parameters = model.count_parameters()
 say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")
+
+# -- objective ---------------------------------------------------------------------------------------------------------
+
+parts = {"v": model.config.v_proj_dim if not model.config.v_proj_narrow else None, "k": model.config.k_proj_dim}
+watches = {kind: Restored(model, kind) for kind, width in parts.items() if width is not None}
+criterion = "v_recon" if args.objective == "v_recon" else "val_loss"  # what the best checkpoint has least of
+
+
+def objective(lm_loss):
+    """The loss of a forward pass that has just given this cross-entropy."""
+    if args.objective == "v_recon":
+        return watches["v"].loss()
+    return lm_loss + args.v_recon_weight * watches["v"].loss() if args.v_recon_weight else lm_loss
+
 
 # -- optimizer --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +252,7 @@ if resuming:
     starts_from = previous["starts_from"]
 elif previous:
     earlier = (previous.get("starts_from") or dict(tokens=0))["tokens"]
-    cost = None if earlier is None else earlier + previous["tokens"]
+    cost = None if None in (earlier, previous["tokens"]) else earlier + previous["tokens"]
     starts_from = dict(part="all weights", ckpt=args.prev_run_ckpt, tokens=cost)
 elif factors:
     starts_from = dict(part="token table", ckpt=args.import_wte_npy, tokens=read_facts(args.import_wte_npy).get("ckpt_tokens"))
@@ -226,7 +277,7 @@ def save_checkpoints(evaluation):
     facts = dict(args=asdict(args), iter_num=step, data_step=steps_before + step, tokens=step * tokens_per_step)
     facts |= dict(starts_from=starts_from, val_loss=evaluation["val_loss"])
     # last.pt first, and an equal loss is the best too: a resume after a crash between the two writes ckpt.pt again
-    is_best = best is None or evaluation["val_loss"] <= best["val_loss"]
+    is_best = best is None or evaluation[criterion] <= best[criterion]
     if not args.eval_only:
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
         state |= dict(cuda_rng=torch.cuda.get_rng_state(device) if device_type == "cuda" else None)
@@ -235,6 +286,10 @@ def save_checkpoints(evaluation):
     if is_best:
         checkpoint.save(run.path / "ckpt.pt", model, base, **facts)
     return evaluation if is_best else best
+
+
+def evaluation_now():
+    return dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast, watches)
 
 
 def peak_memory():
@@ -253,6 +308,7 @@ def stop_unless_finite(name, value):
 # -- loop -------------------------------------------------------------------------------------------------------------
 
 loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
+stopped = torch.zeros((), dtype=torch.int32, device=device if world_size > 1 else "cpu")  # 1 where patience has run out
 first_step = logged_step = step
 logged_seconds, evaluation = seconds, None
 started = time.time() - seconds  # moved on by every evaluation, so that time.time() - started is spent on training steps
@@ -268,17 +324,22 @@ with ends_in_one_line():
             paused = time.time()
             seconds = paused - started
             if master:
-                evaluation = dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast)
+                evaluation = evaluation_now()
                 stop_unless_finite("validation loss", evaluation["val_loss"])
                 say(
                     f"step {step}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}, "
                     f"ln_f cosine {evaluation['ln_f_cosine']:.3f}, full {evaluation['ln_f_cosine_full']:.3f}"
+                    + "".join(f", {kind} restored to {evaluation[f'{kind}_recon']:.3g}" for kind in watches)
                 )
                 if writes:
                     run.log(step, seconds=seconds, **{k: v for k, v in evaluation.items() if k != "iter"})
                     best = save_checkpoints(evaluation)
             started += time.time() - paused
-        if step == last_step:
+            if args.patience is not None and not args.eval_only:
+                stopped.fill_(master and (step - best["iter"]) // args.eval_interval >= args.patience)
+                if world_size > 1:
+                    broadcast(stopped, 0)
+        if step == last_step or stopped:
             break
 
         # 3. forward and backward
@@ -286,7 +347,7 @@ with ends_in_one_line():
             x, y = batch(step, micro)
             trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
             with autocast:
-                loss = trainer(x, y)[1]
+                loss = objective(trainer(x, y)[1])
             scaler.scale(loss / micro_steps).backward()
             loss_sum += loss.detach() / micro_steps
 
@@ -320,6 +381,14 @@ with ends_in_one_line():
             loss_sum.zero_()
             logged_step, logged_seconds = step, seconds
 
+# -- the best checkpoint ----------------------------------------------------------------------------------------------
+
+last = evaluation
+if master and writes and best["iter"] != step:
+    model.load_state_dict(checkpoint.load(run.path / "ckpt.pt")["model"])
+    evaluation = evaluation_now() | dict(iter=best["iter"], tokens=best["tokens"])
+    say(f"the best was step {best['iter']}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}")
+
 # -- summary ----------------------------------------------------------------------------------------------------------
 
 if master and writes:
@@ -342,6 +411,9 @@ if master and writes:
             eval_tokens=evaluation["eval_tokens"],
             best=best,
             final=evaluation,
+            last=last,
+            epoch_steps=epoch_steps,
+            cache_widths=model.cache_widths(),
             tokens=trained_tokens,
             tokens_per_step=tokens_per_step,
             seconds=seconds,

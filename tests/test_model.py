@@ -185,7 +185,7 @@ def test_groups_sum_to_the_total_and_gpt2_has_124m(tiny_config):
             counts = model.count_parameters()
             total = counts.pop("total")
             assert sum(counts.values()) == total == sum(p.numel() for p in model.parameters())
-            assert counts.pop("adapters") == 0 and min(counts.values()) > 0
+            assert all(counts.pop(group) == 0 for group in ("adapters", "head", "kv_compression")) and min(counts.values()) > 0
             if k is None:
                 assert total == 124_439_808  # GPT-2 small, as published by OpenAI
 
