@@ -1,33 +1,41 @@
 # Sourced by the training scripts after setup.sh: picks preset, data and folder, and runs train.py once.
 #
 #   PRESET    gpt2 | laptop | laptop13   left out: gpt2 where torch sees a GPU, else laptop (laptop13 for experiments 1-13)
-#   DATASET   wikitext103 | sotu         left out: wikitext103 with gpt2, sotu with the laptop's or where WikiText cannot be had
+#             pythia70m | laptop_pythia  the same for compressed keys and values
+#   DATASET   wikitext103 | pile | sotu  left out: wikitext103 with gpt2, pile with pythia70m, sotu with the laptop's or where
+#                                        the others cannot be had
 #   OUT       model_weights              where the run folders go, from the repository's folder; left out,
-#                                        model_weights/laptop13 with that preset, since its runs have the names of laptop's
+#                                        model_weights/laptop13 with that preset, since its runs have the names of laptop's,
+#                                        and model_weights/vdproj with pythia70m and laptop_pythia
 #   METHOD    svd                        how the table is factorized, where a script starts from factors
 #   LORA      "--lora_rank 4 ..."        further flags of the scripts that train adapters
 
 if [ -z "${PRESET:-}" ]; then
   # nvidia-smi first: it answers at once, importing torch takes seconds
   if command -v nvidia-smi >/dev/null && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    PRESET=gpt2
+    PRESET=${WITH_GPU:-gpt2}
   else
     PRESET=${LAPTOP:-laptop}
   fi
 fi
 if [ -z "${OUT:-}" ]; then
-  [ "$PRESET" = laptop13 ] && OUT=model_weights/laptop13 || OUT=model_weights
+  case $PRESET in
+    laptop13) OUT=model_weights/laptop13 ;;
+    *pythia*) OUT=model_weights/vdproj ;;
+    *) OUT=model_weights ;;
+  esac
 fi
 METHOD=${METHOD:-svd}
 if [ -z "${DATASET:-}" ]; then
-  DATASET=sotu
-  if [ "$PRESET" = gpt2 ]; then
-    DATASET=wikitext103
-    if [ ! -f data/wikitext103/meta.pkl ] && ! python data/wikitext103/prepare.py; then
-      echo "WikiText-103 cannot be had here: taking the embedded text, DATASET=sotu. Its 2.5M tokens are few for this preset, which"
-      echo "reads them 130 times: PRESET=laptop fits them, data/wikitext103/prepare.py --local_dir takes WikiText from a folder."
-      DATASET=sotu
-    fi
+  case $PRESET in
+    gpt2) DATASET=wikitext103 small="Its 2.5M tokens are few for this preset, which reads them 130 times: PRESET=laptop fits them" ;;
+    pythia70m) DATASET=pile small="PRESET=laptop_pythia fits it" ;;
+    *) DATASET=sotu ;;
+  esac
+  if [ "$DATASET" != sotu ] && [ ! -f "data/$DATASET/meta.pkl" ] && ! python "data/$DATASET/prepare.py"; then
+    echo "data/$DATASET cannot be had here: taking the embedded text, DATASET=sotu. $small;"
+    echo "data/$DATASET/prepare.py --local_dir takes its text from a folder."
+    DATASET=sotu
   fi
 fi
 if [ -z "${PICKED:-}" ]; then
@@ -61,10 +69,14 @@ train_run() {
   python train.py --dataset "$DATASET" --out_dir "$out" --wandb_run_name "$name" "$@"
 }
 
-# The scripts' first argument is the rank; 128, or 32 of laptop13's 128, where the first argument is a flag of train.py or missing.
+# The scripts' first argument is the rank; where it is a flag of train.py or missing, 128, of laptop13's width of 128 32, and of
+# pythia's width five eighths.
 take_rank() {
   case ${1:-} in
-    "" | --*) [ "$PRESET" = laptop13 ] && k=32 || k=128; rest=("$@") ;;
+    "" | --*)
+      case $PRESET in laptop13) k=32 ;; pythia70m) k=320 ;; laptop_pythia) k=80 ;; *) k=128 ;; esac
+      rest=("$@")
+      ;;
     *[!0-9]*) mistake "rank '$1' is not a number: give it first, e.g. 128" ;;
     *) k=$((10#$1)); rest=("${@:2}") ;;
   esac
@@ -104,4 +116,38 @@ take_cards() {
     fi
   fi
   read -ra gpus <<< "${GPUS:-}"
+}
+
+# Before share_out: a card's number waits here until a run takes it, and $failed gathers what went wrong.
+open_queue() {
+  local cards
+  failed=$(mktemp) cards=$(mktemp -u)
+  trap 'rm -f "$failed"' EXIT
+  mkfifo "$cards"
+  exec 3<> "$cards"
+  rm "$cards"
+  if [ ${#gpus[@]} -eq 0 ]; then echo >&3; else printf '%s\n' "${gpus[@]}" >&3; fi
+}
+
+# Each argument, "[VAR=value] SCRIPT [RANK]", is a run; as many go side by side as there are cards. flags: for every run
+share_out() {
+  local run card
+  for run; do
+    read -r card <&3
+    {
+      # shellcheck disable=SC2086  # the words of a run
+      ${card:+env CUDA_VISIBLE_DEVICES="$card"} env ${run%% *} bash scripts/${run#* } ${flags[@]+"${flags[@]}"} 3>&- ||
+        echo "$OUT: ${run#METHOD=svd }" >> "$failed"
+      echo "$card" >&3
+    } &
+  done
+  wait
+}
+
+report_and_name_failures() {
+  python report.py --runs "$root" || echo "report.py --runs $root" >> "$failed"
+  [ -s "$failed" ] || return 0
+  echo "$(basename "$0"): failed, the others went on:" >&2
+  sed 's/^/  /' "$failed" >&2
+  exit 1
 }

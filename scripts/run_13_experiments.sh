@@ -38,27 +38,7 @@ for k in $K; do
 done
 echo "ranks $K, adapters of rank $(lora_rank)"
 
-failed=$(mktemp) cards=$(mktemp -u)
-trap 'rm -f "$failed"' EXIT
-mkfifo "$cards"
-exec 3<> "$cards"  # a run takes a card out and puts it back
-rm "$cards"
-if [ ${#gpus[@]} -eq 0 ]; then echo >&3; else printf '%s\n' "${gpus[@]}" >&3; fi
-
-# Each argument, "[VAR=value] SCRIPT [RANK]", is a run; as many go side by side as there are cards.
-share_out() {
-  local run card
-  for run; do
-    read -r card <&3
-    {
-      # shellcheck disable=SC2086  # the words of a run
-      ${card:+env CUDA_VISIBLE_DEVICES="$card"} env ${run%% *} bash scripts/${run#* } ${flags[@]+"${flags[@]}"} 3>&- ||
-        echo "$OUT: ${run#METHOD=svd }" >> "$failed"
-      echo "$card" >&3
-    } &
-  done
-  wait
-}
+open_queue
 
 for seed in ${SEEDS:-""}; do
   flags=("$@")
@@ -86,9 +66,4 @@ for seed in ${SEEDS:-""}; do
     share_out "${runs[@]}"
   fi
 done
-python report.py --runs "$root" || echo "report.py --runs $root" >> "$failed"
-if [ -s "$failed" ]; then
-  echo "run_13_experiments.sh: failed, the others went on:" >&2
-  sed 's/^/  /' "$failed" >&2
-  exit 1
-fi
+report_and_name_failures
