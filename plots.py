@@ -109,3 +109,16 @@ def curves_plot(path, curves, order, unigram):
         axes[0][0].set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
     legend_beside(axes[0][-1], (handles.values(), handles))
     save(fig, path)
+
+
+def lines_plot(path, curves, order, x, y, quantile=1.0):
+    """curves: series -> [(x, y)]. quantile: the axis ends above this share of the ys, which the first steps would stretch."""
+    fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for name, points in curves.items():
+        ax.plot(*zip(*points), markersize=5, label=name, **style(order, name))
+    ys = sorted(y for points in curves.values() for _, y in points)
+    low, high = ys[0], ys[round(quantile * (len(ys) - 1))]
+    ax.set(xlabel=x, ylabel=y, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    ax.grid(alpha=0.3)
+    legend_beside(ax, ax.get_legend_handles_labels())
+    save(fig, path)

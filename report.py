@@ -7,13 +7,14 @@ Everything is read from the folders' config.json, summary.json and metrics.jsonl
 Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, make one row: mean and standard deviation.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import cache_report
 from cli import fail, finish, flag, parse
-from compare import SEEDS_CLAIMS, comparisons, judge, mean, our_claims, shown, shown_p, spread
+from compare import SEEDS_CLAIMS, comparisons, judge, mean, our_claims, shown
 from runs import read_curve, read_factors, read_rows, total_seconds
+from tables import claim_lines, provenance_lines, table, title
 
 
 @dataclass
@@ -31,23 +32,6 @@ READING = (
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def table(header, lines):
-    """A markdown table that is aligned, so that it reads on a terminal too."""
-    cells = [header, *lines]
-    widths = [max(len(str(row[i])) for row in cells) for i in range(len(header))]
-
-    def line(row):
-        padded = (str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2 if i == 0 else w + 1) + ("" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in lines)])
-
-
-def title(row):
-    return f"{row.label} {row.name}".strip()
 
 
 def result_table(rows, dense):
@@ -114,37 +98,6 @@ def factor_table(factors):
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
-
-
-def claim_lines(claims, rows):
-    """A verdict for each claim, and the numbers that it follows from: markdown lines."""
-    lines = []
-    for claim, verdict, found in judge(claims, rows):
-        at = claim.ranks if found else "not run"
-        lines += [f"**{claim.text}: {verdict}** ({at}). {claim.note}".strip(), ""]
-        cells = []
-        for d in found:
-            if d.problem:
-                cells.append([d.name, "-", "-", len(d.values), "-", "-", "-", "-", f"inconclusive: {d.problem}"])
-                continue
-            pair = (d.first, d.second)
-            tokens = dict.fromkeys(f"{more:+,}" for more in (min(d.more_tokens), max(d.more_tokens)))
-            cells.append(
-                [
-                    d.name,
-                    f"{mean(d.values):+.4f}",
-                    f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
-                    len(d.values),
-                    shown_p(d.p) if d.p is not None else "-",
-                    " to ".join(tokens),
-                    " / ".join(f"{mean(row.values('seconds')):,.0f}" for row in pair),
-                    " / ".join(f"{row.trained:,}" for row in pair),
-                    d.verdict(claim.margin),
-                ]
-            )
-        header = ["", "difference", "spread", "seeds", "paired t-test", "more tokens", "own seconds", "trained", "claim"]
-        lines += [table(header, cells), ""] if cells else []
-    return lines
 
 
 def unigram_line(rows):
@@ -226,23 +179,25 @@ def figures(root, rows, factors):
     return made
 
 
-def provenance_lines(rows):
-    configs = [json.loads((folder / "config.json").read_text()) for row in rows for folder in row.folders.values()]
-
-    def all_of(values):
-        return ", ".join(sorted(set(map(str, values))))
-
-    def over_runs(*path):
-        return all_of(f"{x:,}" if isinstance(x, int) else x for row in rows for x in row.values(*path))
-
-    versions = all_of(f"{name} {version}" for config in configs for name, version in config["versions"].items())
-    seeds = all_of(seed for row in rows for seed in row.summaries)
-    return [
-        f"Dataset {over_runs('dataset')}, {over_runs('tokens_per_step')} tokens a step, evaluated on "
-        f"{over_runs('eval_tokens')} tokens. Seeds: {seeds}.",
-        f"{all_of(config['hardware'] for config in configs)}; {versions}; commit {all_of(c['commit'] for c in configs)}. "
-        f"First command: `{configs[0]['command']}`",
-    ]
+def table_section(root, rows):
+    """The token table's part of the report -> (lines for the terminal, lines of markdown, the claims that it judges)."""
+    factors = read_factors(root)
+    dense = next((row.one("parameters", "token_table") for row in rows if row.k is None), None)
+    results, answers = result_table(rows, dense), comparisons(rows)
+    by_rank = ["## Loss by rank", "", rank_table(rows), ""] if len({row.k for row in rows if row.k}) > 1 else []
+    claims = SEEDS_CLAIMS, our_claims(rows)
+    text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
+    text += [*(f"- {title(row)}: {row.what}." for row in rows if row.what), "", READING, "", unigram_line(rows), "", *by_rank]
+    text += ["## What holds", "", "Of the seeds' claims:", "", *claim_lines(claims[0], rows)]
+    if ours := claim_lines(claims[1], rows):
+        text += ["Of ours:", "", *ours]
+    text += ["## What the comparisons say", "", *answers, ""] if answers else []
+    text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
+    if factors:
+        text += ["## The factorization", "", factor_table(factors), ""]
+    for caption, name in figures(root, rows, factors):
+        text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    return [results, "", *by_rank, *answers, "", unigram_line(rows)], text, claims
 
 
 def main(argv=None):
@@ -251,30 +206,17 @@ def main(argv=None):
     rows, unfinished = read_rows(root)
     if not rows:
         fail(f"--runs {root} has no finished run: bash scripts/run_all_experiments.sh 128 makes them")
-    factors = read_factors(root)
-    dense = next((row.one("parameters", "token_table") for row in rows if row.k is None), None)
-    results, answers = result_table(rows, dense), comparisons(rows)
-    by_rank = ["## Loss by rank", "", rank_table(rows), ""] if len({row.k for row in rows if row.k}) > 1 else []
-    holds = ["## What holds", "", "Of the seeds' claims:", "", *claim_lines(SEEDS_CLAIMS, rows)]
-    if ours := claim_lines(our_claims(rows), rows):
-        holds += ["Of ours:", "", *ours]
-    notes = [unigram_line(rows)] + [f"Not finished, so left out: {folder}" for folder in unfinished]
-    legend = [f"- {title(row)}: {row.what}." for row in rows if row.what]
-
-    print("\n".join([results, "", *by_rank, *answers, "", *notes]))
-    for claims in (SEEDS_CLAIMS, our_claims(rows)):
-        for claim, verdict, _ in judge(claims, rows):
-            print(f"- {claim.text}: {verdict}")
-    text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", results, ""]
-    text += [*legend, "", READING, ""]
-    text += [*notes, "", *by_rank, *holds]
-    text += ["## What the comparisons say", "", *answers, ""] if answers else []
-    text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
-    if factors:
-        text += ["## The factorization", "", factor_table(factors), ""]
-    for caption, name in figures(root, rows, factors):
-        text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    (root / "report.md").write_text("\n".join(text))
+    text = []
+    for part, of_cache in ((table_section, False), (cache_report.section, True)):
+        if some := [row for row in rows if row.of_cache == of_cache]:
+            said, lines, claims = part(root, some)
+            print("\n".join(said))
+            for claim, verdict, _ in judge([claim for group in claims for claim in group], some):
+                print(f"- {claim.text}: {verdict}")
+            text += lines
+    notes = [f"Not finished, so left out: {folder}" for folder in unfinished]
+    print(*notes, sep="\n")
+    (root / "report.md").write_text("\n".join([*text, *notes]))
     finish(report=str(root / "report.md"), runs=sum(len(row.summaries) for row in rows), unfinished=len(unfinished))
 
 

@@ -38,6 +38,22 @@ ROWS = (
     ("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight, with as many steps more"),
     ("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many steps more"),
 )
+# Those of the value cache, where \d+ is how many numbers a token and layer are kept.
+CACHE_ROWS = (
+    ("Pythia", r"pythia_baseline", "Pythia (baseline)", "keys and values as they are"),
+    ("end to end", r"vdproj_end_to_end_r\d+", "V-DProj, end to end", "compressed values, their error counted with 0.1"),
+    (
+        "2-phase",
+        r"vdproj_two_phase_r\d+",
+        "V-DProj, 2-phase",
+        "phase 1, then the rest trained with v_compress and v_restore frozen",
+    ),
+    ("2-phase trained", r"vdproj_two_phase_trained_r\d+", "V-DProj, 2-phase from trained", "phase 1 trained, then the same"),
+    ("narrow", r"vdproj_narrow_r\d+", "narrow value heads", "v_proj gives the kept numbers itself, nothing restores them"),
+    ("K+V", r"kvdproj_end_to_end_r\d+", "K and V, end to end", "as end to end, the keys compressed too"),
+    ("phase 1", r"vdproj_phase1_r\d+", "phase 1", "v_compress and v_restore fitted to the values of the random network"),
+    ("phase 1 trained", r"vdproj_phase1_trained_r\d+", "phase 1 from trained", "fitted to those of the trained baseline"),
+)
 
 
 @dataclass
@@ -50,6 +66,7 @@ class Row:
     what: str
     summaries: dict  # seed -> summary.json
     folders: dict  # seed -> its folder
+    of_cache: bool = False  # whether it is about the value cache, not the token table
 
     def values(self, *path):
         """One number for each seed, None where a run has none."""
@@ -65,7 +82,11 @@ class Row:
 
     @property
     def k(self):
-        return self.one("n_embd_wte")
+        """Rank of the token table, or the numbers that the values are kept as; None where nothing is cut."""
+        if not self.of_cache:
+            return self.one("n_embd_wte")
+        kept = self.one("cache_widths")[1]
+        return kept if kept < self.one("n_embd") else None
 
     @property
     def losses(self):
@@ -103,8 +124,11 @@ def read_rows(root):
             fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
         row.summaries[seed], row.folders[seed] = summary, folder
     rows = []
-    for label, pattern, series, what in ROWS:
+    for label, pattern, series, what in ROWS + CACHE_ROWS:
         matches = [match for name in found if (match := re.fullmatch(pattern, name))]
+
+        for match in matches:
+            found[match.string].of_cache = pattern in [row[1] for row in CACHE_ROWS]
 
         def place(match):
             return METHODS.index(match.groupdict().get("m", METHODS[0])), found[match.string].k or 0

@@ -4,6 +4,8 @@ says which one wrote it (`tokenizer`), and holds the whole definition of a train
 """
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import fail
@@ -59,3 +61,25 @@ def train_bpe(texts, vocab_size):
     )
     bpe.train_from_iterator(texts, trainer)
     return bpe
+
+
+@dataclass
+class Codec:
+    """Text to ids and back, by whatever tokenizer a dataset was written with."""
+
+    encode: Callable  # text -> list of ids
+    decode: Callable  # list of ids -> text
+    end_of_text: int
+
+
+def read_codec(meta, source):
+    """The tokenizer of a dataset's meta.pkl. source: what to name where there is none."""
+    if meta.get("tokenizer") == "gpt2":
+        bpe = gpt2()
+        return Codec(bpe.encode_ordinary, bpe.decode, bpe.eot_token)
+    if meta.get("tokenizer") == "bpe" and "tokenizer_json" in meta:
+        from tokenizers import Tokenizer
+
+        bpe = Tokenizer.from_str(meta["tokenizer_json"])
+        return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
+    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or give --prompt_ids")

@@ -1,0 +1,118 @@
+"""The part of report.py about the value cache: the V-DProj experiment's tables, what holds of it, and its figures."""
+
+import json
+import math
+
+from compare import cache_claims, mean, shown
+from tables import claim_lines, provenance_lines, table, title
+
+READING = (
+    "Every number is of the best checkpoint, read back, on the same fixed windows. An epoch is {epoch} steps. KV reduction "
+    "counts the numbers that a cache keeps of a token; bench.py --decode measures the bytes that one allocates. Missed is the "
+    "share of the values' variance over the tokens that v_restore does not give back, mean over layers; recon is the "
+    "experiment's own measure, mean (V - V_restored)^2, which hangs on the scale of V. Tokens are those of what a run starts "
+    "from + its own."
+)
+
+
+def kv_reduction(row):
+    return 1 - sum(row.one("cache_widths")) / (2 * row.one("n_embd"))
+
+
+def epoch_of(row, which):
+    """Epochs after which the best checkpoint was kept, or the run ended."""
+    steps = row.one("epoch_steps")
+    return [iter / steps for iter in row.values(which, "iter")]
+
+
+def main_table(rows):
+    header = ["model", "val ppl", "val loss", "best epoch", "last epoch", "KV reduction", "kept a token and layer",
+              "parameters", "trained", "recon", "missed", "tokens", "seconds"]  # fmt: skip
+    lines = []
+    for row in rows:
+        before, own = row.one("starts_from"), shown(row.values("tokens"), 0)
+        restored = "v_error" in row.one("best")
+        lines.append(
+            [
+                title(row),
+                shown(row.values("best", "val_ppl"), 1),
+                shown(row.losses, 4),
+                shown(epoch_of(row, "best"), 1),
+                shown(epoch_of(row, "last"), 1),
+                f"{kv_reduction(row):.2%}",
+                " + ".join(map(str, row.one("cache_widths"))),
+                f"{row.one('parameters', 'total'):,}",
+                f"{row.one('parameters_trained'):,}",
+                shown(row.values("best", "v_recon"), 5) if restored else "-",
+                shown([mean(errors) for errors in row.values("best", "v_error")], 3) if restored else "-",
+                f"{shown([start['tokens'] for start in row.values('starts_from')], 0)} + {own}" if before else own,
+                shown(row.values("seconds"), 0),
+            ]
+        )
+    return table(header, lines)
+
+
+def position_table(rows):
+    """Perplexity by position in the window, exp of the mean loss there."""
+    bins = list(rows[0].one("best", "position_loss"))
+    lines = [
+        [title(row), *(shown([math.exp(loss) for loss in row.values("best", "position_loss", bin)], 1) for bin in bins)]
+        for row in rows
+    ]
+    return table(["perplexity at positions", *bins], lines)
+
+
+def error_table(rows):
+    lines = []
+    for row in rows:
+        for kind in "vk":
+            if f"{kind}_error" in row.one("best"):
+                by_layer = zip(*row.values("best", f"{kind}_error"))
+                lines.append([title(row), kind.upper(), *(shown(list(errors), 4) for errors in by_layer)])
+    layers = max((len(line) - 2 for line in lines), default=0)
+    return table(["share of the variance missed", "of", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
+
+
+def read_epochs(row, folder):
+    """[(epoch, validation loss)] of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iter"] / row.one("epoch_steps"), line["val_loss"]) for line in lines if "val_loss" in line]
+
+
+def figures(root, rows):
+    """Write the figures; returns [(caption, file name)]."""
+    from plots import lines_plot, series_plot
+
+    order, first = [row.series for row in rows], next(iter(rows[0].folders))
+    bins = list(rows[0].one("best", "position_loss"))
+    curves = {row.series: read_epochs(row, row.folders[first]) for row in rows if first in row.folders}
+    lines_plot(root / "epochs", curves, order, "epoch", "validation loss (nats per token)", quantile=0.9)
+    middles = [sum(map(int, bin.split("-"))) / 2 for bin in bins]
+    by_position = {
+        row.series: list(zip(middles, (mean(row.values("best", "position_loss", bin)) for bin in bins))) for row in rows
+    }
+    lines_plot(root / "positions", by_position, order, "position in the window", "validation loss (nats per token)")
+    points = {row.series: [(sum(row.one("cache_widths")), row.losses)] for row in rows}
+    panels = [("best validation loss (nats per token)", points, {})]
+    series_plot(root / "loss_against_cache", panels, order, x="numbers kept a token and layer")
+    return [
+        ("Best validation loss against what the cache keeps", "loss_against_cache.png"),
+        (f"Validation loss by epoch, seed {first}: every model overfits", "epochs.png"),
+        ("Loss by position in the window, best checkpoints", "positions.png"),
+    ]
+
+
+def section(root, rows):
+    """-> (lines for the terminal, lines of markdown, the claims that it judges)."""
+    trained = [row for row in rows if not row.label.startswith("phase 1")]
+    tables = [main_table(rows), "", position_table(trained), "", error_table(rows), ""]
+    seeds, ours = cache_claims(rows)
+    text = ["# What can the value cache lose?", "", *provenance_lines(rows), "", *tables]
+    text += [*(f"- {title(row)}: {row.what}." for row in rows), ""]
+    text += [READING.format(epoch=f"{rows[0].one('epoch_steps'):,}"), "", "## What holds of V-DProj", ""]
+    text += ["Of its authors' claims:", "", *claim_lines(seeds, rows)]
+    if ours:
+        text += ["Of ours:", "", *claim_lines(ours, rows)]
+    for caption, name in figures(root, trained):
+        text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    return tables, text, (seeds, ours)

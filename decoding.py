@@ -1,0 +1,48 @@
+"""One token after the other."""
+
+import torch
+
+from model import NO_CACHE
+
+
+def chooser(temperature, top_k=None, top_p=None, generator=None):
+    """
+    Returns logits (B, V) -> ids (B,).
+
+    temperature 0 takes the likeliest. top_k keeps that many of the likeliest, top_p the fewest that have this share of the
+    probability together (arXiv:1904.09751), one at the least; both look at the logits after the temperature, top_k first.
+    """
+
+    def choose(logits):
+        if temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / temperature
+        if top_k is not None:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if top_p is not None:
+            falling, order = probabilities.sort(descending=True)
+            falling[falling.cumsum(-1) - falling >= top_p] = 0  # those before it have enough
+            probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    return choose
+
+
+@torch.inference_mode()
+def generate(model, idx, steps, choose, end_of_text=None, cache=NO_CACHE):
+    """
+    Yield the next token of every row of idx (B, T), ids (B,), at most `steps` times; a row that has ended repeats end_of_text,
+    and when all have it is over. With a KVCache only new tokens are read, without one the whole text each time.
+    """
+    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    for _ in range(steps):
+        token = choose(model.logits(model.hidden(idx, cache)[:, -1]))
+        if end_of_text is not None:
+            token = token.masked_fill(ended, end_of_text)
+            ended |= token == end_of_text
+        yield token
+        if ended.all():
+            return
+        idx = torch.cat([idx, token[:, None]], 1) if cache is NO_CACHE else token[:, None]

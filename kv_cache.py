@@ -1,0 +1,126 @@
+"""
+The KV cache of sampling: what the model's attention hands to `extend`, kept for every layer in one of several number formats.
+
+Allocated whole, (B, capacity, r) numbers for the keys of a layer and as many for its values, so that its bytes can be counted
+on the tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: the cache then holds the latents.
+"""
+
+import torch
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = (*FLOATS, "int8", "int4")
+
+
+class Floats:
+    """Numbers of one dtype."""
+
+    def __init__(self, B, capacity, r, dtype, device):
+        self.data = torch.empty(B, capacity, r, dtype=dtype, device=device)
+
+    def write(self, start, x):
+        self.data[:, start : start + x.shape[1]] = x
+
+    def read(self, stop, dtype):
+        return self.data[:, :stop].to(dtype)  # no copy where it is kept as it is read
+
+    def tensors(self):
+        return [self.data]
+
+
+class Int8:
+    """Whole numbers from -127 to 127 times a float16 scale for each token, the largest of its r numbers / 127."""
+
+    levels = 127
+
+    def __init__(self, B, capacity, r, device):
+        self.data = torch.empty(B, capacity, self.stored(r), dtype=torch.int8, device=device)
+        self.scale = torch.empty(B, capacity, 1, dtype=torch.float16, device=device)
+
+    def stored(self, r):
+        return r
+
+    def write(self, start, x):
+        here = slice(start, start + x.shape[1])
+        scale = x.float().abs().amax(-1, keepdim=True) / self.levels
+        self.scale[:, here] = scale.clamp(min=torch.finfo(torch.float16).tiny, max=torch.finfo(torch.float16).max)
+        whole = (x / self.scale[:, here].float()).round().clamp(-self.levels, self.levels)
+        self.data[:, here] = self.pack(whole.to(torch.int8))
+
+    def read(self, stop, dtype):
+        return self.unpack(self.data[:, :stop]).to(dtype) * self.scale[:, :stop].to(dtype)
+
+    def tensors(self):
+        return [self.data, self.scale]
+
+    def pack(self, whole):
+        return whole
+
+    def unpack(self, data):
+        return data
+
+
+class Int4(Int8):
+    """The same from -7 to 7, two in a byte: number i low and number i + r/2 high."""
+
+    levels = 7
+
+    def stored(self, r):
+        self.r = r
+        return (r + 1) // 2
+
+    def pack(self, whole):
+        low, high = whole.split((self.r + 1) // 2, dim=-1)
+        packed = low & 15
+        packed[..., : high.shape[-1]] |= high << 4
+        return packed
+
+    def unpack(self, data):
+        return torch.cat([data << 4 >> 4, data >> 4], dim=-1)[..., : self.r]  # shifting right keeps the sign
+
+
+class LayerCache:
+    def __init__(self, k, v):
+        self.k, self.v, self.length = k, v, 0
+
+    def extend(self, k, v):
+        """Keep k (B, T, r_k) and v (B, T, r_v) after what is there -> all of both, as read back (B, S, r)."""
+        self.k.write(self.length, k)
+        self.v.write(self.length, v)
+        self.length += k.shape[1]
+        return self.k.read(self.length, k.dtype), self.v.read(self.length, v.dtype)
+
+
+class KVCache:
+    """The positions that a model has read of B texts. Raises ValueError for a capacity above the model's block_size."""
+
+    def __init__(self, model, B, capacity, kv_dtype):
+        if capacity > model.config.block_size:
+            raise ValueError(f"{capacity} positions are above the model's block_size {model.config.block_size}")
+        device, self.capacity, self.batch = model.lm_head.weight.device, capacity, B
+
+        def store(r):
+            if kv_dtype in FLOATS:
+                return Floats(B, capacity, r, FLOATS[kv_dtype], device)
+            return {"int8": Int8, "int4": Int4}[kv_dtype](B, capacity, r, device)
+
+        self.layers = [LayerCache(*(store(r) for r in model.cache_widths())) for _ in model.transformer.h]
+
+    def __getitem__(self, layer):
+        return self.layers[layer]
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+    def truncate(self, length):
+        """Forget the positions from `length` on."""
+        for layer in self.layers:
+            layer.length = length
+
+    def bytes(self):
+        """Allocated, scales and all."""
+        tensors = [t for layer in self.layers for store in (layer.k, layer.v) for t in store.tensors()]
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    def bytes_per_token(self):
+        return self.bytes() / (self.batch * self.capacity)
