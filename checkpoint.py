@@ -118,10 +118,11 @@ def previous_shape(checkpoint, args, given):
     config = asdict(GPTConfig(**checkpoint["config"]))
     if config["lora_rank"] is not None:
         fail(f"--prev_run_ckpt {args.prev_run_ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
+    free = ["block_size"] if config["rotary_pct"] else []  # the length of a table that is computed, not learned
     for name in SHAPE:
-        if name in given and given[name] != config[name]:
+        if name in given and name not in free and given[name] != config[name]:
             fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
-    shape = {name: config[name] for name in SHAPE}
+    shape = {name: given[name] if name in free and name in given else config[name] for name in SHAPE}
     for name in ("v_proj_dim", "k_proj_dim"):
         if config[name] is None:
             continue  # a new part, where the flag is given

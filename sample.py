@@ -163,9 +163,9 @@ def main(argv=None):
     if len(prompt) > block_size:
         fail(f"{source} has {len(prompt)} tokens, more than the model's block_size {block_size}: shorten it")
     steps = min(args.max_new_tokens, block_size - len(prompt) + 1)  # the last token need not be read
+    cache, way = open_cache(args, model, len(prompt) + steps - 1) if args.kv_cache else (NO_CACHE, None)
     if steps < args.max_new_tokens:
         print(f"note: stops after {steps} tokens, where the model's block_size {block_size} is full", file=sys.stderr)
-    cache, way = open_cache(args, model, len(prompt) + steps - 1) if args.kv_cache else (NO_CACHE, None)
 
     choose = chooser(args.temperature, args.top_k, args.top_p, torch.Generator(args.device).manual_seed(args.seed))
     end = codec.end_of_text if codec else None

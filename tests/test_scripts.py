@@ -22,6 +22,10 @@ PROGRAMS = [
     "util_factorization/pca_factorize_wte.py",
     "util_factorization/merge_lora.py",
     "util_factorization/which_side.py",
+    "util_factorization/hf.py",
+    "sample.py",
+    "bench.py",
+    "data/pile/prepare.py",
     "data/sotu/prepare.py",
     "data/wikitext103/prepare.py",
 ]

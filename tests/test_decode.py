@@ -1,0 +1,313 @@
+"""The KV cache, the ways to attend over it, and sample.py."""
+
+import pytest
+import torch
+
+from dataset import write_dataset
+from decoding import chooser, generate
+from kv_cache import Int4, Int8, KVCache
+from latents import WAYS, attend_by, fastest, is_compressed
+from model import NO_CACHE
+
+PYTHIA = dict(n_embd=32, n_head=2, rotary_pct=0.25, parallel_residual=True, tie_head=False)
+SHAPES = dict(
+    gpt2=dict(),
+    factorized=dict(n_embd_wte=8),
+    pythia=PYTHIA,
+    one_norm=PYTHIA | dict(norms_per_layer=1),
+    v=PYTHIA | dict(v_proj_dim=20),
+    kv=PYTHIA | dict(v_proj_dim=20, k_proj_dim=12),
+    k=PYTHIA | dict(k_proj_dim=12),
+    kv_all_rotated=PYTHIA | dict(v_proj_dim=20, k_proj_dim=12, rotary_pct=1.0),
+    narrow=PYTHIA | dict(v_proj_dim=20, v_proj_narrow=True),
+    gpt2_kv=dict(v_proj_dim=10, k_proj_dim=6),
+    gpt2_kv_no_bias=dict(v_proj_dim=10, k_proj_dim=6, bias=False),
+)
+COMPRESSED = [name for name in SHAPES if "v_proj_dim" in SHAPES[name] or "k_proj_dim" in SHAPES[name] if name != "narrow"]
+
+
+def ids(model, B=3, T=None):
+    torch.manual_seed(1)
+    return torch.randint(model.config.vocab_size, (B, T or model.config.block_size))
+
+
+def cached_logits(model, x, prompt, kv_dtype="float32", chunk=1):
+    """The logits of every position: the first `prompt` at once, then `chunk` at a time."""
+    cache, out, i = KVCache(model, len(x), x.shape[1], kv_dtype), [], 0
+    with torch.no_grad():
+        while i < x.shape[1]:
+            step = prompt if i == 0 else chunk
+            out.append(model.logits(model.hidden(x[:, i : i + step], cache)))
+            i += step
+    return torch.cat(out, 1)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompt, chunk", [(1, 1), (5, 1), (4, 3)])
+def test_cached_equals_uncached(tiny_model, shape, prompt, chunk):
+    model = tiny_model(**SHAPES[shape])
+    x = ids(model)
+    with torch.no_grad():
+        torch.testing.assert_close(cached_logits(model, x, prompt, chunk=chunk), model(x)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", COMPRESSED)
+def test_every_way_to_attend_is_equal(tiny_model, shape, way):
+    model = tiny_model(**SHAPES[shape])
+    x = ids(model)
+    with torch.no_grad():
+        expected = model(x)[0]
+        attend_by(model, way)
+        torch.testing.assert_close(cached_logits(model, x, 5), expected, atol=1e-4, rtol=1e-4)
+        attend_by(model, "fold")
+        attend_by(model, "restore")  # and back
+        assert torch.equal(model(x)[0], expected)
+
+
+@pytest.mark.parametrize("shape", ["kv", "gpt2_kv"])
+def test_a_folded_model_has_no_restored_values(tiny_model, shape):
+    """Folding is of the weights: what v_restore holds afterwards changes nothing, restoring late it does."""
+    model = tiny_model(**SHAPES[shape])
+    x = ids(model)
+    for way, same in (("fold", True), ("late", False)):
+        attend_by(model, way)
+        before = cached_logits(model, x, 1)
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.attn.v_restore.weight.add_(1.0)
+        assert torch.equal(cached_logits(model, x, 1), before) == same
+
+
+def test_fastest_leaves_the_model_by_one_of_the_ways(tiny_model):
+    model = tiny_model(**SHAPES["kv"])
+    expected = model(ids(model))[0]
+    way, seconds = fastest(model, 2, 16, "int8")
+    assert set(seconds) == set(WAYS) and way == min(seconds, key=seconds.get)
+    torch.testing.assert_close(cached_logits(model, ids(model), 1), expected, atol=1e-4, rtol=1e-4)
+    plain = tiny_model()
+    assert not is_compressed(plain) and fastest(plain, 1, 16, "float32") == ("restore", {})
+
+
+def test_bytes_are_those_allocated_and_shrink_as_promised(tiny_model):
+    shape = PYTHIA | dict(n_embd=512, n_head=8, n_layer=1, vocab_size=8)
+    models = dict(
+        dense=tiny_model(**shape),
+        v=tiny_model(**shape, v_proj_dim=320),
+        kv=tiny_model(**shape, v_proj_dim=320, k_proj_dim=320),
+    )
+    stored = {
+        (name, t): KVCache(m, 1, 16, t).bytes_per_token() for name, m in models.items() for t in ("float16", "int8", "int4")
+    }
+    assert stored["dense", "float16"] == 2 * 512 * 2
+    assert stored["v", "float16"] / stored["dense", "float16"] == 1 - 0.1875
+    assert stored["kv", "float16"] / stored["dense", "float16"] == 1 - 0.375
+    assert stored["kv", "int8"] == 2 * 320 + 2 * 2  # a float16 scale for the keys, one for the values
+    assert stored["kv", "int4"] == 320 + 2 * 2
+    assert stored["dense", "float16"] / stored["kv", "int8"] > 2.5
+
+
+@pytest.mark.parametrize("kind, levels", [(Int8, 127), (Int4, 7)])
+@pytest.mark.parametrize("r", [8, 7])
+def test_whole_numbers_are_within_half_a_step(kind, levels, r):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, r) * torch.tensor([1e-3, 1.0, 50.0, 3.0, 0.0])[:, None]
+    store = kind(2, 9, r, "cpu")
+    store.write(2, x[:, :3])
+    store.write(5, x[:, 3:])
+    back = store.read(7, torch.float32)[:, 2:]
+    step = x.abs().amax(-1, keepdim=True) / levels
+    assert ((back - x).abs() <= 0.51 * step.clamp(min=torch.finfo(torch.float16).tiny)).all()
+    assert (back[..., :4] != x[..., :4]).any()  # it is not the numbers themselves
+    assert (store.data.dtype, store.data.shape[-1]) == (torch.int8, r if levels == 127 else (r + 1) // 2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "float16"])
+def test_a_coarser_cache_is_near_and_not_equal(tiny_model, kv_dtype):
+    model = tiny_model(**SHAPES["kv"])
+    x = ids(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.3)
+    exact, coarse = cached_logits(model, x, 1), cached_logits(model, x, 1, kv_dtype)
+    gap = (exact - coarse).abs().max() / exact.abs().max()
+    assert 0 < gap < dict(float16=1e-2, int8=5e-2, int4=0.6)[kv_dtype]
+    at_once = cached_logits(model, x, x.shape[1], kv_dtype)  # what perplexity is measured by
+    torch.testing.assert_close(at_once, coarse, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_beyond_the_block_size_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="block_size 16"):
+        KVCache(tiny_model(), 1, 17, "float32")
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    logits = p.log().expand(4000, 4)
+    draw = lambda **how: set(chooser(1.0, **how, generator=torch.Generator().manual_seed(0))(logits).tolist())  # noqa: E731
+    assert draw() == {0, 1, 2, 3} and draw(top_k=2) == {0, 1} and draw(top_k=9) == {0, 1, 2, 3}
+    assert draw(top_p=0.4) == {0} and draw(top_p=0.6) == {0, 1} and draw(top_p=0.96) == {0, 1, 2, 3}
+    assert draw(top_k=3, top_p=0.84) == {0, 1} and draw(top_p=1.0) == {0, 1, 2, 3}
+    shares = chooser(1.0, generator=torch.Generator().manual_seed(0))(logits).bincount() / 4000
+    torch.testing.assert_close(shares, p[0], atol=0.03, rtol=0)
+    hot = chooser(2.0, generator=torch.Generator().manual_seed(0))(logits).bincount() / 4000
+    torch.testing.assert_close(hot, p[0].sqrt() / p[0].sqrt().sum(), atol=0.03, rtol=0)
+    assert chooser(0)(logits).eq(0).all()
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "kv"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cached_and_uncached_give_the_same_tokens(tiny_model, shape, temperature):
+    model = tiny_model(**SHAPES[shape])
+    x = ids(model, T=4)
+    out = []
+    for cache in (NO_CACHE, KVCache(model, 3, 16, "float32")):
+        choose = chooser(temperature, generator=torch.Generator().manual_seed(5))
+        out.append(torch.stack(list(generate(model, x, 13, choose, cache=cache))))
+    assert torch.equal(*out) and out[0].shape == (13, 3)
+
+
+def test_a_text_that_has_ended_stays_ended(tiny_model):
+    model = tiny_model()
+    draws = iter([[1, 2, 0], [0, 3, 4], [5, 6, 7], [8, 0, 9], [1, 1, 1]])
+    choose = lambda logits: torch.tensor(next(draws))  # noqa: E731
+    out = torch.stack(list(generate(model, ids(model, T=2), 9, choose, end_of_text=0))).T.tolist()
+    assert out == [[1, 0, 0, 0], [2, 3, 6, 0], [0, 0, 0, 0]]
+
+
+# -- sample.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A dataset with a real tokenizer, on a text of a few words."""
+    from tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("texts")
+    bpe = train_bpe(["the people of the states, naïve people"] * 20, 300)
+    tokens = bpe.encode("the people of the states, naïve people " * 80).ids
+    meta = dict(vocab_size=bpe.get_vocab_size(), tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
+    write_dataset(folder, [*tokens, 0], [*tokens, 0], meta)
+    return folder
+
+
+@pytest.fixture
+def trained(train, texts, tmp_path):
+    out = tmp_path / "run"
+    result = train(out_dir=out, dataset=texts, n_embd=32, rotary_pct=0.25, parallel_residual=True, v_proj_dim=20, k_proj_dim=12,
+                   max_iters=60, eval_interval=60, dropout=0.0)  # fmt: skip
+    assert result.status == 0, result.err
+    return out
+
+
+def test_sample_streams_what_the_batch_prints(trained, run_main, tmp_path):
+    sample = ("sample.py", "--ckpt_path", trained, "--temperature", 0, "--max_new_tokens", 8)
+    streamed = run_main(*sample, "--prompt", "the people")
+    assert streamed.status == 0, streamed.err
+    text = streamed.out.splitlines()[0]
+    assert text.startswith("the people ") and "attending by" in streamed.err
+    assert streamed.last["cache_bytes_per_token"] == 2 * (20 + 12) * 4 and streamed.last["new_tokens"] == [8]
+    (tmp_path / "prompt.txt").write_text("the people")
+    for same in (["--no-kv_cache"], ["--attend", "fold"], ["--kv_dtype", "float16"]):
+        assert run_main(*sample, "--prompt_file", tmp_path / "prompt.txt", *same).out.splitlines()[0] == text
+    batch = run_main(*sample, "--prompt", "the people", "--num_samples", 2)
+    assert batch.out.splitlines()[1] == batch.out.splitlines()[3] == text
+    from_end_of_text = run_main(*sample)
+    assert from_end_of_text.status == 0 and from_end_of_text.last["prompt_tokens"] == 1
+
+
+def test_sample_draws_by_its_seed_and_stops_at_the_block_size(trained, run_main):
+    sample = ("sample.py", "--ckpt_path", trained, "--prompt", "the", "--temperature", 2.0, "--max_new_tokens", 90)
+    first, again, other = (run_main(*sample, "--seed", seed) for seed in (1, 1, 2))
+    assert first.out.splitlines()[0] == again.out.splitlines()[0] != other.out.splitlines()[0]
+    assert "block_size 16" in first.err
+    assert max(first.last["new_tokens"]) + first.last["prompt_tokens"] <= 17
+
+
+def test_samples_of_adapters_and_of_ids_without_a_tokenizer(train, run_main, tmp_path):
+    train(out_dir=tmp_path / "base")
+    train(out_dir=tmp_path / "lora", init_from="prev_run", prev_run_ckpt=tmp_path / "base", lora_rank=2,
+          lora_targets="wte,q_proj")  # fmt: skip
+    result = run_main("sample.py", "--ckpt_path", tmp_path / "lora", "--prompt_ids", "1,2,3", "--max_new_tokens", 4)
+    assert result.status == 0, result.err
+    assert result.out.splitlines()[0].startswith("1,2,3,") and result.last["attend"] == "restore"
+
+
+def test_characters_wait_for_their_last_byte(capsys):
+    from sample import Printer
+    from tokenizer import read_codec, train_bpe
+
+    bpe = train_bpe(["ab"], 257)
+    codec = read_codec(dict(tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0), "here")
+    printer, tokens = Printer(codec), codec.encode("é!")
+    assert len(tokens) == 3  # two bytes of é, each a token
+    for n in (1, 2, 3):
+        printer.show(tokens[:n])
+        assert capsys.readouterr().out == ["", "é", "!"][n - 1]
+
+
+def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_error, toy_dataset):
+    (tmp_path / "empty.txt").write_text("")
+    torch.save(dict(weights=[1]), tmp_path / "other.pt")
+    train(out_dir=tmp_path / "plain")
+    sample = ("sample.py", "--ckpt_path", trained)
+    plain = ("sample.py", "--ckpt_path", tmp_path / "plain", "--prompt_ids", "1")
+    for words, argv in [
+        (["Checkpoint not found", "none.pt"], ["sample.py", "--ckpt_path", tmp_path / "none.pt"]),
+        (["other.pt", "not a checkpoint"], ["sample.py", "--ckpt_path", tmp_path / "other.pt"]),
+        (["--prompt is empty"], [*sample, "--prompt", ""]),
+        (["--prompt_file", "is empty"], [*sample, "--prompt_file", tmp_path / "empty.txt"]),
+        (["--prompt_file", "cannot be read"], [*sample, "--prompt_file", tmp_path / "none.txt"]),
+        (["--prompt_ids", "id 300"], [*sample, "--prompt_ids", "1,300"]),
+        (["--prompt_ids", "id -1"], [*sample, "--prompt_ids=-1"]),
+        (["--prompt_ids", "whole numbers"], [*sample, "--prompt_ids", "1,x"]),
+        (["17 tokens", "block_size 16"], [*sample, "--prompt_ids", ",".join(["1"] * 17)]),
+        (["--prompt and --prompt_ids"], [*sample, "--prompt", "a", "--prompt_ids", "1"]),
+        (["--temperature -1"], [*sample, "--temperature", "-1"]),
+        (["--temperature 0", "--top_k"], [*sample, "--temperature", "0", "--top_k", "3"]),
+        (["--top_p 1.5"], [*sample, "--top_p", "1.5"]),
+        (["--top_k 0"], [*sample, "--top_k", "0"]),
+        (["--num_samples 0"], [*sample, "--num_samples", "0"]),
+        (["--no-kv_cache", "--kv_dtype"], [*sample, "--no-kv_cache", "--kv_dtype", "int8"]),
+        (["--dataset gone"], [*sample, "--dataset", "gone"]),
+        (["tokenizer", "prepare.py"], [*sample, "--dataset", toy_dataset]),
+        (["--attend fold", "plain"], [*plain, "--attend", "fold"]),
+        (["--device cuda"], [*sample, "--device", "cuda"]),
+    ]:
+        assert_one_line_error(run_main(*argv), *words)
+
+
+# -- bench.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_shape_counts_bytes_and_seconds(run_main, tmp_path, monkeypatch):
+    import train_args
+
+    monkeypatch.setitem(train_args.PRESETS, "laptop", train_args.PRESETS["laptop"] | dict(n_embd=64, n_layer=1))
+    small = ("--vocab_size", 50, "--context", 20, "--steps", 4, "--rounds", 1, "--kv_dtypes", "float16,int8")
+    result = run_main("bench.py", "--decode", "--shape", "laptop", *small, "--out", tmp_path / "a" / "bench.md")
+    assert result.status == 0, result.err
+    rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
+    assert rows["V 40/64", "float16"]["bytes_per_token"] == 0.8125 * rows["dense", "float16"]["bytes_per_token"]
+    assert rows["K+V 40/64", "float16"]["bytes_per_token"] == 0.625 * rows["dense", "float16"]["bytes_per_token"]
+    assert set(rows["K+V 40/64", "int8"]["tokens_per_second"]) == set(WAYS)
+    assert "context 20" in (tmp_path / "a" / "bench.md").read_text()
+
+
+def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
+    for words, argv in [
+        (["--decode"], ["--shape", "laptop"]),
+        (["--runs and --shape"], ["--decode"]),
+        (["--kv_dtypes", "int2"], ["--decode", "--shape", "laptop", "--kv_dtypes", "int2"]),
+        (["pythia_baseline", "train_vdproj.sh"], ["--decode", "--runs", tmp_path]),
+        (["--context 20", "--steps 24"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
+        (["--nanogpt", "model.py"], ["--decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
+        (["--rank 900"], ["--decode", "--shape", "laptop", "--rank", 900]),
+    ]:
+        assert_one_line_error(run_main("bench.py", *argv), *words)

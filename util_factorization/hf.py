@@ -1,0 +1,187 @@
+"""
+Hugging Face in: a Pythia (GPT-NeoX) or a GPT-2 from the hub or a local folder -> a checkpoint of ours with the same logits.
+
+    python util_factorization/hf.py --model EleutherAI/pythia-70m --out model_weights/pythia70m/ckpt.pt
+
+The weights are kept in float32, whatever they are stored in. A model that does more than ours can say is refused by name.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli import fail, finish, flag, parse
+
+# What our GPT takes for granted, by model_type; a config from before a setting had what is here.
+GRANTED = dict(
+    gpt_neox=dict(attention_bias=True, layer_norm_eps=1e-5),
+    gpt2=dict(
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, layer_norm_epsilon=1e-5
+    ),
+)
+ACTIVATION = dict(gelu="gelu", gelu_new="gelu_tanh", gelu_fast="gelu_tanh", gelu_pytorch_tanh="gelu_tanh")  # theirs -> ours
+
+# Our modules of a block -> theirs.
+GPT_NEOX = {
+    "ln_1": "input_layernorm",
+    "attn.c_proj": "attention.dense",
+    "ln_2": "post_attention_layernorm",
+    "mlp.mlp_up": "mlp.dense_h_to_4h",
+    "mlp.mlp_down": "mlp.dense_4h_to_h",
+}
+GPT2 = {
+    "ln_1": "ln_1",
+    "attn.c_proj": "attn.c_proj",
+    "ln_2": "ln_2",
+    "mlp.mlp_up": "mlp.c_fc",
+    "mlp.mlp_down": "mlp.c_proj",
+}
+
+
+@dataclass
+class Args:
+    model: str = flag(help="a hub id, or a folder written by save_pretrained")
+    out: str = flag(help="the file to write; an existing one is left alone")
+    dataset: str = flag("pile", "what later programs read where they are given no text: one in the model's own tokens")
+
+
+def from_hugging_face(hf):
+    """A GPTNeoXForCausalLM or a GPT2LMHeadModel -> our GPT in float32, ready to evaluate."""
+    from model import GPT
+
+    config = gpt_config(hf.config)
+    table, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
+    model = GPT(replace(config, tie_head=head is table)).eval()
+    state = gpt_neox_state(hf, config.n_head) if hf.config.model_type == "gpt_neox" else gpt2_state(hf)
+    model.load_state_dict({"transformer.wte.weight": table, "lm_head.weight": head} | state)
+    return model
+
+
+def gpt_config(theirs):
+    """A transformers config -> GPTConfig, or an error that names what does not fit; whether the head is tied is not in it."""
+    from model import GPTConfig
+
+    kind = theirs.model_type
+    who = theirs.name_or_path or f"this {kind} model"
+    if kind not in GRANTED:
+        fail(f"{who} has model_type {kind}: give a Pythia (gpt_neox) or a GPT-2 (gpt2)")
+    for name, ours in GRANTED[kind].items():
+        if getattr(theirs, name, ours) != ours:
+            fail(f"{who} has {name} {getattr(theirs, name)}, where our GPT has {ours}: give a model with that")
+    d = theirs.hidden_size
+    if kind == "gpt_neox":
+        activation, width = theirs.hidden_act, theirs.intermediate_size
+        positions = dict(rotary_pct=rotary_share(theirs, who), parallel_residual=theirs.use_parallel_residual)
+    else:
+        activation, width, positions = theirs.activation_function, theirs.n_inner or 4 * d, {}
+    if activation not in ACTIVATION:
+        fail(f"{who} has the activation {activation}: give a model with one of {', '.join(ACTIVATION)}")
+    if width % d:
+        fail(f"{who} has an MLP of width {width}, no whole multiple of {d}: give a model with one")
+    return GPTConfig(
+        vocab_size=theirs.vocab_size,
+        block_size=theirs.max_position_embeddings,
+        n_layer=theirs.num_hidden_layers,
+        n_head=theirs.num_attention_heads,
+        n_embd=d,
+        mlp_expansion_factor=width // d,
+        activation=ACTIVATION[activation],
+        bias=True,
+        dropout=0.0,  # a new run has its own
+        **positions,
+    )
+
+
+def rotary_share(theirs, who):
+    """The share of each head that a GPT-NeoX rotates, or an error where it does so in another way than ours."""
+    rope = getattr(theirs, "rope_parameters", None)
+    if rope is None:  # before transformers 5
+        rope = dict(theirs.rope_scaling or {}, partial_rotary_factor=theirs.rotary_pct, rope_theta=theirs.rotary_emb_base)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope["rope_theta"] != 10000:
+        fail(
+            f"{who} has rope_type {kind} and rope_theta {rope['rope_theta']}, where our GPT has default and 10000: "
+            "give a model with those"
+        )
+    n = theirs.hidden_size // theirs.num_attention_heads
+    dims = int(n * rope["partial_rotary_factor"])  # they round down
+    if not dims or dims % 2:
+        fail(f"{who} rotates {dims} of the {n} numbers of a head: give a model that rotates an even number of them")
+    return dims / n
+
+
+def named(modules, conv1d=False):
+    """{our name: their module} -> {our parameter's name: its tensor}; a Conv1D has its weight as [in, out]."""
+    state = {}
+    for name, module in modules.items():
+        state[f"{name}.weight"] = module.weight.T if conv1d and module.weight.ndim == 2 else module.weight
+        state[f"{name}.bias"] = module.bias
+    return state
+
+
+def gpt_neox_state(hf, n_head):
+    def split(rows):
+        """[H 3 n, ...], every head's q, k and v side by side -> q, k and v, each [H n, ...]"""
+        return rows.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(1, 2)
+
+    state = named({"transformer.ln_f": hf.gpt_neox.final_layer_norm})
+    for i, layer in enumerate(hf.gpt_neox.layers):
+        block, qkv = f"transformer.h.{i}", layer.attention.query_key_value
+        state |= named({f"{block}.{ours}": layer.get_submodule(theirs) for ours, theirs in GPT_NEOX.items()})
+        for name, weight, bias in zip("qkv", split(qkv.weight), split(qkv.bias)):
+            state |= {f"{block}.attn.{name}_proj.weight": weight, f"{block}.attn.{name}_proj.bias": bias}
+    return state
+
+
+def gpt2_state(hf):
+    state = named({"transformer.ln_f": hf.transformer.ln_f}) | {"transformer.wpe.weight": hf.transformer.wpe.weight}
+    for i, layer in enumerate(hf.transformer.h):
+        block, qkv = f"transformer.h.{i}", layer.attn.c_attn
+        state |= named({f"{block}.{ours}": layer.get_submodule(theirs) for ours, theirs in GPT2.items()}, conv1d=True)
+        for name, weight, bias in zip("qkv", qkv.weight.T.chunk(3), qkv.bias.chunk(3)):
+            state |= {f"{block}.attn.{name}_proj.weight": weight, f"{block}.attn.{name}_proj.bias": bias}
+    return state
+
+
+def load(kind, model, **how):
+    """kind.from_pretrained(model), or an error that names --model."""
+    try:
+        return kind.from_pretrained(model, trust_remote_code=False, **how)
+    except Exception as error:  # the network, the folder and every reader raise their own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        fail(f"--model {model} cannot be loaded ({why}): give the id of a model on the hub, or a folder of save_pretrained")
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+    if not args.out or Path(args.out).exists():
+        fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        fail("the package transformers is not installed: pip install transformers")
+
+    import checkpoint as ckpt
+    from train_args import ModelArgs, TrainArgs
+
+    gpt_config(load(AutoConfig, args.model))  # refuses before the weights are downloaded
+    hf, info = load(AutoModelForCausalLM, args.model, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):  # which from_pretrained fills with random numbers
+        fail(f"--model {args.model} lacks {len(missing)} weights, first {missing[0]}: give a whole model")
+    model = from_hugging_face(hf)
+    shape = {f.name: getattr(model.config, f.name) for f in fields(ModelArgs)}
+    facts = dict(args=asdict(TrainArgs(**shape, dataset=args.dataset)), iter_num=0, data_step=0)
+    facts |= dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        ckpt.save(args.out, model, **facts)
+    except OSError as error:
+        fail(f"--out {args.out} cannot be written ({error.strerror}): choose another file")
+    counts = model.count_parameters()
+    print(f"{args.model}: {counts['total']:,} numbers stored")
+    finish(out=args.out, parameters=counts)
+
+
+if __name__ == "__main__":
+    main()
