@@ -46,6 +46,8 @@ export PRESET DATASET OUT METHOD PICKED=1
 
 mistake() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
+need_preset() { case " $* " in *" $PRESET "*) ;; *) mistake "PRESET=$PRESET is not for this script: give one of $*" ;; esac; }
+
 # start_from FOLDER SCRIPT: the run that the next one starts from has to be done, or it would start from half of it
 start_from() {
   source_run=$OUT/$1

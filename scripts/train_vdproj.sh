@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop_pythia WITH_GPU=pythia70m
 source scripts/common.sh
+need_preset pythia70m laptop_pythia
 take_rank "$@"
 take_cards
 root=$OUT

@@ -11,6 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop_pythia WITH_GPU=pythia70m
 source scripts/common.sh
+need_preset pythia70m laptop_pythia
 take_rank "$@"
 
 run() {  # run FOLDER PRESET FLAGS...

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from conftest import REPO
 
 from dataset import write_dataset
+from tokenizer import train_bpe
 
 PROGRAMS = [
     "train.py",
@@ -37,14 +39,23 @@ TOY = (
 )
 
 
+TOY_EPOCHS = (
+    "--n_layer 1 --n_head 2 --n_embd 96 --block_size 16 --batch_size 2 --gradient_accumulation_steps 2 --max_epochs 1 "
+    "--max_train_samples 8 --eval_iters 2 --device cpu --dtype float32 --no-compile"
+)
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory, toy_dataset):
     """A copy of the repository whose datasets are the toy one."""
     folder = tmp_path_factory.mktemp("repo") / "nano pca"  # a space, which shell scripts like to trip over
     ignored = shutil.ignore_patterns(".git", ".venv", "model_weights", "__pycache__", "*.bin", "meta.pkl", ".*_cache")
     shutil.copytree(REPO, folder, ignore=ignored)
-    for name in ("sotu", "wikitext103"):
+    for name in ("sotu", "wikitext103", "pile"):
         shutil.copytree(toy_dataset, folder / "data" / name, dirs_exist_ok=True)
+    letters = train_bpe(["a"], 257)  # end-of-text, then bytes in the order of their characters: ASCII's lie under the toy's 97
+    meta = dict(vocab_size=97, dtype="uint16", tokenizer="bpe", tokenizer_json=letters.to_str(), end_of_text=0)
+    (folder / "data" / "sotu" / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder
 
 
@@ -58,6 +69,8 @@ CHOICES = (
     "METHODS",
     "BEST",
     "ONLY13",
+    "ONLY5",
+    "MODEL",
     "LORA",
     "GPUS",
     "PICKED",
@@ -90,6 +103,11 @@ def thirteen(copy):
     """Experiments 1-13 at one rank, with one further method, over two cards that a CPU takes for names."""
     few = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
     return few, succeed(f"bash scripts/run_13_experiments.sh {TOY}", copy, **few)
+
+
+@pytest.fixture(scope="module")
+def vdproj(copy):
+    return succeed(f"bash scripts/train_vdproj.sh {TOY_EPOCHS}", copy, PRESET="laptop_pythia", GPUS="0 1")
 
 
 FOLDERS = {"gpt_baseline", "gpt_pca_k128", "gpt_pca_finetune_k128", "gpt_random_lowrank_k128", "gpt_baseline_more"}
@@ -150,6 +168,41 @@ def test_experiments_1_to_13_have_the_seeds_names_and_their_controls(copy, thirt
     assert again.stdout.count("is done; delete the folder") == len(names) - 1
 
 
+VDPROJ = {
+    "pythia_baseline", "vdproj_end_to_end_r80", "vdproj_phase1_r80", "vdproj_two_phase_r80", "vdproj_phase1_trained_r80",
+    "vdproj_two_phase_trained_r80", "vdproj_narrow_r80", "kvdproj_end_to_end_r80",
+}  # fmt: skip
+
+
+def test_vdproj_runs_every_model_under_one_condition_and_reports(copy, vdproj):
+    out = copy / "model_weights" / "vdproj"
+    assert {p.name for p in out.iterdir() if p.is_dir()} == VDPROJ
+    configs = {name: json.loads((out / name / "config.json").read_text())["args"] for name in VDPROJ}
+    own = {"out_dir", "wandb_run_name", "v_proj_dim", "k_proj_dim", "v_proj_narrow", "v_recon_weight", "init_from", "freeze",
+           "prev_run_ckpt", "objective", "train_only", "preset"}  # fmt: skip
+    rest = {json.dumps({k: v for k, v in args.items() if k not in own}) for args in configs.values()}
+    assert len(rest) == 1  # at toy size phase 1 has the others' epochs too
+    assert configs["vdproj_two_phase_r80"]["freeze"] == "v_compress,v_restore"
+    assert configs["vdproj_phase1_r80"]["preset"] == "laptop_pythia_recon"
+    assert configs["vdproj_two_phase_trained_r80"]["prev_run_ckpt"].endswith("vdproj_phase1_trained_r80")
+    assert configs["vdproj_phase1_trained_r80"]["prev_run_ckpt"].endswith("pythia_baseline")
+    assert json.loads((out / "vdproj_phase1_r80" / "config.json").read_text())["args"]["wandb_run_name"] == "vdproj-phase1-r80"
+    assert "What can the value cache lose?" in (out / "report.md").read_text()
+    again = succeed(f"bash scripts/train_vdproj.sh 80 {TOY_EPOCHS}", copy, PRESET="laptop_pythia")
+    assert again.stdout.count("is done; delete the folder") == len(VDPROJ)
+
+
+def test_bench_of_the_trained_models(copy, vdproj, run_main, monkeypatch):
+    monkeypatch.chdir(copy)  # whose datasets are the toy ones
+    monkeypatch.setattr("dataset.ROOT", copy / "data")
+    result = run_main("bench.py", "--decode", "--runs", copy / "model_weights" / "vdproj", "--steps", 2, "--rounds", 1)
+    assert result.status == 0, result.err
+    rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
+    evaluated = json.loads((copy / "model_weights" / "vdproj" / "kvdproj_end_to_end_r80" / "summary.json").read_text())["final"]
+    assert rows["K+V 80/96", "float32"]["val_loss"] == pytest.approx(evaluated["val_loss"], abs=1e-5)
+    assert rows["K+V 80/96", "int8"]["val_loss"] != rows["K+V 80/96", "float32"]["val_loss"]
+
+
 def test_which_side_agrees_with_the_evaluated_runs(copy, thirteen, run_main, assert_one_line_error, tmp_path):
     out = copy / "model_weights" / "laptop13"
     argv = ("util_factorization/which_side.py", "--dataset", copy / "data" / "sotu", "--ckpt_path")
@@ -185,8 +238,12 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
         ("scripts/eval_pca_nofinetune.sh 16", "Checkpoint not found"),
         ("scripts/train_lowrank_more.sh 16", "train_lowrank_scratch.sh"),
         ("scripts/train_baseline_lora.sh", "Checkpoint not found"),
+        ("scripts/train_vdproj.sh 80", "PRESET=laptop"),
+        ("PRESET=laptop_pythia bash scripts/train_vdproj.sh 900", "--v_proj_dim 900"),
+        ("PRESET=laptop_pythia MODEL=kw bash scripts/train_vdproj_one.sh 80", "MODEL='kw'"),
+        ("PRESET=laptop_pythia MODEL=two_phase_trained bash scripts/train_vdproj_one.sh 80", "Checkpoint not found"),
     ]:
-        flags = TOY if "pca_factorization" not in command else ""
+        flags = TOY_EPOCHS if "vdproj" in command else TOY if "pca_factorization" not in command else ""
         command = command if " bash " in command else f"bash {command}"
         done = run(f"{command} {flags}", copy, PRESET="laptop", OUT=str(tmp_path))
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -310,6 +367,26 @@ def test_a_run_that_started_from_an_older_baseline_is_not_taken_for_done(pretend
     os.utime(tmp_path / "out" / "gpt_baseline" / "ckpt.pt", (later, later))
     done, _ = pretend("bash scripts/train_baseline_more.sh", PRESET="laptop13")
     assert done.returncode == 2 and "older" in done.stderr
+
+
+def test_vdproj_shares_its_models_out_to_two_cards_and_names_what_fails(pretend, tmp_path):
+    done, calls = pretend("bash scripts/train_vdproj.sh", SEEDS="1 2", fails="--wandb_run_name vdproj-narrow-r320 ")
+    assert done.returncode == 1 and "preset pythia70m, dataset pile" in done.stdout
+    trained = [c for c in calls if " train.py " in c and "parse_args" not in c]
+    assert {c.split()[0] for c in trained} == {"card=0", "card=1"} and all("--preset pythia70m" in c for c in trained)
+    named = done.stderr[done.stderr.index("failed, the others went on") :].splitlines()[1:]
+    assert named == [f"  {tmp_path / 'out'}/seed_{s}: MODEL=narrow train_vdproj_one.sh 320" for s in (1, 2)]
+    assert len(trained) == 2 * len(VDPROJ)
+
+
+def test_without_the_pile_the_embedded_text_is_taken(pretend, copy):
+    (copy / "data" / "pile" / "meta.pkl").rename(copy / "data" / "pile" / "away")
+    try:
+        done, calls = pretend("MODEL=baseline bash scripts/train_vdproj_one.sh", fails="data/pile/prepare.py")
+    finally:
+        (copy / "data" / "pile" / "away").rename(copy / "data" / "pile" / "meta.pkl")
+    assert done.returncode == 0 and "taking the embedded text, DATASET=sotu" in done.stdout
+    assert any("--dataset sotu" in c and "--preset pythia70m" in c for c in calls)
 
 
 def test_ranks_and_methods_named_twice_run_once(pretend):
@@ -496,7 +573,7 @@ def readme_commands():
     return [c for c in commands if not c.startswith(NOT_RUN)]
 
 
-def test_every_readme_command_runs(copy, main_job, thirteen):
+def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
     commands = readme_commands()
     assert len(commands) > 8
     (copy / "path" / "to" / "wikitext").mkdir(parents=True)  # the README's example folder
@@ -504,18 +581,29 @@ def test_every_readme_command_runs(copy, main_job, thirteen):
         (copy / "path" / "to" / "wikitext" / f"wiki.{split}.raw").write_text(
             " = Title = \n \n Some words of an article . \n" * 40
         )
+    (copy / "text").mkdir()
+    (copy / "text" / "some.txt").write_text("Some words, " * 400)
+    train_bpe(["Some words"], 257).save(str(copy / "tokenizer.json"))
     for command in commands:
-        succeed(
-            f"{command} {TOY}" if re.search(TRAINS, command) else command,
-            copy,
-            **environment_of(command, thirteen[0]),
-        )
+        succeed(f"{command} {toy_flags(command)}", copy, **environment_of(command, thirteen[0]))
+
+
+def toy_flags(command):
+    if "bench.py" in command:
+        return "--steps 2 --rounds 1 --context 16" + (" --vocab_size 97" if "--shape" in command else "")
+    if "data/pile" in command:
+        return "--samples 20 --sequence_length 16 --out_dir pile"
+    if "vdproj" in command and "scripts" in command:
+        return TOY_EPOCHS
+    return TOY if re.search(TRAINS, command) else ""
 
 
 def environment_of(command, few):
     """What stands before a command on the page wins; at toy size 1-13 have one rank and one further method."""
     if "13" in command or "lowrank" in command or "_lora" in command:
         return {name: value for name, value in few.items() if f"{name}=" not in command}
+    if "vdproj" in command:
+        return dict(PRESET="laptop_pythia")
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
