@@ -235,37 +235,32 @@ def round_to(x):
 
 
 def shown(rows, table):
-    """Everything as a markdown table: bytes beside the dense float16 cache's, speed beside the dense float32 cache's."""
+    """Everything as a markdown table, beside the dense model's cache in float16 and beside its speed in the first format."""
     dense = {row["kv_dtype"]: row for row in rows if row["model"] == "dense"}
     bytes_16 = dense["float16"]["bytes_per_token"] if "float16" in dense else None
-    first = next(iter(dense.values()))
-    speed = max(first["tokens_per_second"].values())
-    header = ["model", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s", "of dense",
-              "attends by", "restore / late / fold", "val loss", "perplexity", "nats lost"]  # fmt: skip
+    plain = rows[0]  # dense, in the first format
+    first = {row["model"]: row for row in reversed(rows)}  # each model in the first format
+    header = ["model", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s",
+              f"of dense, {plain['kv_dtype']}", "attends by", "restore / late / fold", "val loss", "perplexity",
+              f"nats over {plain['kv_dtype']}", f"over dense, {plain['kv_dtype']}"]  # fmt: skip
     lines = []
     for row in rows:
         ways, stored = row["tokens_per_second"], row["bytes_per_token"]
         best = max(ways, key=ways.get)
-        base = dense.get(row["kv_dtype"])
-        exact = first.get("val_loss") if row["model"] == "dense" else next(
-            (r.get("val_loss") for r in rows if r["model"] == row["model"]), None
-        )  # fmt: skip
-        lines.append(
-            [
-                row["model"],
-                row["kv_dtype"],
-                f"{stored:,.0f}" if stored else "-",
-                f"{stored / base['bytes_per_token']:.2%}" if base else "-",
-                f"{bytes_16 / stored:.2f}x" if stored and bytes_16 else "-",
-                f"{ways[best]:,.1f}",
-                f"{ways[best] / speed:.2f}",
-                best,
-                " / ".join(f"{s:,.1f}" for s in ways.values()) if len(ways) > 1 else "-",
-                f"{row['val_loss']:.4f}" if "val_loss" in row else "-",
-                f"{row['val_ppl']:.2f}" if "val_ppl" in row else "-",
-                f"{row['val_loss'] - exact:+.4f}" if "val_loss" in row else "-",
-            ]
-        )
+        line = [row["model"], row["kv_dtype"]]
+        if row["kv_dtype"] in dense:
+            line += [f"{stored:,.0f}", f"{stored / dense[row['kv_dtype']]['bytes_per_token']:.2%}"]
+            line += [f"{bytes_16 / stored:.2f}x" if bytes_16 else "-"]
+        else:
+            line += ["-"] * 3
+        line += [f"{ways[best]:,.1f}", f"{ways[best] / max(plain['tokens_per_second'].values()):.2f}", best]
+        line += [" / ".join(f"{s:,.1f}" for s in ways.values()) if len(ways) > 1 else "-"]
+        if "val_loss" in row:
+            line += [f"{row['val_loss']:.4f}", f"{row['val_ppl']:.2f}"]
+            line += [f"{row['val_loss'] - other['val_loss']:+.4f}" for other in (first[row["model"]], plain)]
+        else:
+            line += ["-"] * 4
+        lines.append(line)
     return table(header, lines)
 
 

@@ -63,14 +63,10 @@ def position_table(rows):
 
 
 def error_table(rows):
-    lines = []
-    for row in rows:
-        for kind in "vk":
-            if f"{kind}_error" in row.one("best"):
-                by_layer = zip(*row.values("best", f"{kind}_error"))
-                lines.append([title(row), kind.upper(), *(shown(list(errors), 4) for errors in by_layer)])
-    layers = max((len(line) - 2 for line in lines), default=0)
-    return table(["share of the variance missed", "of", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
+    rows = [row for row in rows if "v_error" in row.one("best")]
+    lines = [[title(row), *(shown(list(errors), 4) for errors in zip(*row.values("best", "v_error")))] for row in rows]
+    layers = max((len(line) - 1 for line in lines), default=0)
+    return table(["share of V's variance missed", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
 
 
 def read_epochs(row, folder):

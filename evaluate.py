@@ -12,15 +12,12 @@ EDGES = (0, 16, 32, 64, 96, 128)
 
 
 class Restored:
-    """
-    Watches what a model's bottlenecks lose: what went into v_compress and came out of v_restore (kind "v", or "k") in the
-    last forward pass, (B, T, d) for each layer.
-    """
+    """Watches what v_compress loses: what went into it and came out of v_restore in the last forward pass, of each layer."""
 
-    def __init__(self, model, kind):
-        self.before, self.after = {}, {}
+    def __init__(self, model):
+        self.before, self.after = {}, {}  # layer -> (B, T, d)
         for layer, block in enumerate(model.transformer.h):
-            compress, restore = (getattr(block.attn, f"{kind}_{part}") for part in ("compress", "restore"))
+            compress, restore = block.attn.v_compress, block.attn.v_restore
             compress.register_forward_hook(lambda module, args, out, layer=layer: self.before.update({layer: args[0]}))
             restore.register_forward_hook(lambda module, args, out, layer=layer: self.after.update({layer: out}))
 
@@ -46,15 +43,15 @@ class Restored:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, args, device, autocast, watches=None, cache_for=lambda B: NO_CACHE):
+def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=lambda B: NO_CACHE):
     """
     Evaluate a GPT on the dataset's first args.eval_iters batches of args.batch_size fixed windows, (B, T) each.
 
-    watches: {"v": Restored(model, "v"), ...}, what to report the reconstruction of. cache_for: batch size -> the KV cache that
-    keys and values pass through, to see what its number format costs.
+    restored: what watches its values, a Restored(model). cache_for: batch size -> the KV cache that keys and values pass
+    through, to see what its number format costs.
 
-    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss) and, of each
-    watch, {v,k}_recon and {v,k}_error.
+    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss) and, of restored
+    values, v_recon and v_error.
 
     ln_f_cosine       mean cosine between what the head reads and lm_head's row of the target token, in the head's own
                       space: d for a dense table, k for a factorized one, so not comparable between them
@@ -68,7 +65,7 @@ def evaluate(model, dataset, args, device, autocast, watches=None, cache_for=lam
     t, T = model.transformer, model.config.block_size
     rows, table = effective_weight(model.lm_head), model.effective_table()
     sums, tokens = torch.zeros(2, dtype=torch.float64), 0  # on the CPU: not every device has float64
-    by_position, seen = torch.zeros(T, dtype=torch.float64), {kind: 0 for kind in watches or {}}
+    by_position, lost = torch.zeros(T, dtype=torch.float64), 0
     for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, T):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
         with autocast:
@@ -79,8 +76,8 @@ def evaluate(model, dataset, args, device, autocast, watches=None, cache_for=lam
         cosine_full = F.cosine_similarity(h.flatten(0, 1).float(), table[y], dim=-1).sum()
         sums += torch.stack([cosine, cosine_full]).cpu()
         by_position += loss.float().sum(0).cpu()
-        for kind in seen:
-            seen[kind] = seen[kind] + watches[kind].sums()
+        if restored:
+            lost = lost + restored.sums()
         tokens += len(y)
     model.train()
     loss, (cosine, cosine_full) = by_position.sum().item() / tokens, (sums / tokens).tolist()
@@ -89,10 +86,10 @@ def evaluate(model, dataset, args, device, autocast, watches=None, cache_for=lam
     values["position_loss"] = {
         f"{low}-{high}": by_position[low:high].mean().item() * T / tokens for low, high in position_bins(T)
     }
-    for kind, total in seen.items():
-        error, squares, mean = total[:, 0], total[:, 1], total[:, 2:] / tokens
-        values[f"{kind}_recon"] = (error.mean() / tokens / mean.shape[1]).item()
-        values[f"{kind}_error"] = (error / (squares - tokens * mean.square().sum(1))).tolist()
+    if restored:
+        error, squares, mean = lost[:, 0], lost[:, 1], lost[:, 2:] / tokens
+        values["v_recon"] = (error.mean() / tokens / mean.shape[1]).item()
+        values["v_error"] = (error / (squares - tokens * mean.square().sum(1))).tolist()
     return values
 
 

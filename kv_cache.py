@@ -47,7 +47,7 @@ class Int8:
         self.data[:, here] = self.pack(whole.to(torch.int8))
 
     def read(self, stop, dtype):
-        return self.unpack(self.data[:, :stop]).to(dtype) * self.scale[:, :stop].to(dtype)
+        return self.unpack(self.data[:, :stop]) * self.scale[:, :stop].to(dtype)  # one pass, which gives dtype
 
     def tensors(self):
         return [self.data, self.scale]

@@ -10,7 +10,8 @@ With values v_j = R c_j + b the answer of a head, sum_j a_j v_j, is R (sum_j a_j
 Likewise a score q (R k_j + b) is (R^T q) k_j and a number that is the same for all j, which the softmax drops. That serves the
 part of a head that is not rotated; of the rest, rotary_pct of each head, every position is restored and rotated at each step.
 
-All three are exact (tests hold them to 1e-4) where dropout is off.
+The last two also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. All three are exact (tests
+hold them to 1e-4) where dropout is off.
 """
 
 import time
@@ -88,25 +89,42 @@ def attentions(model):
 def attend_by(model, way):
     """Make a model attend by one of WAYS from here on, for inference; a checkpoint is saved by "restore" only."""
     for attn in attentions(model):
-        if isinstance(attn, FoldedAttention):
-            attn.c_proj = attn._modules.pop("unfolded")
+        for name, module in attn.__dict__.pop("as_trained", {}).items():
+            setattr(attn, name, module)
         attn.__class__ = ATTENTION[way]
-        if way == "fold":
-            attn.unfolded, attn.c_proj = attn.c_proj, folded(attn)
+        if way != "restore":
+            parts = dict(joined(attn))
+            if way == "fold" and not isinstance(attn.v_restore, nn.Identity):
+                parts["c_proj"] = folded(attn)
+            attn.__dict__["as_trained"] = {name: getattr(attn, name) for name in parts}  # not a submodule of the model
+            for name, module in parts.items():
+                setattr(attn, name, module)
+
+
+def linear(weight, bias):
+    out = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    out.weight.copy_(weight)
+    if bias is not None:
+        out.bias.copy_(bias)
+    return out
+
+
+def joined(attn):
+    """k_proj and v_proj, where compressed, as one Linear(d, r) with what compresses them."""
+    for kind in "kv":
+        proj, compress = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress"))
+        if not isinstance(compress, nn.Identity):
+            bias = None if proj.bias is None else compress.weight @ proj.bias + compress.bias
+            yield f"{kind}_proj", linear(compress.weight @ proj.weight, bias)
+            yield f"{kind}_compress", nn.Identity()
 
 
 def folded(attn):
-    """c_proj after v_restore as one Linear(H r_v, d); of plain values, c_proj itself."""
+    """c_proj after v_restore as one Linear(H r_v, d)."""
     c_proj, restore = attn.c_proj, attn.v_restore
-    if isinstance(restore, nn.Identity):
-        return c_proj
     by_head = c_proj.weight.unflatten(1, (attn.n_head, -1)), restore.weight.unflatten(0, (attn.n_head, -1))
-    out = nn.Linear(attn.n_head * restore.in_features, c_proj.out_features, bias=c_proj.bias is not None)
-    out.to(c_proj.weight)
-    out.weight.copy_(torch.einsum("ohn,hnr->ohr", *by_head).flatten(1))
-    if c_proj.bias is not None:
-        out.bias.copy_(c_proj.bias + c_proj.weight @ restore.bias)
-    return out
+    bias = None if c_proj.bias is None else c_proj.bias + c_proj.weight @ restore.bias
+    return linear(torch.einsum("ohn,hnr->ohr", *by_head).flatten(1), bias)
 
 
 @torch.inference_mode()

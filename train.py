@@ -193,16 +193,15 @@ say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items()
 
 # -- objective ---------------------------------------------------------------------------------------------------------
 
-parts = {"v": model.config.v_proj_dim if not model.config.v_proj_narrow else None, "k": model.config.k_proj_dim}
-watches = {kind: Restored(model, kind) for kind, width in parts.items() if width is not None}
+restored = None if args.v_proj_dim is None or args.v_proj_narrow else Restored(model)
 criterion = "v_recon" if args.objective == "v_recon" else "val_loss"  # what the best checkpoint has least of
 
 
 def objective(lm_loss):
     """The loss of a forward pass that has just given this cross-entropy."""
     if args.objective == "v_recon":
-        return watches["v"].loss()
-    return lm_loss + args.v_recon_weight * watches["v"].loss() if args.v_recon_weight else lm_loss
+        return restored.loss()
+    return lm_loss + args.v_recon_weight * restored.loss() if args.v_recon_weight else lm_loss
 
 
 # -- optimizer --------------------------------------------------------------------------------------------------------
@@ -289,7 +288,7 @@ def save_checkpoints(evaluation):
 
 
 def evaluation_now():
-    return dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast, watches)
+    return dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast, restored)
 
 
 def peak_memory():
@@ -329,7 +328,7 @@ with ends_in_one_line():
                 say(
                     f"step {step}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}, "
                     f"ln_f cosine {evaluation['ln_f_cosine']:.3f}, full {evaluation['ln_f_cosine_full']:.3f}"
-                    + "".join(f", {kind} restored to {evaluation[f'{kind}_recon']:.3g}" for kind in watches)
+                    + (f", values restored to {evaluation['v_recon']:.3g}" if restored else "")
                 )
                 if writes:
                     run.log(step, seconds=seconds, **{k: v for k, v in evaluation.items() if k != "iter"})

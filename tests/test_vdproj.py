@@ -83,11 +83,11 @@ def test_a_bottleneck_as_wide_as_the_model_can_be_the_identity(tiny_model):
 
 def test_reconstruction_is_what_the_layers_hold(tiny_model, toy_dataset):
     model = tiny_model(**SHAPE, v_proj_dim=10)
-    watch, data = Restored(model, "v"), Dataset(toy_dataset)
+    watch, data = Restored(model), Dataset(toy_dataset)
     inputs = []
     for block in model.transformer.h:
         block.attn.v_proj.register_forward_hook(lambda module, args, out: inputs.append(out))
-    found = evaluate(model, data, TrainArgs(**TINY), "cpu", nullcontext(), dict(v=watch))
+    found = evaluate(model, data, TrainArgs(**TINY), "cpu", nullcontext(), watch)
     V = [torch.cat(inputs[layer::2]).flatten(0, 1).double() for layer in range(2)]  # (tokens, d) of each layer
     W = [F.linear(F.linear(v, a.v_compress.weight.double(), a.v_compress.bias.double()), a.v_restore.weight.double(),
                   a.v_restore.bias.double()) for v, a in zip(V, (b.attn for b in model.transformer.h))]  # fmt: skip
@@ -150,7 +150,7 @@ def test_the_weight_of_the_reconstruction_counts(train, tmp_path):
         model = GPT(GPTConfig(**checkpoint.load(out)["config"]))
         torch.manual_seed(1337)
         start = GPT(model.config)
-        watch, data = Restored(start, "v"), Dataset(TrainArgs(**checkpoint.load(out)["args"]).dataset)
+        watch, data = Restored(start), Dataset(TrainArgs(**checkpoint.load(out)["args"]).dataset)
         losses = []
         for micro in (0, 1):
             x, y = (torch.from_numpy(a) for a in data.batch(4, 16, 1337, 0, micro))
