@@ -9,7 +9,7 @@ Train or evaluate one GPT.
 The same flags and seed read the same text in the same order, whatever the model, however many cards, resumed or not.
 """
 
-from train_args import check_schedule, check_shape, parse_args, resume_args
+from train_args import check_schedule, check_shape, parse_args, resume_args, trained_names
 
 args, given = parse_args()  # before torch is imported, so that --help answers at once
 
@@ -163,30 +163,9 @@ for scale in (model.transformer.scale_up, model.transformer.scale_down):
 if args.lora_rank is not None:
     for name, p in model.named_parameters():
         p.requires_grad_(checkpoint.is_adapter(name))
-names = [name for name, _ in model.named_parameters()]
-
-
-def matched(flag):
-    """The parameters that a flag's patterns name; a pattern that names none, or patterns that name all, are a mistake."""
-    patterns = [pattern for pattern in getattr(args, flag).split(",") if pattern]
-    for pattern in patterns:
-        if not any(pattern in name for name in names):
-            near = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-            fail(f"--{flag} {pattern} names no parameter of this model: give a part of a name, of {', '.join(near)}")
-    found = {name for name in names if any(pattern in name for pattern in patterns)}
-    if len(found) == len(names):
-        fail(f"--{flag} {getattr(args, flag)} names every parameter of this model: leave it out, or name some of them")
-    return found
-
-
-only, frozen = matched("train_only"), matched("freeze")
+trains = trained_names(args, [name for name, _ in model.named_parameters()])
 for name, p in model.named_parameters():
-    if name in frozen or (only and name not in only):
-        p.requires_grad_(False)
-if not any(p.requires_grad for p in model.parameters()):
-    fail(f"--freeze {args.freeze} leaves nothing of --train_only {args.train_only} to train: leave one of the two out")
-if args.objective == "v_recon" and any(".v_compress." not in n and ".v_restore." not in n for n in only):
-    fail(f"--objective v_recon --train_only {args.train_only} would let the values shrink: give v_compress,v_restore")
+    p.requires_grad_(p.requires_grad and name in trains)
 base = checkpoint.base_of(model, args) if args.save_adapters_only else None
 parameters = model.count_parameters()
 say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")

@@ -310,6 +310,28 @@ def check_lora(a):
         print("note: --lora_rank freezes every weight, the imported ones too; adapters beside them train", file=sys.stderr)
 
 
+def trained_names(args, names):
+    """Which of a model's parameters --train_only and --freeze leave to train; patterns that say nothing are a mistake."""
+
+    def matched(flag):
+        patterns = [pattern for pattern in getattr(args, flag).split(",") if pattern]
+        for pattern in patterns:
+            if not any(pattern in name for name in names):
+                parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+                fail(f"--{flag} {pattern} names no parameter of this model: give a part of a name, of {', '.join(parts)}")
+        found = {name for name in names if any(pattern in name for pattern in patterns)}
+        if len(found) == len(names):
+            fail(f"--{flag} {getattr(args, flag)} names every parameter of this model: leave it out, or name some of them")
+        return found
+
+    left = (matched("train_only") or set(names)) - matched("freeze")
+    if not left:
+        fail(f"--freeze {args.freeze} leaves nothing of --train_only {args.train_only} to train: leave one of the two out")
+    if args.objective == "v_recon" and not all(".v_compress." in name or ".v_restore." in name for name in left):
+        fail(f"--objective v_recon --train_only {args.train_only} would let the values shrink: give v_compress,v_restore")
+    return left
+
+
 # What may change when a run is resumed: nothing that alters the steps already planned, save for how many there are.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_epochs", "patience", "lr_decay_iters", "eval_interval",
               "eval_only", "log_interval", "device", "compile", "wandb_log", "wandb_project", "wandb_run_name",
