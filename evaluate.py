@@ -30,16 +30,11 @@ class Restored:
 
     def sums(self):
         """(layers, 2 + d) float64: the squared errors' sum, the squares' sum, the sum of each of the d numbers."""
-        return (
-            torch.stack(
-                [
-                    torch.cat([(after - before).square().sum()[None], before.square().sum()[None], before.flatten(0, 1).sum(0)])
-                    for before, after in self.pairs()
-                ]
-            )
-            .double()
-            .cpu()
-        )
+        return torch.stack([sums_of(before, after) for before, after in self.pairs()]).cpu().double()
+
+
+def sums_of(before, after):
+    return torch.cat([(after - before).square().sum()[None], before.square().sum()[None], before.flatten(0, 1).sum(0)])
 
 
 @torch.no_grad()
