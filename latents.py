@@ -7,82 +7,111 @@ With values v_j = R c_j + b the answer of a head, sum_j a_j v_j, is R (sum_j a_j
     late      attend over the r numbers of c_j, and restore the H sums instead of the S positions
     fold      the same with R multiplied into c_proj beforehand: one matrix [d, H r] and the bias W_o b + b_o
 
-Likewise a score q (R k_j + b) is (R^T q) k_j and a number that is the same for all j, which the softmax drops. That serves the
-part of a head that is not rotated; of the rest, rotary_pct of each head, every position is restored and rotated at each step.
+Likewise a score q (R k_j + b) is (R^T q) k_j and a number that is the same for all j, which the softmax drops. That serves
+the part of a head that is not rotated. A rotated pair (a, b) at angle t gives the query's (e, f) the score
+cos t (e a + f b) + sin t (f a - e b): two numbers of position j that are linear in k_j, so no key has to be restored. The kept
+numbers are turned by an orthogonal matrix beforehand, so that the rotated part hangs on as few of them as it can.
 
-The last two also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. All three are exact (tests
-hold them to 1e-4) where dropout is off.
+The last two also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They are for single tokens:
+the positions of a prompt are restored once, for all of its queries. All three are exact without dropout (tests: to 1e-4).
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from kv_cache import KVCache
-from model import CausalSelfAttention, NoRotary, sees
+from model import CausalSelfAttention, NoRotary
 
 WAYS = ("restore", "late", "fold")
 
 
+@dataclass
+class Restoring:
+    """k_restore and v_restore by head; None where keys or values are plain. n numbers a head, D rotated ones of all heads."""
+
+    v: torch.Tensor | None = None  # (H, r_v, n)
+    v_bias: torch.Tensor | None = None  # (H, 1, n)
+    k: torch.Tensor | None = None  # (H, n - D/H, r_k), of what is not rotated
+    pairs: tuple = ()  # two (H, D/2H, min(D, r_k) + 1): of a pair's first and second number, the bias last
+    turns: torch.Tensor | None = None  # (block_size, D): cosines and sines of each head
+
+
 class LateAttention(CausalSelfAttention):
     def attend(self, q, k, v):
-        if q.shape[1] > 1:  # a prompt: its positions are restored once, for all of its queries
+        if q.shape[1] > 1:
             return super().attend(q, k, v)
         return self.restore_sums(self.sums(q, k, v))
 
     def heads(self, x):
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, width / H)
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, S, width / H)
 
     def sums(self, q, k, v):
-        """-> (B, H, T, r_v): what each head's weights make of the kept values, of its own part of them where they are plain."""
-        T, S = q.shape[1], k.shape[1]
-        scores = self.scores(self.heads(q), k) * (q.shape[-1] // self.n_head) ** -0.5
-        if T > 1:
-            scores = scores.masked_fill(~sees(T, S, q.device), -torch.inf)
-        weights = scores.softmax(-1)
-        if isinstance(self.v_restore, nn.Identity):
-            return weights @ self.heads(v)
-        return (weights.flatten(1, 2) @ v).unflatten(1, (self.n_head, T))  # one product for all heads
+        """-> (B, H, r_v): what each head's weights make of the kept values, of its own part of them where they are plain."""
+        q = self.heads(q)[:, :, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
+        weights = self.scores(q, k).softmax(-1)
+        if self.restoring.v is None:
+            return (weights[:, :, None] @ self.heads(v))[:, :, 0]
+        return weights @ v  # one product for all heads
 
     def scores(self, q, k):
-        """Queries (B, H, T, n), keys as kept (B, S, r_k) -> (B, H, T, S), up to a number for each query."""
-        if isinstance(self.k_restore, nn.Identity):
-            return q @ self.heads(k).transpose(-1, -2)
-        dims = 0 if isinstance(self.rotary, NoRotary) else self.rotary.dims
-        restore = self.k_restore.weight.unflatten(0, (self.n_head, -1))  # (H, n, r_k)
-        latent = q[..., dims:] @ restore[:, dims:]  # (B, H, T, r_k)
-        scores = (latent.flatten(1, 2) @ k.transpose(1, 2)).unflatten(1, (self.n_head, -1))
+        """A query (B, H, n), keys as kept (B, S, r_k) -> (B, H, S), up to a number that is the same for all S."""
+        R = self.restoring
+        if R.k is None:
+            return (q[:, :, None] @ self.heads(k).transpose(-1, -2))[:, :, 0]
+        dims = q.shape[-1] - R.k.shape[1]
+        scores = (q[:, :, None, dims:] @ R.k)[:, :, 0] @ k.transpose(1, 2)
         if dims:
-            bias = self.k_restore.bias
-            bias = None if bias is None else bias.unflatten(0, (self.n_head, -1))[:, :dims].flatten()
-            turned = self.rotary(nn.functional.linear(k, restore[:, :dims].flatten(0, 1), bias), 0)  # (B, S, H dims)
-            scores = scores + q[..., :dims] @ self.heads(turned).transpose(-1, -2)
+            e, f = q[..., :dims, None].chunk(2, 2)  # (B, H, dims/2, 1)
+            a, b = R.pairs
+            products = torch.cat([e * a + f * b, f * a - e * b], 2).flatten(1, 2)  # (B, D, min(D, r_k) + 1)
+            found = torch.baddbmm(products[:, None, :, -1], k[..., : a.shape[-1] - 1], products[..., :-1].transpose(1, 2))
+            found = (found * R.turns[: k.shape[1]]).unflatten(-1, (self.n_head, -1))  # (B, S, H, dims)
+            scores = scores + found.sum(-1).transpose(1, 2)
         return scores
 
     def restore_sums(self, y):
-        """(B, H, T, r_v) -> (B, T, d), heads side by side."""
-        if not isinstance(self.v_restore, nn.Identity):
-            restore, bias = self.v_restore.weight.unflatten(0, (self.n_head, -1)), self.v_restore.bias
-            y = y @ restore.transpose(1, 2)
-            y = y if bias is None else y + bias.unflatten(0, (self.n_head, 1, -1))
+        """(B, H, r_v) -> (B, 1, d), heads side by side."""
+        y = y[:, :, None]
+        if self.restoring.v is not None:
+            y = y @ self.restoring.v
+            y = y if self.restoring.v_bias is None else y + self.restoring.v_bias
         return y.transpose(1, 2).flatten(-2)
 
 
 class FoldedAttention(LateAttention):
     def attend(self, q, k, v):
-        return self.sums(q, k, v).transpose(1, 2).flatten(-2)  # (B, T, H r_v): c_proj restores
+        if q.shape[1] > 1:
+            return super().attend(q, k, v)
+        return self.sums(q, k, v).flatten(1)[:, None]  # (B, 1, H r_v): the folded c_proj restores
+
+
+class FoldedProjection(nn.Module):
+    """c_proj for a prompt, whose values have been restored, and c_proj after v_restore for a single token."""
+
+    def __init__(self, prompt, token):
+        super().__init__()
+        self.prompt, self.token = prompt, token
+
+    def forward(self, y):
+        return self.prompt(y) if y.shape[1] > 1 else self.token(y)
 
 
 ATTENTION = dict(restore=CausalSelfAttention, late=LateAttention, fold=FoldedAttention)
 
 
-def is_compressed(model):
-    return any(not isinstance(part, nn.Identity) for a in attentions(model) for part in (a.v_restore, a.k_restore))
-
-
 def attentions(model):
     return [block.attn for block in model.transformer.h]
+
+
+def is_compressed(model):
+    return any(is_linear(part) for attn in attentions(model) for part in (attn.v_restore, attn.k_restore))
+
+
+def is_linear(part):
+    return not isinstance(part, nn.Identity)
 
 
 @torch.no_grad()
@@ -92,17 +121,23 @@ def attend_by(model, way):
         for name, module in attn.__dict__.pop("as_trained", {}).items():
             setattr(attn, name, module)
         attn.__class__ = ATTENTION[way]
-        if way != "restore":
-            parts = dict(joined(attn))
-            if way == "fold" and not isinstance(attn.v_restore, nn.Identity):
-                parts["c_proj"] = folded(attn)
-            attn.__dict__["as_trained"] = {name: getattr(attn, name) for name in parts}  # not a submodule of the model
-            for name, module in parts.items():
-                setattr(attn, name, module)
+        if way == "restore":
+            continue
+        parts = joined(attn)
+        if way == "fold" and is_linear(attn.v_restore):
+            parts["c_proj"] = FoldedProjection(attn.c_proj, folded(attn))
+        attn.__dict__["as_trained"] = {name: getattr(attn, name) for name in parts}  # not a submodule of the model
+        for name, module in parts.items():
+            setattr(attn, name, module)
+        attn.restoring = restoring(attn)
+
+
+def rotated_dims(attn):
+    return 0 if isinstance(attn.rotary, NoRotary) else attn.rotary.dims
 
 
 def linear(weight, bias):
-    out = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    out = nn.utils.skip_init(nn.Linear, *weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
     out.weight.copy_(weight)
     if bias is not None:
         out.bias.copy_(bias)
@@ -110,13 +145,24 @@ def linear(weight, bias):
 
 
 def joined(attn):
-    """k_proj and v_proj, where compressed, as one Linear(d, r) with what compresses them."""
+    """{name: module}: k_proj and v_proj, where compressed, as one Linear(d, r) with what compresses them; keys in the basis."""
+    parts = {}
     for kind in "kv":
-        proj, compress = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress"))
-        if not isinstance(compress, nn.Identity):
-            bias = None if proj.bias is None else compress.weight @ proj.bias + compress.bias
-            yield f"{kind}_proj", linear(compress.weight @ proj.weight, bias)
-            yield f"{kind}_compress", nn.Identity()
+        proj, compress, restore = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress", "restore"))
+        if is_linear(compress):
+            basis = rotation_basis(attn) if kind == "k" else torch.eye(compress.out_features, device=compress.weight.device)
+            basis = basis.to(compress.weight)
+            bias = None if proj.bias is None else basis.T @ (compress.weight @ proj.bias + compress.bias)
+            parts[f"{kind}_proj"] = linear(basis.T @ compress.weight @ proj.weight, bias)
+            parts[f"{kind}_compress"] = nn.Identity()
+            parts[f"{kind}_restore"] = linear(restore.weight @ basis, restore.bias)
+    return parts
+
+
+def rotation_basis(attn):
+    """Orthogonal Q [r, r] with R Q = [L, 0], R being the D rows of k_restore that are rotated: L is [D, min(D, r)]."""
+    rows = attn.k_restore.weight.unflatten(0, (attn.n_head, -1))[:, : rotated_dims(attn)].flatten(0, 1)
+    return torch.linalg.qr(rows.T.double(), mode="complete").Q
 
 
 def folded(attn):
@@ -125,6 +171,23 @@ def folded(attn):
     by_head = c_proj.weight.unflatten(1, (attn.n_head, -1)), restore.weight.unflatten(0, (attn.n_head, -1))
     bias = None if c_proj.bias is None else c_proj.bias + c_proj.weight @ restore.bias
     return linear(torch.einsum("ohn,hnr->ohr", *by_head).flatten(1), bias)
+
+
+def restoring(attn):
+    H, dims, out = attn.n_head, rotated_dims(attn), Restoring()
+    if is_linear(attn.v_restore):
+        out.v = attn.v_restore.weight.unflatten(0, (H, -1)).transpose(1, 2).contiguous()
+        if attn.v_restore.bias is not None:
+            out.v_bias = attn.v_restore.bias.unflatten(0, (H, 1, -1))
+    if is_linear(attn.k_restore):
+        weight, bias = attn.k_restore.weight, attn.k_restore.bias
+        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+        weight, bias = weight.unflatten(0, (H, -1)), bias.unflatten(0, (H, -1, 1))  # (H, n, r_k), (H, n, 1)
+        out.k = weight[:, dims:].contiguous()
+        if dims:
+            out.pairs = torch.cat([weight[:, :dims, : H * dims], bias[:, :dims]], -1).chunk(2, 1)
+            out.turns = torch.cat([attn.rotary.cos, attn.rotary.sin], -1).expand(-1, H, -1).flatten(1).to(weight)
+    return out
 
 
 @torch.inference_mode()
