@@ -16,6 +16,7 @@ import torch
 
 from cli import fail
 from model import GPT, GPTConfig
+from train_args import PRESETS
 from util_factorization.factors import read_factors
 
 # The flags that name the files of a frozen base.
@@ -106,6 +107,14 @@ def build(checkpoint, **changes):
     return model
 
 
+def place(model, device, dtype=None):
+    """Move a model to where it is to run, or end in one line where that is not here."""
+    try:
+        return model.to(device, dtype)
+    except (RuntimeError, AssertionError) as error:  # a device that is not here, or a torch without it
+        fail(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
+
+
 # What a previous run's weights fix; the table's rank and the dropout are the new run's own.
 SHAPE = (
     "block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "activation", "bias", "rotary_pct",
@@ -118,14 +127,17 @@ def previous_shape(checkpoint, args, given):
     config = asdict(GPTConfig(**checkpoint["config"]))
     if config["lora_rank"] is not None:
         fail(f"--prev_run_ckpt {args.prev_run_ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
-    free = ["block_size"] if config["rotary_pct"] else []  # the length of a table that is computed, not learned
+    if config["rotary_pct"]:  # its length is that of a table that is computed, not learned
+        config["block_size"] = (PRESETS.get(args.preset, {}) | given).get("block_size", config["block_size"])
     for name in SHAPE:
-        if name in given and name not in free and given[name] != config[name]:
+        if name in given and given[name] != config[name]:
             fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
-    shape = {name: given[name] if name in free and name in given else config[name] for name in SHAPE}
+    shape = {name: config[name] for name in SHAPE}
     for name in ("v_proj_dim", "k_proj_dim"):
-        if config[name] is None:
-            continue  # a new part, where the flag is given
+        if config[name] is None:  # a new part, where the flag is given
+            if getattr(args, name) is not None and args.lora_rank is not None:
+                fail(f"--{name} {getattr(args, name)} beside --lora_rank would stay random: train it without adapters first")
+            continue
         if name in given and given[name] != config[name]:
             fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
         shape[name] = config[name]

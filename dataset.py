@@ -4,6 +4,7 @@ a dict of plain values with vocab_size, dtype and what a sampler needs to decode
 """
 
 import pickle
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ def write_dataset(folder, train, val, meta):
 def find_folder(name):
     """The folder of a dataset: data/<name>, or the path itself; None where there is neither."""
     return next((folder for folder in (ROOT / name, Path(name)) if folder.is_dir()), None)
+
+
+@lru_cache(maxsize=1)
+def shuffled(n, key):
+    """0 to n - 1 in the order of an epoch, which all of its steps ask for."""
+    return np.random.default_rng(key).permutation(n)
 
 
 class Dataset:
@@ -118,7 +125,7 @@ class Dataset:
     def epoch_batch(self, batch_size, block_size, samples, place, *key):
         """The batch from `place` on in the order of an epoch, which hangs on the key alone: two int64 arrays (B, T)."""
         samples = (len(self.train) - 1) // block_size if samples is None else samples
-        order = np.random.default_rng(key).permutation(samples)
+        order = shuffled(samples, key)
         return self._windows(self.train, order[place : place + batch_size] * block_size, block_size)
 
     def fixed_windows(self, count, batch_size, block_size, split="val"):

@@ -25,7 +25,10 @@ class Restored:
         return [(self.before[layer].float(), self.after[layer].float()) for layer in sorted(self.before)]
 
     def loss(self):
-        """Mean squared error over elements and layers."""
+        """
+        Mean squared error over elements and layers. V has a gradient too, so v_restore also feels what it does to the values
+        of the layers above.
+        """
         return torch.stack([F.mse_loss(after, before) for before, after in self.pairs()]).mean()
 
     def sums(self):

@@ -8,7 +8,6 @@ on the tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: t
 import torch
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KV_DTYPES = (*FLOATS, "int8", "int4")
 
 
 class Floats:

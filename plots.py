@@ -118,7 +118,8 @@ def lines_plot(path, curves, order, x, y, quantile=1.0):
         ax.plot(*zip(*points), markersize=5, label=name, **style(order, name))
     ys = sorted(y for points in curves.values() for _, y in points)
     low, high = ys[0], ys[round(quantile * (len(ys) - 1))]
-    ax.set(xlabel=x, ylabel=y, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    room = 0.05 * (high - low) or 0.1
+    ax.set(xlabel=x, ylabel=y, ylim=(low - room, high + room))
     ax.grid(alpha=0.3)
     legend_beside(ax, ax.get_legend_handles_labels())
     save(fig, path)

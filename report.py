@@ -167,7 +167,7 @@ def figures(root, rows, factors):
         seed, folder = next(iter(row.folders.items()))
         start = row.one("starts_from") or {}
         before = start["tokens"] if start.get("part") == "all weights" else 0
-        curves[row.series, row.k] = [(before + tokens, value) for tokens, value in read_curve(folder)]
+        curves[row.series, row.k] = [(before + tokens, value) for _, tokens, value in read_curve(folder)]
     curves_plot(root / "validation_curves", curves, order, rows[0].one("val_unigram_entropy"))
     caption = f"Validation loss over training tokens, those of the run that all weights come from included{first}"
     made.append((caption, "validation_curves.png"))

@@ -126,9 +126,8 @@ def read_rows(root):
     rows = []
     for label, pattern, series, what in ROWS + CACHE_ROWS:
         matches = [match for name in found if (match := re.fullmatch(pattern, name))]
-
         for match in matches:
-            found[match.string].of_cache = pattern in [row[1] for row in CACHE_ROWS]
+            found[match.string].of_cache = (label, pattern, series, what) in CACHE_ROWS
 
         def place(match):
             return METHODS.index(match.groupdict().get("m", METHODS[0])), found[match.string].k or 0
@@ -144,10 +143,10 @@ def read_rows(root):
 
 
 def read_curve(folder):
-    """The evaluations of a run: [(tokens it had trained on itself, val_loss)]."""
+    """The evaluations of a run: [(step, tokens it had trained on itself, val_loss)]."""
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+        return [(line["iter"], line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
     except (OSError, ValueError, KeyError) as error:
         fail(f"{folder / 'metrics.jsonl'} cannot be read ({error}): delete the folder and run it again")
 

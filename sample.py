@@ -49,8 +49,8 @@ def check(args, given):
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("top_k", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: give {least} or more")
-    if not 0 <= args.temperature < float("inf"):
-        fail(f"--temperature {args.temperature}: give 0 for the likeliest token, or a number above")
+    if args.temperature and not 1e-6 <= args.temperature < float("inf"):
+        fail(f"--temperature {args.temperature}: give 0 for the likeliest token, or a number from 1e-6 on")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: give a share above 0, up to 1")
     if not 0 <= args.seed < 2**63:
@@ -70,10 +70,7 @@ def load_model(args):
     saved = checkpoint.load(args.ckpt_path, mend="train it first, or give another --ckpt_path")
     model = checkpoint.build(saved, dropout=0.0).eval()
     model.merge_lora()
-    try:
-        model.to(args.device, getattr(torch, args.dtype))
-    except (RuntimeError, AssertionError) as error:  # a device that is not here, or a torch without it
-        fail(f"--device {args.device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
+    checkpoint.place(model, args.device, getattr(torch, args.dtype))
     return model, saved["args"]["dataset"]
 
 
@@ -112,7 +109,10 @@ def read_prompt(args, codec):
             fail(f"{source} cannot be read ({type(error).__name__}): give a text file")
     if not text:
         fail(f"{source} is empty: give some text, or leave the flag out to start after end-of-text")
-    return codec.encode(text), source
+    try:
+        return codec.encode(text.encode().decode()), source
+    except UnicodeError:
+        fail(f"{source} is no valid text in UTF-8: give another")
 
 
 def open_cache(args, model, positions):

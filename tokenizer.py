@@ -81,5 +81,6 @@ def read_codec(meta, source):
         from tokenizers import Tokenizer
 
         bpe = Tokenizer.from_str(meta["tokenizer_json"])
+        bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
     fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or give --prompt_ids")

@@ -363,8 +363,9 @@ with ends_in_one_line():
 
 last = evaluation
 if master and writes and best["iter"] != step:
-    model.load_state_dict(checkpoint.load(run.path / "ckpt.pt")["model"])
-    evaluation = evaluation_now() | dict(iter=best["iter"], tokens=best["tokens"])
+    with ends_in_one_line():
+        model.load_state_dict(checkpoint.load(run.path / "ckpt.pt")["model"])
+        evaluation = evaluation_now() | dict(iter=best["iter"], tokens=best["tokens"])
     say(f"the best was step {best['iter']}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}")
 
 # -- summary ----------------------------------------------------------------------------------------------------------

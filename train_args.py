@@ -53,8 +53,8 @@ class ObjectiveArgs:
         "lm", "lm: cross-entropy; v_recon: mean (V - V_restored)^2 over elements and layers", choices=("lm", "v_recon")
     )
     v_recon_weight: float = flag(0.0, "what that error counts beside the cross-entropy, with --v_proj_dim")
-    train_only: str = flag("", "parts of parameter names, comma-separated: what matches none of them stays as it is")
-    freeze: str = flag("", "parts of parameter names, comma-separated: what matches one of them stays as it is")
+    train_only: str = flag("", "whole parts of parameter names (attn, h.0, v_proj.bias), comma-separated: all else stays")
+    freeze: str = flag("", "whole parts of parameter names, comma-separated: these stay as they are")
 
 
 @dataclass
@@ -271,7 +271,7 @@ def check_shape(a):
         if (getattr(a, name) or 0) > a.n_embd:
             fail(f"--{name} {getattr(a, name)}: a rank lies between 1 and --n_embd {a.n_embd}")
     if not a.tie_head and a.n_embd_wte is not None:
-        fail("--no-tie_head leaves the head dense, and --n_embd_wte factorizes both: leave one of them out")
+        fail(f"--n_embd_wte {a.n_embd_wte} is of a table that is its own head; --no-tie_head's is not: leave one of them out")
     rotated = a.rotary_pct * a.n_embd / a.n_head
     if a.rotary_pct and (rotated < 2 or rotated % 2):
         fail(f"--rotary_pct {a.rotary_pct} turns {rotated:g} of the {a.n_embd // a.n_head} numbers of a head: they go in pairs")
@@ -314,12 +314,13 @@ def trained_names(args, names):
     """Which of a model's parameters --train_only and --freeze leave to train; patterns that say nothing are a mistake."""
 
     def matched(flag):
-        patterns = [pattern for pattern in getattr(args, flag).split(",") if pattern]
-        for pattern in patterns:
-            if not any(pattern in name for name in names):
+        found = set()
+        for pattern in getattr(args, flag).split(",") if getattr(args, flag) else []:
+            some = {name for name in names if f".{pattern}." in f".{name}."}  # h.1 is not h.10
+            if not some:
                 parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-                fail(f"--{flag} {pattern} names no parameter of this model: give a part of a name, of {', '.join(parts)}")
-        found = {name for name in names if any(pattern in name for pattern in patterns)}
+                fail(f"--{flag}: {pattern!r} names no parameter of this model: give a part of a name, of {', '.join(parts)}")
+            found |= some
         if len(found) == len(names):
             fail(f"--{flag} {getattr(args, flag)} names every parameter of this model: leave it out, or name some of them")
         return found
@@ -344,6 +345,11 @@ def resume_args(stored, given):
     may_change = MAY_CHANGE_EVAL_ONLY if given.get("eval_only") else MAY_CHANGE
     if stored.get("save_adapters_only"):  # the files of its base may have moved, a hash tells whether they are the same
         may_change = may_change | {"prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz"}
+    counted = ("max_iters", "eval_interval") if stored.get("max_epochs") else ("max_epochs",)
+    for name in counted:
+        if given.get(name, stored.get(name)) != stored.get(name):
+            unit = "epochs" if stored.get("max_epochs") else "steps"
+            fail(f"--{name} {given[name]}: the run with --init_from resume counts {unit}, leave the flag out")
     for name, value in given.items():
         if name not in may_change and value != stored.get(name, value):
             fail(

@@ -17,8 +17,11 @@ take_rank "$@"
 take_cards
 root=$OUT
 # A mistake in the flags shows here, not after the first model.
-python -c 'import sys, train_args; sys.argv[0] = "train_vdproj.sh"; train_args.parse_args()' \
-  --preset "${PRESET}_recon" --v_proj_dim "$k" ${rest[@]+"${rest[@]}"}
+case " ${rest[*]-} " in *_proj_*) mistake "${rest[*]}: the models' own flags are the script's, the width comes first" ;; esac
+for flag in --no-v_proj_narrow --v_proj_narrow; do
+  python -c 'import sys, train_args; sys.argv[0] = "train_vdproj.sh"; train_args.parse_args()' \
+    --preset "$PRESET" --v_proj_dim "$k" --k_proj_dim "$k" "$flag" ${rest[@]+"${rest[@]}"}
+done
 open_queue
 for seed in ${SEEDS:-""}; do
   flags=(${rest[@]+"${rest[@]}"})

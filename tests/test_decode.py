@@ -229,6 +229,33 @@ def test_sample_draws_by_its_seed_and_stops_at_the_block_size(trained, run_main)
     assert max(first.last["new_tokens"]) + first.last["prompt_tokens"] <= 17
 
 
+def test_sample_at_the_edges(trained, run_main):
+    """One token only, a prompt that fills the model, half precision, whole numbers, and an end-of-text that is drawn."""
+    sample = ("sample.py", "--ckpt_path", trained, "--temperature", 0)
+    expected = run_main(*sample, "--prompt_ids", "9,8,7").last["new_tokens"]
+    for argv, new in [
+        (["--max_new_tokens", 1], [1]),
+        (["--prompt_ids", ",".join("9" * 16), "--max_new_tokens", 5], [1]),
+        (["--prompt_ids", "9,8,7", "--dtype", "bfloat16", "--kv_dtype", "int8"], expected),
+        (["--prompt_ids", "9,8,7", "--kv_dtype", "int4", "--num_samples", 2], expected * 2),
+    ]:
+        result = run_main(*sample, *argv)
+        assert result.status == 0 and result.last["new_tokens"] == new, (argv, result.err)
+    saved = torch.load(trained / "ckpt.pt", weights_only=True)
+    saved["model"]["lm_head.weight"][0] = saved["model"]["transformer.ln_f.bias"] * 0 + 100  # end-of-text, or never
+    saved["model"]["transformer.ln_f.bias"] += 10
+    torch.save(saved, trained / "ckpt.pt")
+    result = run_main(*sample, "--prompt_ids", "9,8,7", "--num_samples", 2)
+    assert result.last["new_tokens"] == [0, 0]
+
+
+def test_the_draw_obeys_top_k(trained, run_main):
+    sample = ("sample.py", "--ckpt_path", trained, "--prompt_ids", "9,8,7")
+    likeliest = run_main(*sample, "--temperature", 0).out.splitlines()[0]
+    for only_one in (["--top_k", 1], ["--top_p", 1e-9]):
+        assert run_main(*sample, "--temperature", 5.0, *only_one).out.splitlines()[0] == likeliest
+
+
 def test_samples_of_adapters_and_of_ids_without_a_tokenizer(train, run_main, tmp_path):
     train(out_dir=tmp_path / "base")
     train(out_dir=tmp_path / "lora", init_from="prev_run", prev_run_ckpt=tmp_path / "base", lora_rank=2,
@@ -269,6 +296,8 @@ def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_err
         (["17 tokens", "block_size 16"], [*sample, "--prompt_ids", ",".join(["1"] * 17)]),
         (["--prompt and --prompt_ids"], [*sample, "--prompt", "a", "--prompt_ids", "1"]),
         (["--temperature -1"], [*sample, "--temperature", "-1"]),
+        (["--temperature 1e-39"], [*sample, "--temperature", "1e-39"]),
+        (["--prompt", "UTF-8"], [*sample, "--prompt", "\udcff"]),
         (["--temperature 0", "--top_k"], [*sample, "--temperature", "0", "--top_k", "3"]),
         (["--top_p 1.5"], [*sample, "--top_p", "1.5"]),
         (["--top_k 0"], [*sample, "--top_k", "0"]),
@@ -308,5 +337,7 @@ def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
         (["--context 20", "--steps 24"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
         (["--nanogpt", "model.py"], ["--decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
         (["--rank 900"], ["--decode", "--shape", "laptop", "--rank", 900]),
+        (["--out", "folder"], ["--decode", "--shape", "laptop", "--out", tmp_path]),
+        (["--device cuda"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--device", "cuda"]),
     ]:
         assert_one_line_error(run_main("bench.py", *argv), *words)

@@ -240,6 +240,8 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
         ("scripts/train_baseline_lora.sh", "Checkpoint not found"),
         ("scripts/train_vdproj.sh 80", "PRESET=laptop"),
         ("PRESET=laptop_pythia bash scripts/train_vdproj.sh 900", "--v_proj_dim 900"),
+        ("PRESET=laptop_pythia bash scripts/train_vdproj.sh 55", "--v_proj_narrow"),  # 2 heads
+        ("PRESET=laptop_pythia bash scripts/train_vdproj.sh 40 --k_proj_dim 8", "--k_proj_dim 8"),
         ("PRESET=laptop_pythia MODEL=kw bash scripts/train_vdproj_one.sh 80", "MODEL='kw'"),
         ("PRESET=laptop_pythia MODEL=two_phase_trained bash scripts/train_vdproj_one.sh 80", "Checkpoint not found"),
     ]:

@@ -1,20 +1,24 @@
 """Compressed keys and values in training: objectives, what trains, whole epochs, and the report."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import REPO, TINY, as_flags
 from torch.nn import functional as F
 
 import checkpoint
+from compare import cache_claims, judge
 from dataset import Dataset
 from evaluate import Restored, evaluate, position_bins
 from model import GPT, GPTConfig
-from runs import read_rows
-from train_args import PRESETS, TrainArgs, parse_args
+from runs import Row, read_rows
+from train_args import PRESETS, TrainArgs, parse_args, trained_names
 
 SHAPE = dict(rotary_pct=0.25, parallel_residual=True, norms_per_layer=1, tie_head=False, n_embd=16, n_head=2, dropout=0.0)
 EPOCHS = dict(max_iters=None, eval_interval=None, max_epochs=3, max_train_samples=40, warmup_iters=0, min_lr=1e-2)
@@ -254,10 +258,12 @@ def test_flags_that_contradict_each_other(capsys):
 
 def test_patterns_that_match_nothing_or_everything(train, tmp_path, assert_one_line_error):
     for words, flags in [
-        (["--freeze v_compress", "names no parameter", "v_proj"], dict(freeze="v_compress")),
-        (["--train_only attn.z"], dict(train_only="wte,attn.z")),
+        (["--freeze", "'v_compress' names no parameter", "v_proj"], dict(freeze="v_compress")),
+        (["--train_only", "attn.z"], dict(train_only="wte,attn.z")),
         (["--freeze transformer", "every parameter"], dict(freeze="transformer", n_embd_wte=None)),
-        (["--train_only t", "every parameter"], dict(train_only="t")),
+        (["--train_only", "'wt'", "names no parameter"], dict(train_only="wt")),
+        (["--train_only", "''"], dict(train_only=",")),
+        (["--train_only", "''"], dict(v_proj_dim=8, objective="v_recon", train_only=",")),
         (["--freeze ln_f", "--train_only ln_f"], dict(freeze="ln_f", train_only="ln_f")),
         (["--objective v_recon", "v_compress,v_restore"],
          dict(v_proj_dim=8, objective="v_recon", train_only="v_compress,v_proj")),
@@ -267,6 +273,73 @@ def test_patterns_that_match_nothing_or_everything(train, tmp_path, assert_one_l
     ]:  # fmt: skip
         assert_one_line_error(train(out_dir=tmp_path / "no", **flags), *words)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_layer_is_named_by_whole_parts():
+    names = [f"transformer.h.{i}.{part}.weight" for i in (1, 10, 11) for part in ("attn.v_proj", "mlp.mlp_up")]
+    assert trained_names(TrainArgs(freeze="h.1"), names) == {n for n in names if ".h.1." not in n}
+    assert trained_names(TrainArgs(train_only="v_proj.weight,h.10", freeze="h.1"), names) == {*names[2:4], names[4]}
+
+
+def test_adapters_beside_a_bottleneck_that_is_new_are_refused(train, tmp_path, assert_one_line_error):
+    train(out_dir=tmp_path / "base", **SHAPE)
+    new = dict(init_from="prev_run", prev_run_ckpt=tmp_path / "base", lora_rank=2, lora_targets="q_proj", v_proj_dim=8)
+    for more in ({}, dict(save_adapters_only=True)):
+        assert_one_line_error(train(out_dir=tmp_path / "no", **new, **more), "--v_proj_dim 8", "--lora_rank")
+
+
+def test_a_resume_keeps_counting_what_it_counted(train, tmp_path, assert_one_line_error):
+    train(out_dir=tmp_path / "steps")
+    train(out_dir=tmp_path / "epochs", **EPOCHS)
+    for name, words, flags in [
+        ("steps", ["--max_epochs 3", "steps"], dict(max_epochs=3)),
+        ("epochs", ["--max_iters 6", "epochs"], dict()),  # TINY's
+        ("epochs", ["--eval_interval 3", "epochs"], dict(max_iters=None)),
+    ]:
+        assert_one_line_error(train(out_dir=tmp_path / name, init_from="resume", **flags), *words)
+
+
+def test_a_rotary_model_starts_again_at_another_length(train, tmp_path):
+    train(out_dir=tmp_path / "base", **SHAPE)
+    start = dict(init_from="prev_run", prev_run_ckpt=tmp_path / "base", eval_only=True)
+    for length, flags in ((16, dict(block_size=None)), (8, dict(block_size=8)), (128, dict(block_size=None, preset="laptop"))):
+        out = tmp_path / str(length)
+        shape = {name: None for name in ("n_layer", "n_head", "n_embd", "dropout")}
+        assert train(out_dir=out, **start | shape | flags).status == 0
+        assert checkpoint.load(out)["config"]["block_size"] == length
+
+
+def test_every_sequence_of_an_epoch_is_trained_on_and_a_later_run_shuffles_anew(train, tmp_path, monkeypatch):
+    read, draw = [], Dataset.epoch_batch
+
+    def noted(self, *args):
+        read.append((args[4:], draw(self, *args)[0]))
+        return read[-1][1], draw(self, *args)[1]
+
+    monkeypatch.setattr(Dataset, "epoch_batch", noted)
+    train(out_dir=tmp_path / "first", **EPOCHS | dict(max_epochs=1))
+    rows = np.concatenate([x for _, x in read])
+    assert len(rows) == 40 and len({tuple(row) for row in rows.tolist()}) == 40
+    keys = {key for key, _ in read}
+    read.clear()
+    train(out_dir=tmp_path / "second", init_from="prev_run", prev_run_ckpt=tmp_path / "first", **EPOCHS | dict(max_epochs=1))
+    assert not keys & {key for key, _ in read}
+
+
+def test_two_processes_stop_together_and_train_as_one(tmp_path, toy_dataset):
+    flags = TINY | EPOCHS | SHAPE | dict(dataset=toy_dataset, max_epochs=30, patience=1, learning_rate=1.0, min_lr=1.0,
+                                         v_proj_dim=10, v_recon_weight=0.1, compile=False)  # fmt: skip
+    flags = as_flags({name: value for name, value in flags.items() if value is not None})
+    losses = []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *launch, "train.py", *flags, "--out_dir", str(tmp_path / name)]
+        env = os.environ | dict(OMP_NUM_THREADS="1")
+        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = summary(tmp_path / name)
+        assert said["last"]["iter"] == said["best"]["iter"] + 5 < 150
+        losses.append(said["best"]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -295,3 +368,51 @@ def test_report_of_the_cache(train, tmp_path, run_main):
     assert "2-phase vs end to end (k=10), positions 0-16" in text and "of V's variance missed" in text
     for figure in ("loss_against_cache", "epochs", "positions"):
         assert (tmp_path / f"{figure}.png").is_file() and f"({figure}.png)" in text
+
+
+def cache_row(label, loss, **changes):
+    """A row of three seeds that differ by 0.1, with the paired noise of a thousandth."""
+    summaries = {}
+    for seed in (1, 2, 3):
+        value = loss + 0.1 * seed + 0.001 * ((seed * len(label)) % 3)
+        best = dict(val_loss=value, position_loss={"0-16": value + 1, "16-32": value}, v_error=[changes.get("missed", 0.1)] * 2)
+        parameters = dict(positions=0, mlp=1, norms=1, total=2)
+        summaries[seed] = dict(
+            dataset="d", val_unigram_entropy=6.0, eval_tokens=1, tokens_per_step=1, n_embd=16, parameters=parameters, best=best,
+            last=dict(val_loss=value + changes.get("rise", 0.2)), cache_widths=(16, 16 if label == "Pythia" else 10), tokens=10,
+            starts_from=None, seconds=1.0,
+        )  # fmt: skip
+    return Row(label, label, label, "", summaries, {}, of_cache=True)
+
+
+def test_claims_of_the_cache_follow_from_the_numbers():
+    def verdicts(*rows):
+        return {claim.text: verdict for group in cache_claims(rows) for claim, verdict, _ in judge(group, rows)}
+
+    good = verdicts(cache_row("Pythia", 5.0), cache_row("end to end", 4.9, missed=0.3, rise=0.4), cache_row("2-phase", 4.8),
+                    cache_row("narrow", 5.1), cache_row("2-phase trained", 4.7), cache_row("K+V", 5.01),
+                    cache_row("phase 1", 8.0), cache_row("phase 1 trained", 5.0, missed=0.01))  # fmt: skip
+    for text, verdict in good.items():
+        assert verdict == ("does not hold" if text.startswith("Compressed values cost") else "holds"), text  # narrow's 0.1
+    assert len(good) == 12
+    bad = verdicts(cache_row("Pythia", 4.5), cache_row("end to end", 4.9), cache_row("2-phase", 5.1, missed=0.3, rise=0.4),
+                   cache_row("narrow", 4.8), cache_row("2-phase trained", 5.2), cache_row("K+V", 5.01),
+                   cache_row("phase 1", 8.0), cache_row("phase 1 trained", 5.0, missed=0.2))  # fmt: skip
+    assert set(bad.values()) == {"does not hold"} and bad.keys() == good.keys()
+
+
+def test_report_of_what_is_there(train, tmp_path, run_main, assert_one_line_error):
+    """Phase 1 alone, a run that counts steps, runs of two lengths, beside a token table's."""
+    flags = SHAPE | EPOCHS | dict(max_epochs=1)
+    train(out_dir=tmp_path / "vdproj_phase1_r10", v_proj_dim=10, **flags | RECON)
+    assert run_main("report.py", "--runs", tmp_path).status == 0
+    assert "positions" not in (tmp_path / "report.md").read_text().replace("position", "")
+    train(out_dir=tmp_path / "pythia_baseline", **SHAPE)
+    train(out_dir=tmp_path / "vdproj_end_to_end_r10", v_proj_dim=10, **flags | dict(block_size=32))
+    train(out_dir=tmp_path / "gpt_baseline")
+    result = run_main("report.py", "--runs", tmp_path)
+    assert result.status == 0, result.err
+    text = (tmp_path / "report.md").read_text()
+    assert "How low-rank is the token table?" in text and "What can the value cache lose?" in text and "16-32" in text
+    (tmp_path / "vdproj_end_to_end_r10" / "metrics.jsonl").unlink()
+    assert_one_line_error(run_main("report.py", "--runs", tmp_path), "metrics.jsonl")

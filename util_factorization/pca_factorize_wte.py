@@ -103,6 +103,10 @@ def read_dense(ckpt_path):
         fail(f"--ckpt_path {path} has adapters: merge them first (util_factorization/merge_lora.py)")
     if checkpoint["config"]["n_embd_wte"] is not None:
         fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
+    if not checkpoint["config"].get("tie_head", True):
+        fail(
+            f"--ckpt_path {path} has a head of its own, and a factorized table is its own head: give a tied model's checkpoint"
+        )
     return path, checkpoint
 
 

@@ -33,6 +33,8 @@ def main(argv=None):
     checkpoint = ckpt.load(args.ckpt_path)
     if checkpoint["config"]["n_embd_wte"] is not None or checkpoint["config"].get("lora_rank") is not None:
         fail(f"--ckpt_path {args.ckpt_path} is not a dense model: give the baseline that was factorized")
+    if not checkpoint["config"].get("tie_head", True):
+        fail(f"--ckpt_path {args.ckpt_path} has a head of its own: give the tied baseline that was factorized")
     files = [(p, *re.fullmatch(r"wte_(\w+)_k(\d+)", p.stem).groups()) for p in Path(args.factors).glob("wte_*_k*.npy")]
     if not files:
         fail(f"--factors {args.factors} has no wte_*_k*.npy: run scripts/run_pca_factorization.sh first")
