@@ -332,6 +332,20 @@ def test_moments_are_those_of_inputs_and_gradients():
         torch.testing.assert_close(got_G, G[rows][:, rows], rtol=1e-3, atol=1e-6 * G.abs().max().item())
 
 
+def test_sampled_labels_are_the_models_own():
+    """The true Fisher: the mean over draws is what every next token gives, weighed by its probability."""
+    model = llama(vocab_size=6, num_hidden_layers=1)
+    subject, x = Subject(model), np.array([[1, 4]])
+    torch.manual_seed(0)
+    draws = torch.stack([calibrate(subject, [(x, x)], gradients=True, sampled=True)[1] for _ in range(4000)]).mean(0)
+    p = model(torch.from_numpy(x)).logits[0].softmax(-1)
+    exact = sum(
+        p[0, a] * p[1, b] * calibrate(subject, [(x, np.array([[a, b]]))], gradients=True)[1] for a in range(6) for b in range(6)
+    )
+    assert relative_error(exact, draws) < 0.1
+    assert relative_error(exact, calibrate(subject, [(x, x)], gradients=True)[1]) > 0.2
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,13 @@ import torch
 from torch.nn import functional as F
 
 
-def calibrate(model, windows, device="cpu", gradients=False):
+def calibrate(model, windows, device="cpu", gradients=False, sampled=False):
     """
     One pass of a model over windows, an iterable of numpy (B, T) token ids and the (B, T) that follow them.
 
     Returns (C [d,d], G [d,d] or None), float64: C = E[h h^T] of what the head reads, h after ln_f; with gradients also
-    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row (the empirical Fisher's factor).
+    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row (the empirical Fisher's factor). sampled:
+    of next tokens that the model draws itself, from torch's global generator, not of the text's (the true Fisher's).
     """
     model.to(device).eval().requires_grad_(False)
     d, tokens = model.config.n_embd, 0
@@ -20,7 +21,9 @@ def calibrate(model, windows, device="cpu", gradients=False):
         h = model.trunk(rows)
         C += sum_of_squares(h.detach())
         if gradients:
-            loss = F.cross_entropy(model.logits(h).flatten(0, 1), y.flatten(), reduction="sum")
+            logits = model.logits(h).flatten(0, 1)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0] if sampled else y.flatten()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
             G += sum_of_squares(torch.autograd.grad(loss, rows)[0])
         tokens += x.numel()
     return C / tokens, G / tokens if gradients else None
