@@ -313,19 +313,19 @@ def check_lora(a):
 def trained_names(args, names):
     """Which of a model's parameters --train_only and --freeze leave to train; patterns that say nothing are a mistake."""
 
-    def matched(flag):
+    def matched(flag, patterns):
         found = set()
-        for pattern in getattr(args, flag).split(",") if getattr(args, flag) else []:
+        for pattern in patterns.split(",") if patterns else []:
             some = {name for name in names if f".{pattern}." in f".{name}."}  # h.1 is not h.10
             if not some:
                 parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
                 fail(f"--{flag}: {pattern!r} names no parameter of this model: give a part of a name, of {', '.join(parts)}")
             found |= some
         if len(found) == len(names):
-            fail(f"--{flag} {getattr(args, flag)} names every parameter of this model: leave it out, or name some of them")
+            fail(f"--{flag} {patterns} names every parameter of this model: leave it out, or name some of them")
         return found
 
-    left = (matched("train_only") or set(names)) - matched("freeze")
+    left = (matched("train_only", args.train_only) or set(names)) - matched("freeze", args.freeze)
     if not left:
         fail(f"--freeze {args.freeze} leaves nothing of --train_only {args.train_only} to train: leave one of the two out")
     if args.objective == "v_recon" and not all(".v_compress." in name or ".v_restore." in name for name in left):

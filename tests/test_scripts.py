@@ -585,7 +585,7 @@ def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
             " = Title = \n \n Some words of an article . \n" * 40
         )
     (copy / "text").mkdir()
-    (copy / "text" / "some.txt").write_text("Some words, " * 400)
+    (copy / "text" / "some.txt").write_text("<|endoftext|>".join(["Some words, " * 40] * 4))
     train_bpe(["Some words"], 257).save(str(copy / "tokenizer.json"))
     for command in commands:
         succeed(f"{command} {toy_flags(command)}", copy, **environment_of(command, thirteen[0]))
@@ -593,7 +593,9 @@ def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
 
 def toy_flags(command):
     if "bench.py" in command:
-        return "--steps 2 --rounds 1 --context 16" + (" --vocab_size 97" if "--shape" in command else "")
+        return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + (
+            " --vocab_size 97" if "--shape" in command else ""
+        )
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"
     if "vdproj" in command and "scripts" in command:
