@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import checkpoint
 from dataset import Dataset, write_dataset
 from evaluate import evaluate
 from model import GPT, GPTConfig
-from train_args import PRESETS, TrainArgs, parse_args
+from train_args import PRESETS, TrainArgs, parse_args, trained_names
 from util_factorization.factors import write_factors
 
 
@@ -433,6 +434,7 @@ def test_a_crash_between_the_two_checkpoints_is_mended_by_the_resume(train, base
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
     sources = "".join((REPO / name).read_text() for name in ("train.py", "evaluate.py", "run_folder.py", "checkpoint.py"))
+    sources += inspect.getsource(trained_names)
     model = (REPO / "model.py").read_text()
     train(out_dir=tmp_path / "run", eval_only=True)
     kept = checkpoint.load(tmp_path / "run")["args"]
