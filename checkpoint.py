@@ -35,6 +35,15 @@ def save(path, model, base=None, **rest):
     os.replace(part, path)
 
 
+def save_new(out, model, **facts):
+    """Write the --out of a program, a new file, or end in one line."""
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        save(out, model, **facts)
+    except OSError as error:
+        fail(f"--out {out} cannot be written ({error.strerror}): choose another file")
+
+
 def is_adapter(name):
     return ".lora." in name
 

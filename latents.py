@@ -151,12 +151,13 @@ def joined(attn):
     for kind in "kv":
         proj, compress, restore = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress", "restore"))
         if is_linear(compress):
-            basis = rotation_basis(attn) if kind == "k" else torch.eye(compress.out_features, device=compress.weight.device)
-            basis = basis.to(compress.weight)
-            bias = None if proj.bias is None else basis.T @ (compress.weight @ proj.bias + compress.bias)
-            parts[f"{kind}_proj"] = linear(basis.T @ compress.weight @ proj.weight, bias)
-            parts[f"{kind}_compress"] = nn.Identity()
-            parts[f"{kind}_restore"] = linear(restore.weight @ basis, restore.bias)
+            weight, bias = compress.weight @ proj.weight, proj.bias
+            bias = None if bias is None else compress.weight @ bias + compress.bias
+            if kind == "k":
+                basis = rotation_basis(attn).to(weight)
+                weight, bias = basis.T @ weight, None if bias is None else basis.T @ bias
+                parts["k_restore"] = linear(restore.weight @ basis, restore.bias)
+            parts[f"{kind}_proj"], parts[f"{kind}_compress"] = linear(weight, bias), nn.Identity()
     return parts
 
 

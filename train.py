@@ -286,7 +286,7 @@ def stop_unless_finite(name, value):
 # -- loop -------------------------------------------------------------------------------------------------------------
 
 loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
-stopped = torch.zeros((), dtype=torch.int32, device=device if world_size > 1 else "cpu")  # 1 where patience has run out
+stopped = False  # whether patience has run out
 first_step = logged_step = step
 logged_seconds, evaluation = seconds, None
 started = time.time() - seconds  # moved on by every evaluation, so that time.time() - started is spent on training steps
@@ -314,9 +314,11 @@ with ends_in_one_line():
                     best = save_checkpoints(evaluation)
             started += time.time() - paused
             if args.patience is not None and not args.eval_only:
-                stopped.fill_(master and (step - best["iter"]) // args.eval_interval >= args.patience)
-                if world_size > 1:
-                    broadcast(stopped, 0)
+                stopped = master and (step - best["iter"]) // args.eval_interval >= args.patience
+                if world_size > 1:  # the other processes have not evaluated
+                    told = torch.tensor(int(stopped), device=device)
+                    broadcast(told, 0)
+                    stopped = bool(told)
         if step == last_step or stopped:
             break
 

@@ -173,11 +173,7 @@ def main(argv=None):
     shape = {f.name: getattr(model.config, f.name) for f in fields(ModelArgs)}
     facts = dict(args=asdict(TrainArgs(**shape, dataset=args.dataset)), iter_num=0, data_step=0)
     facts |= dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        ckpt.save(args.out, model, **facts)
-    except OSError as error:
-        fail(f"--out {args.out} cannot be written ({error.strerror}): choose another file")
+    ckpt.save_new(args.out, model, **facts)
     counts = model.count_parameters()
     print(f"{args.model}: {counts['total']:,} numbers stored")
     finish(out=args.out, parameters=counts)

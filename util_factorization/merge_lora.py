@@ -38,11 +38,7 @@ def main(argv=None):
     kept = ("args", "iter_num", "data_step", "tokens", "starts_from", "val_loss")
     facts = {name: checkpoint[name] for name in kept if name in checkpoint}
     facts["args"] = facts["args"] | dict(lora_rank=None, save_adapters_only=False)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        ckpt.save(args.out, model, **facts)
-    except OSError as error:
-        fail(f"--out {args.out} cannot be written ({error.strerror}): choose another file")
+    ckpt.save_new(args.out, model, **facts)
     after = model.count_parameters()
     print(f"{args.ckpt_path}: {before['adapters']:,} numbers of adapters merged, {after['total']:,} stored")
     finish(out=args.out, adapters_merged=before["adapters"], parameters=after)
