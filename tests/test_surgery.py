@@ -248,6 +248,19 @@ def test_the_seeds_branch_touched_q_alone_and_lost_the_mean(operate):
     assert max(truth["parts"]["q"]["errors"]) < 1e-5 and abs(truth["kl"]) < abs(record["kl"]) / 2
 
 
+def test_one_text_for_both_gives_its_even_and_its_odd_documents(operate, clinic):
+    parts = [TEXT[i : i + 9000] for i in range(0, 72000, 9000)]
+    (clinic / "books.txt").write_text("\f".join(parts))
+    (clinic / "wiki.txt").write_text("".join(f"\n = Part {i} = \n\n{part}\n" for i, part in enumerate(parts)))
+    (clinic / "even.txt").write_text("".join(parts[::2]))
+    (clinic / "odd.txt").write_text("".join(parts[1::2]))
+    apart = operate("--targets", "k", "--method", "whiten", "--rank", "4", calib="even.txt", evaluate="odd.txt", out="a")
+    one = operate("--targets", "k", "--method", "whiten", "--rank", "4", calib="books.txt", evaluate="books.txt", out="b")
+    assert one.records[-1]["loss"] == apart.records[-1]["loss"]
+    wiki = operate("--targets", "k", "--method", "whiten", "--rank", "4", calib="wiki.txt", evaluate="wiki.txt", out="c")
+    assert wiki.status == 0 and wiki.records[-1]["loss"] != one.records[-1]["loss"]
+
+
 # -- layers, moments, changes -----------------------------------------------------------------------------------------
 
 
@@ -366,7 +379,7 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
         (["--calib_tokens", "32", "--method", "whiten"], "--calib_text", "32 tokens"),
         (["--window", "100000"], "--eval_text", "longer"),
         (["--eval_text", tmp_path / "none.txt"], "--eval_text", "none.txt"),
-        (["--eval_text", clinic / "calib.txt"], "--calib_text", "one file"),
+        (["--eval_text", clinic / "calib.txt"], "--calib_text", "one document"),
         (["--model", tmp_path], "--model", "config"),
         (["--model", tmp_path / "none.gguf"], "--model", "gguf"),
         (["--model", clinic / "gpt2"], "gpt2", "fused in", "c_attn"),

