@@ -157,9 +157,7 @@ def read_text(args, name):
     found = documents(path)
     if args.calib_text == args.eval_text:
         if len(found) < 2:
-            fail(
-                f"--calib_text and --eval_text are one document, {path}: give two, a model looks better on what it is calibrated on"
-            )
+            fail(f"--calib_text and --eval_text are one document, {path}: give two, or calibration flatters")
         found = found[name == "eval_text" :: 2]
     return "".join(found)
 
@@ -327,6 +325,7 @@ def main(argv=None):
         fail(f"--targets wte: {args.model} has a head of its own beside its table: give a model whose head is tied")
     check_ranks(points, layers, subject, args.layers_per_group)
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
+    settings["model"] = Path(args.model).name if Path(args.model).exists() else args.model
     settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(hf).items())).encode()).hexdigest()[:12])
     windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
     folder, records = prepare_folder(args, settings)
