@@ -51,7 +51,7 @@ class Args:
 
 SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "targets", "mode", "method", "seed_faithful", "out_dir", "device")
+SWEEP = ("variance", "rank", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device")
 
 
 # -- what to do -------------------------------------------------------------------------------------------------------
