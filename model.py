@@ -269,6 +269,27 @@ ADAPTED = {nn.Linear: AdaptedLinear, ScaleDown: AdaptedScaleDown, nn.Embedding: 
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
+def adapt(modules, config):
+    """Give the weights of modules an adapter each; those that share a weight share its adapter."""
+    adapters = {}  # by weight
+    for module in modules:
+        if module.weight not in adapters:
+            adapters[module.weight] = Adapter(*module.weight.shape, config)
+        module.lora = adapters[module.weight]
+        module.__class__ = ADAPTED[type(module)]  # the same weights under the same names, with an adapter beside
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Add every adapter to its weight, once, and leave plain modules."""
+    adapted = [module for module in model.modules() if type(module) in PLAIN]
+    for weight, delta in {module.weight: module.lora.delta() for module in adapted}.items():
+        weight += delta
+    for module in adapted:
+        del module.lora
+        module.__class__ = PLAIN[type(module)]
+
+
 def effective_weight(module):
     """A module's weight with its adapter, where it has one, merged into it."""
     return module.weight + module.lora.delta() if type(module) in PLAIN else module.weight
@@ -361,24 +382,12 @@ class GPT(nn.Module):
         names = {name for name, _ in modules} - {"lm_head", "wpe"}  # the head has wte's adapter
         if unknown := sorted(targets - names):
             raise ValueError(f"{unknown[0]!r} names no matrix of this model, which has {','.join(sorted(names))}: leave it out")
-        adapters = {}  # by weight
-        for name, module in modules:
-            if name in targets and module.weight not in adapters:
-                adapters[module.weight] = Adapter(*module.weight.shape, self.config)
-        for _, module in modules:
-            if module.weight in adapters:
-                module.lora = adapters[module.weight]
-                module.__class__ = ADAPTED[type(module)]  # the same weights under the same names, with an adapter beside
+        weights = {module.weight for name, module in modules if name in targets}
+        adapt([module for _, module in modules if module.weight in weights], self.config)
 
-    @torch.no_grad()
     def merge_lora(self):
         """Add every adapter to its weight, once, and leave a plain model."""
-        adapted = [module for module in self.modules() if type(module) in PLAIN]
-        for weight, delta in {module.weight: module.lora.delta() for module in adapted}.items():
-            weight += delta
-        for module in adapted:
-            del module.lora
-            module.__class__ = PLAIN[type(module)]
+        merge_adapters(self)
         self.config = replace(self.config, lora_rank=None, lora_alpha=0.0, lora_dropout=0.0, lora_targets="")
 
     # -- forward ------------------------------------------------------------------------------------------------------

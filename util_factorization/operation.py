@@ -5,8 +5,9 @@ What surgery does to a model: replace q, k and v or the token table by low-rank 
 import zlib
 
 import torch
+from tqdm import tqdm
 
-from util_factorization import attention
+from util_factorization import allocate, attention
 from util_factorization.decompose import decompose as decompose_table
 
 
@@ -23,10 +24,13 @@ def stacks(layers, targets, mode, per_group):
 class Surgeon:
     """Replaces weights and puts them back; decompositions are kept while the method stays the same."""
 
-    def __init__(self, subject, layers, moments=None, table=None):
-        """moments: of real_model.Moments; table: what decompose() needs of the token table, counts, head and lookup."""
-        self.subject, self.layers, self.moments, self.table = subject, layers, moments, table or {}
-        self.decompositions, self.undo = {}, []
+    def __init__(self, subject, layers, moments=None, table=None, probe=None):
+        """
+        moments: of real_model.Moments; table: what decompose() needs of the token table, counts, head and lookup; probe: a
+        Judge on calibration windows, for budgets.
+        """
+        self.subject, self.layers, self.moments, self.table, self.probe = subject, layers, moments, table or {}, probe
+        self.decompositions, self.undo, self.cuts, self.table_factors = {}, [], [], None
 
     def decomposition(self, method, stack):
         """Of a stack, or of the table where the stack is None; kept until another method is asked for."""
@@ -46,15 +50,12 @@ class Surgeon:
         """Replace the point's weights -> {target: {ranks, errors, output_errors, energies}}, each a list over layers."""
         if point["mode"] == "table":
             return self.cut_table(point)
-        found = {}
-        for stack in stacks(self.layers, point["targets"].split(","), point["mode"], per_group):
+        found, self.cuts = {}, []
+        chosen = stacks(self.layers, point["targets"].split(","), point["mode"], per_group)
+        for stack, k in zip(chosen, self.ranks(point, chosen)):
             whole, name = self.decomposition(point["method"], stack), "".join(dict.fromkeys(t for _, t in stack))
-            k = point["rank"] or whole.rank_for(point["variance"])
-            factors = whole.factors(k)
-            factors.mean = None if point["mode"] == "seed_faithful" else factors.mean
-            if point["mode"] == "shared_layers" and point["method"] in ("whiten", "fisher"):
-                Ws = whole.W.split(heights(stack))
-                factors = attention.refit(factors, [(W, self.moments.of([part])[0]) for W, part in zip(Ws, stack)])
+            factors = self.factors(point, stack, k)
+            self.cuts.append(([(layer.name, target) for layer, target in stack], factors))
             W = factors.matrix()
             C = self.moments.of(stack)[0] if self.moments else None
             facts = dict(ranks=k, full=whole.full, energies=whole.energy(k), errors=attention.relative_error(whole.W, W))
@@ -62,15 +63,45 @@ class Surgeon:
             for fact, value in facts.items():
                 rounded = value if isinstance(value, int) else float(f"{value:.4g}")
                 found.setdefault(name, {}).setdefault(fact, []).append(rounded)
-            for (layer, target), part, old in zip(stack, W.split(heights(stack)), whole.W.split(heights(stack))):
-                layer.set_weight(target, part)
-                self.undo.append((layer, target, old, k == whole.full))
+            self.replace(stack, W, k == whole.full)
         return found
+
+    def replace(self, stack, W, everything):
+        for (layer, target), part in zip(stack, W.split(heights(stack))):
+            self.undo.append((layer, target, layer.weight(target), everything))
+            layer.set_weight(target, part)
+
+    def ranks(self, point, chosen):
+        """Of every stack: the point's own, those that keep its share of the energy, or those its budget is best spent on."""
+        wholes = [self.decomposition(point["method"], stack) for stack in chosen]
+        if point["rank"]:
+            return [point["rank"]] * len(chosen)
+        if point["variance"]:
+            return [whole.rank_for(point["variance"]) for whole in wholes]
+
+        def nats(i, k):
+            self.replace(chosen[i], self.factors(point, chosen[i], k).matrix(), False)
+            kl = self.probe.measure()["kl"]
+            self.restore()
+            return kl
+
+        uniform = [max(1, round(point["budget"] * whole.full)) for whole in wholes]
+        costs = [allocate.unit_cost(nats(i, k), wholes[i].tail(k)) for i, k in enumerate(tqdm(uniform, "each layer alone"))]
+        return allocate.spend(wholes, costs, point["budget"])
+
+    def factors(self, point, stack, k):
+        whole = self.decomposition(point["method"], stack)
+        factors = whole.factors(k)
+        factors.mean = None if point["mode"] == "seed_faithful" else factors.mean
+        if point["mode"] == "shared_layers" and point["method"] in ("whiten", "fisher"):
+            Ws = whole.W.split(heights(stack))
+            return attention.refit(factors, [(W, self.moments.of([part])[0]) for W, part in zip(Ws, stack)])
+        return factors
 
     def cut_table(self, point):
         table, whole = self.subject.table.weight, self.decomposition(point["method"], None)
         k = point["rank"] or whole.rank_for(point["variance"])
-        Z, P, mean = whole.factors(k)
+        Z, P, mean = self.table_factors = whole.factors(k)
         rebuilt = Z @ P if mean is None else torch.addmm(mean, Z, P)
         facts = dict(ranks=k, full=table.shape[1], energies=whole.energy(k), errors=whole.relative_errors([k])[0])
         table.data.copy_(rebuilt)

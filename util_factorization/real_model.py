@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import fail
+from latents import linear as linear_of
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
@@ -84,9 +85,8 @@ class Subject:
 
     def __init__(self, hf):
         self.hf, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
-        self.table_name = next(name for name, p in hf.named_parameters() if p is self.table.weight)
-        self.config = SimpleNamespace(n_embd=self.table.weight.shape[1])
-        x = torch.arange(2, 8)[None] % len(self.table.weight)
+        self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
+        x = torch.arange(2, 8)[None] % hf.config.vocab_size
         with torch.no_grad():
             theirs, ours = hf(x.to(hf.device)).logits, self.logits(self.trunk(self.lookup(x.to(hf.device))))
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
@@ -106,8 +106,12 @@ class Subject:
         self.hf.requires_grad_(flag)
         return self
 
+    @property
+    def table_name(self):
+        return next(name for name, p in self.hf.named_parameters() if p is self.table.weight)
+
     def lookup(self, x):
-        return self.table(x.to(self.table.weight.device))
+        return self.table(x.to(self.hf.device))
 
     def trunk(self, rows):
         return self.hf.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
@@ -147,6 +151,20 @@ class Layer:
         for linear, part in zip(self.linears.values(), whole.split([len(x.weight) for x in self.linears.values()])):
             if not torch.equal(linear.weight.data, part):
                 linear.weight.data.copy_(part)
+
+    @property
+    def fused(self):
+        return len(self.linears) == 1
+
+    def bias(self, target):
+        """[out], a copy, or None."""
+        biases = [linear.bias for linear in self.linears.values()]
+        return None if biases[0] is None else torch.cat([b.data for b in biases])[self.rows[target]].cpu()
+
+    def linear(self, target):
+        """A target on its own, a copy."""
+        with torch.no_grad():
+            return linear_of(self.weight(target), self.bias(target)).requires_grad_(False)
 
     def parameters_of(self, target):
         """Names of the parameters that hold a target."""
@@ -267,16 +285,17 @@ class Judge:
     """
 
     def __init__(self, model, windows):
-        self.model, self.windows, self.head = model, list(windows), copy.deepcopy(model.head)
+        self.model, self.windows, self.head = model, list(windows), copy.deepcopy(model.head)  # which surgery may change
         with torch.inference_mode():
             self.hidden = [model.trunk(model.lookup(x)) for x, _ in self.windows]
 
     @torch.inference_mode()
-    def measure(self):
-        loss = kl = same = tokens = 0
+    def measure(self, model=None):
+        """Of the model as it is now, or of another one."""
+        model, loss, kl, same, tokens = model or self.model, 0, 0, 0, 0
         for (x, y), hidden in zip(self.windows, self.hidden):
             before = self.head(hidden)[0].log_softmax(-1)  # (T, V)
-            after = self.model.logits(self.model.trunk(self.model.lookup(x)))[0].log_softmax(-1)
+            after = model.logits(model.trunk(model.lookup(x)))[0].log_softmax(-1)
             loss += F.nll_loss(after, y[0].to(after.device), reduction="sum").item()
             same += (after.argmax(-1) == before.argmax(-1)).sum().item()
             kl += F.kl_div(after, before, reduction="sum", log_target=True).item()

@@ -3,8 +3,11 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
 
     python util_factorization/surgery.py --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
 
+    python util_factorization/surgery.py --targets k,v --mode shared_kv --method fisher --rank 192 --out smaller
+
 One process: one decomposition serves every threshold and rank, the weights are put back after each point. results.jsonl in
 --out_dir gets a line a point; the same command again skips what is done. report.md and its figures are written at the end.
+With --out the one point that is given becomes a folder: small_model.load() reads it.
 """
 
 import hashlib
@@ -19,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cli import fail, finish, flag, parse
 
 MODES = ("separate", "shared_kv", "shared_layers")
-NOTHING = dict(method="-", mode="-", targets="-", variance=None, rank=None)  # the untouched model's line
+NOTHING = dict(method="-", mode="-", targets="-", variance=None, rank=None, budget=None)  # the untouched model's line
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Args:
     tokenizer: str = flag("", "hub id or folder; left out, the model's own")
     variance: str = flag("", "shares of the energy to keep, in (0, 1], comma-separated; left out, the seed's nine")
     rank: str = flag("", "ranks of what is decomposed, comma-separated, instead of --variance or beside it")
+    budget: str = flag("", "shares of all components' numbers to keep, comma-separated: ranks by layer, by what the loss says")
     targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
     mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
     method: str = flag("pca", "pca, svd, whiten, fisher; of wte those of decompose.py; a comma-separated list sweeps them")
@@ -47,11 +51,17 @@ class Args:
     seed: int = flag(1337, "of the sampled answer; the other one is greedy")
     device: str = flag("cpu", "cpu or cuda")
     out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
+    out: str = flag("", "folder to write the smaller model of one point to; a new one")
+    heal_steps: int = flag(0, "steps of LoRA on the calibration text, a window each, before --out is written")
+    heal_rank: int = flag(16, "rank of the adapters; their scale is 2")
+    heal_lr: float = flag(1e-3, "highest learning rate of them: a tenth of the steps up to it, then a cosine down to 0")
 
 
 SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device")
+SWEEP = ("variance", "rank", "budget", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device",
+         "out", "heal_steps", "heal_rank", "heal_lr")  # fmt: skip
+PROBES = 4  # windows of calibration text on which a budget's layers are measured
 
 
 # -- what to do -------------------------------------------------------------------------------------------------------
@@ -60,10 +70,12 @@ SWEEP = ("variance", "rank", "targets", "mode", "method", "seed_faithful", "answ
 def parse_levels(args):
     """[("variance", 0.9), ("rank", 96), ...]"""
     levels = []
-    texts = dict(variance=args.variance or ("" if args.rank else SEEDS_VARIANCES), rank=args.rank)
+    texts = dict(variance=args.variance, rank=args.rank, budget=args.budget)
+    texts["variance"] = SEEDS_VARIANCES if not any(texts.values()) else args.variance
     for name, kind, good, what in (
         ("variance", float, lambda x: 0 < x <= 1, "a share of the energy lies in (0, 1]"),
         ("rank", int, lambda x: x >= 1, "a rank is 1 or more"),
+        ("budget", float, lambda x: 0 < x < 1, "a share of the numbers lies between 0 and 1"),
     ):
         for part in filter(None, texts[name].split(",")):
             try:
@@ -91,6 +103,8 @@ def make_points(args):
             known = TABLE_METHODS if of_table else METHODS
             if method not in known:
                 fail(f"--method {method}: for {choice} there are {', '.join(known)}")
+            if of_table and args.budget:
+                fail("--budget is spent over layers, and wte is one matrix: give --rank")
             for mode in ["table"] if of_table else args.mode.split(","):
                 if mode not in MODES and not of_table and not args.seed_faithful:
                     fail(f"--mode {mode}: there are {', '.join(MODES)}")
@@ -109,9 +123,16 @@ def check(args, given):
         if taken := sorted({"targets", "mode", "method"} & set(given)):
             fail(f"--seed_faithful is q alone by PCA: leave --{taken[0]} out")
         args.targets, args.mode, args.method = "q", "seed_faithful", "pca"
-    for name, least in dict(window=2, eval_windows=1, calib_tokens=1, layers_per_group=2, answer_tokens=0).items():
+    lowest = dict(window=2, eval_windows=1, calib_tokens=1, layers_per_group=2, answer_tokens=0, heal_steps=0, heal_rank=1)
+    for name, least in lowest.items():
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: give {least} or more")
+    if args.heal_steps and not args.out:
+        fail("--heal_steps heals the model that --out writes: give --out FOLDER")
+    if args.out and Path(args.out).exists():
+        fail(f"--out {args.out} exists: choose another folder, or delete it")
+    if args.out and args.seed_faithful:
+        fail("--out with --seed_faithful would write a model that lost its PCA's mean: leave one of them out")
     for name in ("calib_text", "eval_text"):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             fail(f"--{name} {getattr(args, name)} is not there: give a text file")
@@ -238,9 +259,16 @@ def write_whole(file, what):
 # -- the sweep --------------------------------------------------------------------------------------------------------
 
 
-def read_records(folder):
+def add_line(file, record):
+    try:
+        with open(file, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
+    except OSError as error:
+        fail(f"--out_dir: {file} cannot be written ({error.strerror}): make room; the same command goes on from here")
+
+
+def read_records(results):
     """The lines of results.jsonl, without one that an interruption cut off."""
-    results = folder / "results.jsonl"
     lines = results.read_text().splitlines(keepends=True) if results.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]
     if len(whole) < len(lines):
@@ -255,7 +283,7 @@ def prepare_folder(args, settings):
     folder = Path(args.out_dir)
     if folder.exists() and not folder.is_dir():
         fail(f"--out_dir {folder} is a file: give a folder")
-    config, records = folder / "config.json", read_records(folder)
+    config, records = folder / "config.json", read_records(folder / "results.jsonl")
     before = json.loads(config.read_text())["settings"] if config.exists() else {}
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
@@ -290,15 +318,10 @@ def sweep(args, points, surgeon, judge, tokenizer, results):
             record |= dict(answer=greedy, sampled=sampled)
         surgeon.restore()
         check_changes(before, model)
-        line = json.dumps(record | dict(seconds=round(time.time() - started, 1))) + "\n"
-        try:
-            with open(results, "a") as file:
-                file.write(line)
-        except OSError as error:
-            fail(f"--out_dir: {results} cannot be written ({error.strerror}): make room; the same command goes on from here")
-        level = f"{point['variance']}" if point["rank"] is None else f"rank {point['rank']}"
+        add_line(results, record | dict(seconds=round(time.time() - started, 1)))
+        level = next((f"{name} {point[name]}" for name in ("variance", "rank", "budget") if point[name]), "")
         bar.write(
-            f"{point['method']:8} {point['mode']:13} {point['targets']:6} {level:9} perplexity {record['ppl']:12.3f}",
+            f"{point['method']:8} {point['mode']:13} {point['targets']:6} {level:13} perplexity {record['ppl']:12.3f}",
             sys.stdout,
         )
 
@@ -311,9 +334,12 @@ def main(argv=None):
 
     from util_factorization.operation import Surgeon, fingerprint
     from util_factorization.real_model import Judge, Subject, choose_model, find_layers, load_model
+    from util_factorization.smaller import make_smaller
     from util_factorization.surgery_report import write_report
 
     points = make_points(args)
+    if args.out and len(points) > 1:
+        fail(f"--out is for one point, these flags give {len(points)}: give one choice of targets, mode, method and --rank")
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     args.model = args.model or choose_model()
@@ -329,17 +355,25 @@ def main(argv=None):
     settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(hf).items())).encode()).hexdigest()[:12])
     windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
     folder, records = prepare_folder(args, settings)
-    done = [{k: r[k] for k in NOTHING} for r in records]
+    done = [{k: r.get(k) for k in NOTHING} for r in records]
     left = [p for p in [NOTHING, *points] if p not in done]
-    if left:
-        surgeon = Surgeon(subject, layers, *calibration(args, left, subject, layers, tokenizer, folder / "calibration.pt"))
-        sweep(args, left, surgeon, Judge(subject, windows), tokenizer, folder / "results.jsonl")
-    records = read_records(folder)
-    print(write_report(folder, records))
+    if left or args.out:
+        needed = points if args.out else left
+        surgeon = Surgeon(subject, layers, *calibration(args, needed, subject, layers, tokenizer, folder / "calibration.pt"))
+        judge = Judge(subject, windows)
+        if any(point["budget"] for point in needed):
+            surgeon.probe = Judge(subject, windows_of(args, "calib_text", tokenizer, subject, PROBES)[0])
+        sweep(args, left, surgeon, judge, tokenizer, folder / "results.jsonl")
+        if args.out:
+            practice = windows_of(args, "calib_text", tokenizer, subject, max(args.heal_steps, 1))[0]
+            add_line(folder / "smaller.jsonl", make_smaller(args, points[0], surgeon, judge, tokenizer, practice))
+    records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
+    print(write_report(folder, records, smaller))
     finish(
         model=args.model,
         out_dir=str(folder),
         points=len(left),
+        out=args.out or None,
         skipped=len(points) + 1 - len(left),
         report=str(folder / "report.md"),
     )

@@ -4,6 +4,7 @@ import json
 
 from plots import LINES, MARKERS, legend_beside, plt, save
 from tables import table
+from util_factorization.smaller import smaller_table
 
 READING = (
     "Perplexity is on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per token, "
@@ -13,6 +14,11 @@ READING = (
 )
 
 
+READING_SMALLER = (
+    "Low-rank factors in place of the matrices, read back from disk; MB are of float32 weights. The cache is one that a model "
+    "filled, its bytes counted on the tensors. Tokens/s are of greedy decoding of one text after a prompt of a window, both "
+    "models by turns, median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
+)
 SOTU = "the State of the Union"
 
 
@@ -25,9 +31,9 @@ def label(record):
 
 
 def level(record):
-    return (
-        "-" if record["method"] == "-" else f"{record['variance']:.1%}" if record["rank"] is None else f"rank {record['rank']}"
-    )
+    if record.get("budget"):
+        return f"budget {record['budget']:.0%}"
+    return f"rank {record['rank']}" if record["rank"] else f"{record['variance']:.1%}" if record["variance"] else "-"
 
 
 def kept(record):
@@ -126,8 +132,8 @@ def answer_lines(records):
     return ["## What it answers", "", *lines] if lines else []
 
 
-def write_report(folder, records):
-    """report.md and its figures in the folder; returns the table."""
+def write_report(folder, records, smaller):
+    """report.md and its figures in the folder; returns the tables."""
     facts = json.loads((folder / "config.json").read_text())
     s, results = facts["settings"], result_table(records)
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
@@ -142,8 +148,10 @@ def write_report(folder, records):
         READING,
         "",
     ]
+    if smaller:
+        text += ["## Really smaller", "", smaller_table(smaller), "", READING_SMALLER, ""]
     if len(records) > 1:
         for caption, name in figures(folder, records):
             text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
     (folder / "report.md").write_text("\n".join([*text, *answer_lines(records)]) + "\n")
-    return results
+    return "\n\n".join([results, smaller_table(smaller)] if smaller else [results])

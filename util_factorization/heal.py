@@ -1,0 +1,59 @@
+"""
+Healing: a short run of LoRA that wins back what surgery lost.
+
+The teacher is the untouched model, the loss KL(untouched | healed) at every position: a whole distribution teaches more than
+one next token, and what comes back is what was lost, not a taste for the text: the untouched model is where this loss ends.
+Every linear layer gets an adapter, a factor too; merged, the model keeps its size.
+"""
+
+import math
+import time
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import adapt, merge_adapters
+
+WARMUP = 0.1  # of the steps
+
+
+def heal(student, teacher, windows, steps, rank, lr, seed, log):
+    """
+    Train adapters on windows of tokens, a list of (x (1, T), y), one a step in a random order; leaves them merged.
+
+    log(kl) is called after each step. Returns dict(steps, tokens, seconds, kl: nats per token over the last tenth).
+    """
+    torch.manual_seed(seed)
+    linears = [m for m in student.hf.modules() if type(m) is nn.Linear and m is not student.head]
+    adapt(linears, SimpleNamespace(lora_rank=rank, lora_alpha=2 * rank, lora_dropout=0.0))
+    student.hf.requires_grad_(False).to(student.hf.device)
+    adapters = list({p: None for m in linears for p in m.lora.parameters()})
+    for p in adapters:
+        p.requires_grad_(True)
+        p.data = p.data.to(student.hf.device)
+    optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.0, fused=True)
+    order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
+    losses, start = [], time.time()
+    for step in range(steps):
+        progress = (step + 1) / steps
+        rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(progress - WARMUP, 0) / (1 - WARMUP)))
+        optimizer.param_groups[0]["lr"] = lr * rate
+        x, _ = windows[order[step]]
+        with torch.no_grad():
+            target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0].log_softmax(-1)
+        found = student.logits(student.trunk(student.lookup(x)))[0].log_softmax(-1)
+        loss = F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
+        log(losses[-1])
+    merge_adapters(student.hf)
+    last = losses[-max(1, steps // 10) :]
+    tokens = steps * windows[0][0].numel()
+    return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), kl=sum(last) / len(last))
