@@ -27,7 +27,9 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
     """
     torch.manual_seed(seed)
     linears = [m for m in student.hf.modules() if type(m) is nn.Linear and m is not student.head]
-    adapt(linears, SimpleNamespace(lora_rank=rank, lora_alpha=2 * rank, lora_dropout=0.0))
+    for linear in linears:
+        r = min(rank, *linear.weight.shape)
+        adapt([linear], SimpleNamespace(lora_rank=r, lora_alpha=2 * r, lora_dropout=0.0))
     student.hf.requires_grad_(False).to(student.hf.device)
     adapters = list({p: None for m in linears for p in m.lora.parameters()})
     for p in adapters:

@@ -47,8 +47,9 @@ class Turns:
     def __call__(self, S, like):
         """-> cos and sin (1, S, n), or less than n where a part of the head is not rotated"""
         if self.cos.shape[1] < S or self.cos.device != like.device or self.cos.dtype != like.dtype:
-            positions = torch.arange(max(64, 2 * S), device=like.device)[None]
-            self.cos, self.sin = self.rotary(like, positions)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
+                positions = torch.arange(max(64, 2 * S), device=like.device)[None]
+                self.cos, self.sin = self.rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
         return self.cos[:, :S], self.sin[:, :S]
 
 

@@ -1,0 +1,231 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from util_factorization import allocate
+from util_factorization.attention import decompose
+from util_factorization.heal import heal
+from util_factorization.operation import Surgeon
+from util_factorization.real_model import Judge, Subject, find_layers
+from util_factorization.small_model import FactorizedTable, LatentAttention, cache_bytes, load, parameters, save, shrink
+
+transformers = pytest.importorskip("transformers")
+if not transformers.utils.is_torch_available():
+    pytest.skip("this transformers wants a newer torch", allow_module_level=True)
+
+from test_surgery import clinic, llama, neox, operate, redrawn, save_tokenizer  # noqa: E402, F401
+
+SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+
+
+def qwen2():
+    return redrawn(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)))
+
+
+def qwen3():
+    return redrawn(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=16, **SHAPE)))
+
+
+def mistral():
+    return redrawn(transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=8, head_dim=8, **SHAPE)))
+
+
+MODELS = dict(llama=llama, neox=neox, qwen2=qwen2, qwen3=qwen3, mistral=mistral)
+IDS = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def sharpened(model):
+    """Attention that looks at something, so that keys matter."""
+    for layer in find_layers(model):
+        for linear in layer.linears.values():
+            linear.weight.data *= 6
+    return model
+
+
+def cut(model, method="svd", **point):
+    """(the model cut in place, the same as a smaller model, its plan)."""
+    model = sharpened(model)
+    small = copy.deepcopy(model)
+    surgeon = Surgeon(Subject(model), [] if point["mode"] == "table" else find_layers(model))
+    surgeon.cut(dict(method=method, variance=None, budget=None) | point, 2)
+    return model, small, shrink(small, surgeon.cuts, surgeon.table_factors)
+
+
+POINTS = [("separate", "q"), ("separate", "k"), ("separate", "q,k,v"), ("shared_kv", "k,v"), ("shared_layers", "k,v")]
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("mode", "targets"), POINTS)
+@torch.no_grad()
+def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
+    """On whole texts, left padding among them, and through each model's own cache; pca has a mean, which is folded in."""
+    untouched = sharpened(make())(IDS).logits
+    model, small, _ = cut(make(), "pca", mode=mode, targets=targets, rank=6)
+    padding = torch.ones_like(IDS)
+    padding[0, :5] = 0
+    assert (model(IDS).logits - untouched).abs().max() > 0.01
+    torch.testing.assert_close(small(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    how = dict(attention_mask=padding, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    ours, theirs = (m.generate(IDS, pad_token_id=0, **how) for m in (small, model))
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_the_cache_holds_what_it_says():
+    """Bytes counted on the tensors: r numbers a token and layer, float32, instead of 2 G n."""
+    layers, G, n = 3, 2, 8
+    whole, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
+    assert cache_bytes(whole, IDS[0]) == layers * 2 * G * n * 4
+    assert cache_bytes(small, IDS[0]) == layers * 10 * 4
+    _, apart, _ = cut(llama(), mode="separate", targets="k,v", rank=5)
+    assert cache_bytes(apart, IDS[0]) == layers * (5 + 5) * 4
+    _, keys, _ = cut(llama(), mode="separate", targets="k", rank=5)
+    assert cache_bytes(keys, IDS[0]) == layers * (5 + G * n) * 4
+
+
+def test_parameters_are_those_of_the_factors():
+    whole, small, _ = cut(llama(), mode="separate", targets="q,k,v", rank=4)
+    dense, factors = 32 * 32 + 2 * 16 * 32, 4 * (32 + 32) + 2 * 4 * (32 + 16)
+    assert parameters(small) == parameters(whole) - 3 * (dense - factors)
+    whole, shared, _ = cut(llama(), mode="shared_layers", targets="q", rank=4)  # of three layers two share, one is alone
+    assert parameters(shared) == parameters(whole) - 3 * 32 * 32 + 3 * 4 * 32 + 2 * 4 * 32
+    whole, table, _ = cut(llama(), mode="table", targets="wte", rank=4)
+    assert parameters(table) == parameters(whole) - 300 * 32 + 300 * 4 + 2 * 4 * 32
+
+
+@pytest.mark.parametrize("method", ["svd", "centered"])
+def test_a_factorized_table(method):
+    model, small, plan = cut(llama(), method, mode="table", targets="wte", rank=7)
+    assert isinstance(small.get_input_embeddings(), FactorizedTable) and plan["table"]["mean"] == (method == "centered")
+    # The mean shifts all logits of a position alike, and the head leaves it out.
+    torch.testing.assert_close(small(IDS).logits.log_softmax(-1), model(IDS).logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [llama, neox, qwen2])
+def test_saved_and_loaded_with_one_call(make, tmp_path):
+    for i, (mode, targets) in enumerate([*POINTS, ("table", "wte")][0 if make is llama else 3 : 6 if make is llama else 5]):
+        _, small, plan = cut(make(), mode=mode, targets=targets, rank=5)
+        save_tokenizer(tmp_path / "tokenizer")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+        size = save(tmp_path / f"{i}", small, tokenizer, plan)
+        assert size == (tmp_path / f"{i}" / "surgery.safetensors").stat().st_size < 4 * parameters(small) + 20000
+        read, spoken = load(tmp_path / f"{i}")
+        assert torch.equal(read(IDS).logits, small(IDS).logits) and spoken("1 is odd") == tokenizer("1 is odd")
+        with pytest.raises(OSError):  # and never as a model whose missing weights are drawn at random
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{i}")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    import safetensors.torch
+
+    def full(model, file, metadata=None):
+        open(file, "wb").write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_model", full)
+    _, small, plan = cut(llama(), mode="shared_kv", targets="k,v", rank=8)
+    with pytest.raises(SystemExit) as stop:
+        save(tmp_path / "smaller", small, None, plan)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--out" in said and "No space left" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def spectra(*scales):
+    generator = torch.Generator().manual_seed(0)
+    return [decompose(scale * torch.randn(6, 9, generator=generator), "svd") for scale in scales]
+
+
+def test_a_budget_is_spent_where_it_saves_most():
+    """Against every choice of ranks."""
+    wholes, costs = spectra(1, 2, 1), (1.0, 0.5, 3.0)
+    ranks = allocate.spend(wholes, costs, 0.5)
+    assert sum(ranks) == 9
+
+    def lost(ranks):
+        return sum(a * whole.tail(k) ** 2 for a, whole, k in zip(costs, wholes, ranks))
+
+    choices = [(i, j, 9 - i - j) for i in range(1, 7) for j in range(1, 7) if 1 <= 9 - i - j <= 6]
+    assert lost(ranks) == pytest.approx(min(map(lost, choices))) and lost(ranks) < 0.95 * lost((3, 3, 3))
+
+
+def test_the_unit_cost_is_what_the_loss_says():
+    assert allocate.unit_cost(0.5, 2.0) == 0.125 and allocate.unit_cost(-1e-9, 2.0) == 0
+
+
+def test_budgets_in_a_sweep(operate, clinic):  # noqa: F811
+    uneven = llama()
+    for i, layer in enumerate(uneven.model.layers):
+        layer.self_attn.o_proj.weight.data *= 4**i
+        layer.self_attn.v_proj.weight.data[: 8 * (i % 2)] *= 0.1
+    uneven.save_pretrained(clinic / "uneven")
+    save_tokenizer(clinic / "uneven")
+    point = ("--targets", "k,v", "--mode", "shared_kv", "--method", "fisher", "--rank", "16", "--budget")
+    result = operate(*point, "0.25,0.5", model="uneven")
+    assert result.status == 0, result.err
+    _, uniform, quarter, half = result.records
+    for record, share in ((quarter, 0.25), (half, 0.5)):
+        ranks = record["parts"]["kv"]["ranks"]
+        assert sum(ranks) == share * 3 * 32 and len(set(ranks)) > 1 and record["budget"] == share
+    assert uniform["parts"]["kv"]["ranks"] == [16] * 3
+    alone = operate(*point, "0.5", out="alone", model="uneven")
+    assert alone.records[-1]["parts"] == half["parts"]  # no point hangs on those before it
+
+
+# -- healing ----------------------------------------------------------------------------------------------------------
+
+
+def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
+    model, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
+    untouched = Subject(sharpened(llama()))
+    windows = [(x[None, :-1], x[None, 1:]) for x in IDS.repeat(1, 5)]  # longer than what Subject's check has cached
+    judge, student = Judge(untouched, windows), Subject(small)
+    before, size, names = judge.measure(student), parameters(small), set(small.state_dict())
+    teacher = {name: p.clone() for name, p in untouched.hf.named_parameters()}
+    seen = []
+    facts = heal(student, untouched, windows, 30, 4, 1e-2, 0, seen.append)
+    after = judge.measure(student)
+    assert after["kl"] < 0.7 * before["kl"] and len(seen) == facts["steps"] == 30 and facts["tokens"] == 30 * 99
+    assert parameters(small) == size and set(small.state_dict()) == names
+    assert not any(p.requires_grad for p in small.parameters())
+    assert all(torch.equal(p, teacher[name]) for name, p in untouched.hf.named_parameters())
+    for attn in (m for m in small.modules() if isinstance(m, LatentAttention)):
+        assert attn.k_proj.down is attn.v_proj.down
+
+
+def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_path):  # noqa: F811
+    sharpened(llama()).save_pretrained(clinic / "sharp")
+    save_tokenizer(clinic / "sharp")
+    out = tmp_path / "smaller"
+    point = ("--targets", "k,v", "--mode", "shared_kv", "--method", "fisher", "--rank", "8")
+    result = operate(*point, "--out", out, "--heal_steps", "12", "--heal_rank", "2", model="sharp")
+    assert result.status == 0, result.err
+    measured = json.loads((out / "measured.json").read_text())["models"]
+    assert measured["smaller"]["loss"] == pytest.approx(result.records[-1]["loss"], abs=1e-4)
+    assert measured["healed"]["cache_bytes"] == measured["untouched"]["cache_bytes"] / 4
+    assert measured["healed"]["bytes"] == (out / "surgery.safetensors").stat().st_size
+    assert measured["healed"]["steps"] == 12 and len(measured["healed"]["tokens_per_second"]) == 3
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Really smaller" in report and "healed" in report
+    again = operate(*point, "--out", tmp_path / "second", model="sharp")
+    assert again.status == 0 and again.last["points"] == 0 and (tmp_path / "second" / "surgery.safetensors").exists()
+
+
+def test_mistakes_about_smaller_models_are_one_line(operate, tmp_path, assert_one_line_error):  # noqa: F811
+    (tmp_path / "there").mkdir()
+    for argv, *words in [
+        (["--rank", "4", "--out", tmp_path / "there"], "--out", "exists"),
+        (["--rank", "4,8", "--out", tmp_path / "new"], "--out", "2"),
+        (["--rank", "4", "--heal_steps", "5"], "--heal_steps", "--out"),
+        (["--budget", "1.5"], "--budget 1.5"),
+        (["--budget", "0.5", "--targets", "wte", "--method", "svd"], "--budget", "--rank"),
+    ]:
+        assert_one_line_error(operate("--targets", "q", *argv), *words)
+    with pytest.raises(SystemExit):
+        load(tmp_path / "there")
