@@ -19,6 +19,7 @@ READING_SMALLER = (
     "filled, its bytes counted on the tensors. Tokens/s are of greedy decoding of one text after a prompt of a window, both "
     "models by turns, median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
 )
+NEAR = 1.5  # the closer figure ends at this many times the untouched perplexity
 SOTU = "the State of the Union"
 
 
@@ -40,6 +41,11 @@ def kept(record):
     """Share of the components that were kept, over all matrices that were cut."""
     ranks = [k / part["full"][i] for part in record["parts"].values() for i, k in enumerate(part["ranks"])]
     return mean(ranks) if ranks else 1.0
+
+
+def lost(record):
+    """Share of the energy, in the method's metric, that the cut took, over all matrices; at least a millionth, for the axis."""
+    return max(1 - mean([energy for part in record["parts"].values() for energy in part["energies"]]), 1e-6)
 
 
 def result_table(records):
@@ -69,18 +75,19 @@ def line_style(i):
     return dict(color=f"C{i % 10}", linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=5)
 
 
-def perplexity_plot(path, records, x, xlabel):
-    """A line for every choice of targets, mode and method: perplexity over x, a function of a record or None."""
-    fig, ax = plt.subplots(figsize=(10, 4.8), layout="constrained")
-    for i, (name, group) in enumerate(by_series(records).items()):
-        points = sorted((x(r), r["ppl"]) for r in group if x(r) is not None)
-        if points:
-            ax.plot(*zip(*points), label=name, **line_style(i))
+def perplexity_plot(path, records, x, xlabel, xscale="linear"):
+    """A line for every choice of targets, mode and method: perplexity over x(record); whole, and near the untouched one."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
-    ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
-    ax.set(xlabel=xlabel, ylabel="perplexity", yscale="log")
-    ax.grid(alpha=0.3, which="both")
-    legend_beside(ax, ax.get_legend_handles_labels())
+    fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
+    for ax in axes:
+        for i, (name, group) in enumerate(by_series(records).items()):
+            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in group)), label=name, **line_style(i))
+        ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
+        ax.set(xlabel=xlabel, ylabel="perplexity", xscale=xscale)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set(yscale="log", title="all")
+    axes[1].set(ylim=(0.97 * untouched, NEAR * untouched), title=f"up to {NEAR} times the untouched model's")
+    legend_beside(axes[1], axes[1].get_legend_handles_labels())
     save(fig, path)
 
 
@@ -102,15 +109,19 @@ def heat_map(path, record):
 def figures(folder, records):
     """Write the figures; returns [(caption, file name)]."""
     made = []
-    by_variance = [r for r in records if r["variance"] is not None]
-    if by_variance:
-        perplexity_plot(folder / "perplexity_by_variance", records, lambda r: r["variance"], "share of the energy kept")
-        made.append(("Perplexity against the energy kept, in each method's own metric", "perplexity_by_variance.png"))
+    perplexity_plot(folder / "perplexity_by_variance", records, lost, "share of the energy lost", "log")
+    made.append(
+        ("Perplexity against the energy lost, in each method's own metric, mean over matrices", "perplexity_by_variance.png")
+    )
     perplexity_plot(folder / "perplexity_by_rank", records, kept, "share of the components kept")
-    made.append(("Perplexity against the share of the components kept, mean over layers", "perplexity_by_rank.png"))
+    made.append(("Perplexity against the share of the components kept, mean over matrices", "perplexity_by_rank.png"))
     mapped = {}
-    for r in by_variance:  # of each choice the threshold nearest to 0.9, where layers differ most
-        if r["mode"] != "table" and abs(r["variance"] - 0.9) < abs(mapped.get(label(r), dict(variance=9))["variance"] - 0.9):
+    for r in records:  # of each choice the threshold nearest to 0.9, where layers differ most
+        if (
+            r["variance"]
+            and r["mode"] != "table"
+            and abs(r["variance"] - 0.9) < abs(mapped.get(label(r), dict(variance=9))["variance"] - 0.9)
+        ):
             mapped[label(r)] = r
     for name, r in mapped.items():
         file = "ranks_" + name.replace(",", "").replace(" ", "_")
