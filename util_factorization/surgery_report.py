@@ -102,45 +102,57 @@ def heat_map(path, record):
             ax.text(i, 0, k, ha="center", va="center", fontsize=6, color="white" if share < 0.6 else "black")
         ax.set(yticks=[0], yticklabels=[name], xlabel="layer" if part is list(parts.values())[-1] else "")
     fig.colorbar(image, ax=axes, label="share kept")
-    axes[0][0].set_title(f"Components kept by layer: {label(record)}, {level(record)} of the energy")
+    axes[0][0].set_title(f"Components kept by layer: {label(record)}, {level(record)}")
     save(fig, path)
+
+
+def by_layer(records):
+    """What is shown layer by layer: of each choice the threshold nearest to 0.9, where layers differ most, and every budget."""
+    shown = {}
+    for r in records:
+        if r["variance"] and r["mode"] != "table":
+            other = shown.setdefault(label(r), r)
+            shown[label(r)] = min(other, r, key=lambda each: abs(each["variance"] - 0.9))
+    return [*shown.values(), *(r for r in records if r.get("budget"))]
+
+
+def layer_table(record):
+    """Components kept and error of the weights of every layer, or group of layers, and target."""
+    parts, layers = record["parts"], len(next(iter(record["parts"].values()))["ranks"])
+    cells = [[i, *(f"{p['ranks'][i]}/{p['full'][i]}, {p['errors'][i]:.3f}" for p in parts.values())] for i in range(layers)]
+    return table(["group" if record["mode"] == "shared_layers" else "layer", *parts], cells)
 
 
 def figures(folder, records):
     """Write the figures; returns [(caption, file name)]."""
     made = []
-    perplexity_plot(folder / "perplexity_by_variance", records, lost, "share of the energy lost", "log")
-    made.append(
-        ("Perplexity against the energy lost, in each method's own metric, mean over matrices", "perplexity_by_variance.png")
-    )
-    perplexity_plot(folder / "perplexity_by_rank", records, kept, "share of the components kept")
-    made.append(("Perplexity against the share of the components kept, mean over matrices", "perplexity_by_rank.png"))
-    mapped = {}
-    for r in records:  # of each choice the threshold nearest to 0.9, where layers differ most
-        if (
-            r["variance"]
-            and r["mode"] != "table"
-            and abs(r["variance"] - 0.9) < abs(mapped.get(label(r), dict(variance=9))["variance"] - 0.9)
-        ):
-            mapped[label(r)] = r
-    for name, r in mapped.items():
-        file = "ranks_" + name.replace(",", "").replace(" ", "_")
+    for name, x, what, scale in (
+        ("variance", lost, "energy lost, in each method's own metric", "log"),
+        ("rank", kept, "components kept", "linear"),
+    ):
+        perplexity_plot(folder / f"perplexity_by_{name}", records, x, f"share of the {what}", scale)
+        made.append((f"Perplexity against the share of the {what}, mean over matrices", f"perplexity_by_{name}.png"))
+    for r in by_layer(records):
+        name = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
+        file = "ranks_" + "".join(c for c in name.replace(" ", "_") if c.isalnum() or c == "_")
         heat_map(folder / file, r)
-        made.append((f"Ranks by layer, {name} at {level(r)}", f"{file}.png"))
+        made.append((f"Ranks by layer, {label(r)} at {level(r)}", f"{file}.png"))
     return made
 
 
-def answer_lines(records):
-    lines = []
-    for r in records:
-        if "answer" in r:
-            lines += [f"**{label(r) or 'untouched'} {level(r)}** (perplexity {r['ppl']:.1f})", ""]
-            lines += [
-                f"- {how}: {' '.join(r[key].split()) or '(nothing)'}"
-                for how, key in (("greedy", "answer"), ("sampled", "sampled"))
-            ]
-            lines += [""]
-    return ["## What it answers", "", *lines] if lines else []
+def answer_table(records):
+    answered = [r for r in records if "answer" in r]
+    cells = [
+        [f"{label(r) or 'untouched'} {level(r)}", f"{r['ppl']:.1f}", *(told(r[how]) for how in ("answer", "sampled"))]
+        for r in answered
+    ]
+    lines = ["| | perplexity | greedy | sampled |", "|---|---:|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
+    return ["## What it answers", "", *lines, ""] if cells else []
+
+
+def told(answer):
+    """On one line of a table."""
+    return " ".join(answer.split()).replace("|", "\\|") or "(nothing)"
 
 
 def write_report(folder, records, smaller):
@@ -164,5 +176,9 @@ def write_report(folder, records, smaller):
     if len(records) > 1:
         for caption, name in figures(folder, records):
             text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    (folder / "report.md").write_text("\n".join([*text, *answer_lines(records)]) + "\n")
+    text += answer_table(records)
+    for r in by_layer(records):
+        text += [f"## By layer: {label(r)}, {level(r)}", "", "Components kept, relative error of the weights.", ""]
+        text += [layer_table(r), ""]
+    (folder / "report.md").write_text("\n".join(text))
     return "\n\n".join([results, smaller_table(smaller)] if smaller else [results])
