@@ -54,14 +54,14 @@ class Args:
     out: str = flag("", "folder to write the smaller model of one point to; a new one")
     heal_steps: int = flag(0, "steps of LoRA on the calibration text, a window each, before --out is written")
     heal_rank: int = flag(16, "rank of the adapters; their scale is 2")
-    heal_lr: float = flag(1e-3, "highest learning rate of them: a tenth of the steps up to it, then a cosine down to 0")
+    heal_lr: float = flag(3e-4, "highest learning rate of them: a tenth of the steps up to it, then a cosine down to 0")
 
 
 SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 # What may differ between the runs that write into one folder.
 SWEEP = ("variance", "rank", "budget", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device",
          "out", "heal_steps", "heal_rank", "heal_lr")  # fmt: skip
-PROBES = 4  # windows of calibration text on which a budget's layers are measured
+PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
 # -- what to do -------------------------------------------------------------------------------------------------------
