@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from util_factorization import allocate
-from util_factorization.attention import decompose
+from util_factorization.attention import decompose, from_skeleton, skeleton
 from util_factorization.heal import heal
 from util_factorization.operation import Surgeon
 from util_factorization.real_model import Judge, Subject, find_layers
-from util_factorization.small_model import FactorizedTable, LatentAttention, cache_bytes, load, parameters, save, shrink
+from util_factorization.small_model import FactorizedTable, LatentAttention, cache_bytes, load, save, shrink
 
 transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_torch_available():
@@ -54,6 +54,10 @@ def cut(model, method="svd", **point):
     return model, small, shrink(small, surgeon.cuts, surgeon.table_factors)
 
 
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 POINTS = [("separate", "q"), ("separate", "k"), ("separate", "q,k,v"), ("shared_kv", "k,v"), ("shared_layers", "k,v")]
 
 
@@ -86,6 +90,17 @@ def test_the_cache_holds_what_it_says():
     assert cache_bytes(keys, IDS[0]) == layers * (5 + G * n) * 4
 
 
+def test_a_skeleton_is_the_same_matrix_with_unit_rows():
+    left, right = torch.randn(20, 6), torch.randn(6, 9)
+    rows, rest, own = skeleton(left, right)
+    again = from_skeleton(rows, rest)
+    torch.testing.assert_close(again @ own, left @ right, atol=1e-4, rtol=1e-4)
+    assert torch.equal(again[rows], torch.eye(6)) and rest.shape == (14, 6)
+    torch.testing.assert_close(own, (left @ right)[rows], atol=1e-4, rtol=1e-4)  # what is kept are outputs
+    everything = skeleton(torch.eye(4), right[:4])
+    assert everything[1].shape == (0, 4) and torch.equal(from_skeleton(*everything[:2]) @ everything[2], right[:4])
+
+
 def test_parameters_are_those_of_the_factors():
     whole, small, _ = cut(llama(), mode="separate", targets="q,k,v", rank=4)
     dense, factors = 32 * 32 + 2 * 16 * 32, 4 * (32 + 32) + 2 * 4 * (32 + 16)
@@ -110,22 +125,40 @@ def test_saved_and_loaded_with_one_call(make, tmp_path):
         _, small, plan = cut(make(), mode=mode, targets=targets, rank=5)
         save_tokenizer(tmp_path / "tokenizer")
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-        size = save(tmp_path / f"{i}", small, tokenizer, plan)
-        assert size == (tmp_path / f"{i}" / "surgery.safetensors").stat().st_size < 4 * parameters(small) + 20000
+        numbers, size = save(tmp_path / f"{i}", small, tokenizer, plan)
+        assert size == (tmp_path / f"{i}" / "surgery.safetensors").stat().st_size
+        rows = sum(stack["rank"] for stack in plan["stacks"])  # whose places are stored, and which are not
+        assert numbers == parameters(small) - sum(stack["rank"] ** 2 for stack in plan["stacks"]) + rows
         read, spoken = load(tmp_path / f"{i}")
-        assert torch.equal(read(IDS).logits, small(IDS).logits) and spoken("1 is odd") == tokenizer("1 is odd")
+        torch.testing.assert_close(read(IDS).logits, small(IDS).logits, atol=1e-4, rtol=1e-4)
+        assert spoken("1 is odd") == tokenizer("1 is odd")
         with pytest.raises(OSError):  # and never as a model whose missing weights are drawn at random
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{i}")
+
+
+def test_a_file_that_lacks_a_weight_is_refused(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    _, small, plan = cut(llama(), mode="shared_kv", targets="k,v", rank=5)
+    save_tokenizer(tmp_path / "tokenizer")
+    save(tmp_path / "small", small, transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), plan)
+    file = str(tmp_path / "small" / "surgery.safetensors")
+    whole = load_file(file)
+    for name in ("model.norm.weight", "stacks.1.rest"):
+        save_file({k: t for k, t in whole.items() if k != name}, file)
+        with pytest.raises(SystemExit):
+            load(tmp_path / "small")
+        assert name in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     import safetensors.torch
 
-    def full(model, file, metadata=None):
+    def full(tensors, file, metadata=None):
         open(file, "wb").write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_model", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     _, small, plan = cut(llama(), mode="shared_kv", targets="k,v", rank=8)
     with pytest.raises(SystemExit) as stop:
         save(tmp_path / "smaller", small, None, plan)

@@ -121,6 +121,29 @@ def refit(factors, parts):
     return Factors(torch.cat(left).float(), factors.right, None)
 
 
+def skeleton(left, right):
+    """
+    left [out,r] @ right [r,in], r <= out, with r of left's rows unit vectors (an interpolative decomposition): the same matrix
+    in r (out - r) + r in numbers instead of r out + r in. What right gives are then r of the outputs themselves.
+
+    Returns (rows [r] of the unit vectors, the other rows of left [out - r, r], right [r,in]). Rows are LU's pivots.
+    """
+    pivots, r = torch.linalg.lu(left.double()).P.T, left.shape[1]
+    order = pivots.argmax(1)
+    rows, others = order[:r].sort().values, order[r:].sort().values
+    top, rest = left[rows].double(), left[others].double()
+    return rows, torch.linalg.solve(top, rest, left=False).float(), (top @ right.double()).float()
+
+
+def from_skeleton(rows, rest):
+    """left [out,r] of what skeleton() returned."""
+    left = torch.zeros(len(rows) + len(rest), len(rows))
+    others = torch.ones(len(left), dtype=torch.bool)
+    others[rows] = False
+    left[rows], left[others] = torch.eye(len(rows)), rest
+    return left
+
+
 def with_ridge(M):
     M = M.double()
     return M + RIDGE * M.trace() / len(M) * torch.eye(len(M), dtype=M.dtype)

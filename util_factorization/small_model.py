@@ -4,7 +4,8 @@ A model that surgery made smaller: low-rank factors instead of q, k, v or the to
     from util_factorization.small_model import load
     model, tokenizer = load("model_weights/smaller")  # a Hugging Face model: generate() and all that it can
 
-The folder holds surgery.safetensors, config.json, whose entry "surgery" is the plan, and the tokenizer's files. A plan is
+The folder holds surgery.safetensors, where each low-rank matrix is stored as a skeleton (attention.py), so that it has fewer
+numbers than the dense one at every rank; config.json, whose entry "surgery" is the plan; and the tokenizer's files. A plan is
 plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table": {"rank": r, "mean": bool} or None}. The
 parts of a stack share what they read: k and v of a layer one latent, neighbouring layers one set of components.
 
@@ -22,6 +23,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from cli import fail
+from util_factorization.attention import from_skeleton, skeleton
 from util_factorization.real_model import find_layers
 
 WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
@@ -192,16 +194,14 @@ def shrink(hf, cuts, table=None):
 
     cuts: [([(layer name, target), ...], Factors), ...]; table: (Z [V,r], P [r,d], mean [d] or None), or None.
     """
-    folded = [(parts, *factors.folded()) for parts, factors in cuts]
+    folded = [(parts, *narrowed(*factors.folded())) for parts, factors in cuts]
     plan = dict(stacks=[dict(parts=[list(p) for p in parts], rank=len(right)) for parts, _, right in folded], table=None)
     if table is not None:
         Z, P, mean = table
         plan["table"] = dict(rank=len(P), mean=mean is not None)
     made, ends = install(hf, plan)
     for modules, (_, left, right) in zip(made, folded):
-        modules[0].down.weight.copy_(right)
-        for module, part in zip(modules, left.split([module.up.out_features for module in modules])):
-            module.up.weight.copy_(part)
+        set_factors(modules, left, right)
     if ends:
         ends[0].wte.weight.copy_(Z)
         ends[0].scale_up.weight.copy_(P.T)
@@ -211,25 +211,75 @@ def shrink(hf, cuts, table=None):
     return plan
 
 
+def narrowed(left, right):
+    """A rank above the outputs, which a mean can make of full rank, is none."""
+    return (left, right) if len(right) <= len(left) else (torch.eye(len(left)), left @ right)
+
+
+@torch.no_grad()
+def set_factors(modules, left, right):
+    """Into the LowRanks of a stack: left [out of them all, r], right [r,in]."""
+    modules[0].down.weight.copy_(right)
+    for module, part in zip(modules, left.split([module.up.out_features for module in modules])):
+        module.up.weight.copy_(part)
+
+
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 
+def stacks_of(hf, plan):
+    """The LowRanks of every stack of the plan, which a model has had installed."""
+    found = []
+    for stack in plan["stacks"]:
+        owners = [hf.get_submodule(name) for name, _ in stack["parts"]]
+        found.append([getattr(owner, f"{target}_proj") for owner, (_, target) in zip(owners, stack["parts"])])
+    return found
+
+
+def to_stored(hf, plan):
+    """The tensors of a file: each stack as a skeleton(), everything else under its own name, a shared one once."""
+    stored, inside = {}, set()
+    for i, modules in enumerate(stacks_of(hf, plan)):
+        down = modules[0].down
+        left = torch.cat([module.up.weight for module in modules])
+        rows, rest, right = skeleton(left.detach().cpu(), down.weight.detach().cpu())
+        stored |= {f"stacks.{i}.rows": rows.int(), f"stacks.{i}.rest": rest, f"stacks.{i}.right": right}
+        inside |= {down.weight, *(module.up.weight for module in modules)}
+    own = {p: name for name, p in reversed([*hf.named_parameters(remove_duplicate=False)]) if p not in inside}
+    return stored | {name: p.detach().cpu().contiguous() for p, name in own.items()}
+
+
+def from_stored(hf, plan, tensors):
+    """Fill an installed model with what to_stored() gave. Raises where a name or a shape does not fit."""
+    for i, modules in enumerate(stacks_of(hf, plan)):
+        rows, rest, right = (tensors.pop(f"stacks.{i}.{part}") for part in ("rows", "rest", "right"))
+        set_factors(modules, from_skeleton(rows.long(), rest), right)
+    own, factors = dict(hf.named_parameters(remove_duplicate=False)), set()
+    for modules in stacks_of(hf, plan):
+        factors |= {modules[0].down.weight, *(module.up.weight for module in modules)}
+    for name, tensor in tensors.items():
+        own[name].data.copy_(tensor)
+    if missing := [name for name, p in hf.named_parameters() if name not in tensors and p not in factors]:
+        raise KeyError(f"{missing[0]} is missing")
+
+
 def save(folder, hf, tokenizer, plan):
-    """Write a folder, whole or not at all; one that exists is refused. Returns its bytes of weights."""
-    from safetensors.torch import save_model
+    """Write a folder, whole or not at all; one that exists is refused. Returns (numbers, bytes) of its weights."""
+    from safetensors.torch import save_file
 
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_model(hf, str(part / WEIGHTS), metadata=dict(format="pt"))
+        tensors = to_stored(hf, plan)
+        save_file(tensors, str(part / WEIGHTS), metadata=dict(format="pt"))
         config = hf.config.to_dict() | dict(surgery=plan)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         tokenizer.save_pretrained(part)
         if hf.generation_config is not None:
             hf.generation_config.save_pretrained(part)
-        size = (part / WEIGHTS).stat().st_size
+        size = sum(t.numel() for t in tensors.values()), (part / WEIGHTS).stat().st_size
         os.replace(part, folder)
     except Exception as error:  # safetensors, tokenizers and the file system raise their own
         shutil.rmtree(part, ignore_errors=True)
@@ -239,7 +289,7 @@ def save(folder, hf, tokenizer, plan):
 
 def load(folder, device="cpu"):
     """A folder that surgery.py --out wrote -> (model, tokenizer); one line and status 2 where it cannot be."""
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -250,17 +300,13 @@ def load(folder, device="cpu"):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     install(hf, plan)
     try:
-        load_model(hf, str(Path(folder) / WEIGHTS))
+        from_stored(hf, plan, load_file(str(Path(folder) / WEIGHTS)))
     except Exception as error:  # safetensors and torch raise their own
         fail(f"{folder}/{WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:80]}): write it again")
     return hf.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
-
-
-def parameters(hf):
-    return sum(p.numel() for p in hf.parameters())  # a shared one once
 
 
 @torch.inference_mode()

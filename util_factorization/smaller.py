@@ -10,7 +10,7 @@ from tables import table
 from util_factorization.heal import heal
 from util_factorization.operation import check_changes, fingerprint
 from util_factorization.real_model import Subject
-from util_factorization.small_model import cache_bytes, decode_speeds, load, parameters, save, shrink
+from util_factorization.small_model import cache_bytes, decode_speeds, load, save, shrink
 
 
 def make_smaller(args, point, surgeon, judge, tokenizer, windows):
@@ -42,23 +42,20 @@ def make_smaller(args, point, surgeon, judge, tokenizer, windows):
 
         training = heal(small, subject, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, log)
         bar.close()
-    size = save(args.out, hf, tokenizer, plan)
+    stored = save(args.out, hf, tokenizer, plan)
     read, _ = load(args.out, args.device)
     last = "healed" if training else "smaller"
     found[last] = judge.measure(Subject(read)) | (training or {})
     prompt = judge.windows[0][0][0]
     speeds = decode_speeds([subject.hf, read], prompt)
-    for name, hf, bytes_on_disk, speed in (("untouched", subject.hf, None, speeds[0]), (last, read, size, speeds[1])):
-        found[name] |= dict(parameters=parameters(hf), bytes=bytes_on_disk or bytes_of_weights(hf))
+    whole = [p.numel() for p in subject.hf.parameters()]
+    rows = (("untouched", subject.hf, (sum(whole), 4 * sum(whole)), speeds[0]), (last, read, stored, speeds[1]))
+    for name, hf, (numbers, size), speed in rows:
+        found[name] |= dict(parameters=numbers, bytes=size)
         found[name] |= dict(cache_bytes=cache_bytes(hf, prompt), tokens_per_second=[round(x, 2) for x in speed])
     record = point | dict(out=Path(args.out).name, context=len(prompt), models=found)
     (Path(args.out) / "measured.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
-
-
-def bytes_of_weights(hf):
-    """What a file of the model's weights as they are would hold."""
-    return sum(p.numel() * p.element_size() for p in hf.parameters())
 
 
 def smaller_table(records):
