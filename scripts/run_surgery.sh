@@ -1,15 +1,41 @@
 #!/usr/bin/env bash
-# Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, the table.
-# What is done is skipped, so the same command resumes. Arguments go to every call of surgery.py.
+# Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, budgets
+# beside uniform ranks, smaller models that are healed, the token table. What is done is skipped, so the same command resumes.
+# Arguments go to every call of surgery.py.
 #   bash scripts/run_surgery.sh
 #   MODEL=path/to/folder OUT=model_weights/mine bash scripts/run_surgery.sh --eval_windows 32
+#   TEXT=path/to/books.txt bash scripts/run_surgery.sh
+#
+#   MODEL    hub id, folder or .gguf file   left out, what surgery.py takes
+#   TEXT     text file                      calibration reads its even documents, evaluation its odd ones
+#   OUT      model_weights/surgery          left out with a TEXT, model_weights/surgery_NAME of it
+#   VARIANCE 0.99,0.9,...,0.2               shares of the energy
+#   K        160,128,96                     ranks of k and of v, alone and each on its own
+#   KV       320,288,192                    ranks of k over v, which share a basis
+#   BUDGET   0.75,0.5                       shares of all their numbers, given to layers by what the loss says
+#   SMALL    192                            ranks of k over v that become smaller models beside those of BUDGET
+#   HEAL     300                            steps of healing, a window each: 300 x 512 = 153,600 tokens
+#   WTE      384,256,128,64                 ranks of the table
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+name=$(basename "${TEXT:-}")
+out=${OUT:-model_weights/surgery${name:+_${name%.*}}}
 operate() {
-  python util_factorization/surgery.py ${MODEL:+--model "$MODEL"} --out_dir "${OUT:-model_weights/surgery}" "$@"
+  python util_factorization/surgery.py ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT" --eval_text "$TEXT"} \
+    --out_dir "$out" "$@"
 }
-operate --mode separate,shared_kv,shared_layers "$@"                                       # 9 thresholds x 3 modes
-operate --seed_faithful "$@"
+smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is written again
+  [ ! -f "$out/$1/measured.json" ] || { echo "$out/$1 is done; delete the folder to write it again"; return; }
+  rm -rf "${out:?}/$1"
+  operate --targets k,v --mode shared_kv --method fisher --out "$out/$1" --heal_steps "${HEAL:-300}" "${@:2}"
+}
+by_energy=(${VARIANCE:+--variance "$VARIANCE"})
+operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"      # 9 thresholds x 3 modes
+operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
 operate --targets k/v/k,v --method svd,whiten,fisher --rank "${K:-160,128,96}" "$@"
 operate --targets k,v --mode shared_kv --method svd,whiten,fisher --rank "${KV:-320,288,192}" "$@"
+BUDGET=${BUDGET:-0.75,0.5} SMALL=${SMALL:-192}
+operate --targets k,v --mode shared_kv --method fisher --budget "$BUDGET" "$@"             # of SmolLM2 0.5 costs what rank 192 of 384 does
+for rank in ${SMALL//,/ }; do smaller "kv_rank_$rank" --rank "$rank" "$@"; done
+for share in ${BUDGET//,/ }; do smaller "kv_budget_$share" --budget "$share" "$@"; done
 operate --targets wte --method svd,freq,whiten,joint,fisher --rank "${WTE:-384,256,128,64}" "$@"

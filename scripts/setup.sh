@@ -29,7 +29,7 @@ sys.exit([int(n) for n in v[:3]] < [2, 5, 1])' 2>/dev/null
 }
 
 setup_make_venv() {
-  local active=$1 wanted=requirements.txt
+  local active=$1 wanted=requirements.txt keep=()
   echo "setup: installing requirements.txt into .venv (some minutes, once; SKIP_SETUP=1 skips it)" >&2
   if [ ! -x .venv/bin/python ]; then
     if command -v uv >/dev/null; then uv venv --quiet --seed --python "$active" .venv; else "$active" -m venv .venv; fi
@@ -40,8 +40,10 @@ setup_make_venv() {
       > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_environment.pth"
     wanted=.venv/requirements_without_torch.txt
     grep -v '^torch==' requirements.txt > "$wanted"
+    echo "torch; python_version < '3'" > .venv/no_torch.txt  # uv does not see a borrowed one, and peft asks for one
+    keep=(--override .venv/no_torch.txt)
   fi
-  { command -v uv >/dev/null && uv pip install --quiet --python .venv/bin/python -r "$wanted"; } ||
+  { command -v uv >/dev/null && uv pip install --quiet --python .venv/bin/python ${keep[@]+"${keep[@]}"} -r "$wanted"; } ||
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted"
 }
 

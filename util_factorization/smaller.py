@@ -1,7 +1,6 @@
 """A point of surgery made into a smaller model on disk: healed where asked, read back, measured beside the untouched one."""
 
 import copy
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,9 +52,7 @@ def make_smaller(args, point, surgeon, judge, tokenizer, windows):
     for name, hf, (numbers, size), speed in rows:
         found[name] |= dict(parameters=numbers, bytes=size)
         found[name] |= dict(cache_bytes=cache_bytes(hf, prompt), tokens_per_second=[round(x, 2) for x in speed])
-    record = point | dict(out=Path(args.out).name, context=len(prompt), models=found)
-    (Path(args.out) / "measured.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
+    return point | dict(out=Path(args.out).name, context=len(prompt), models=found)
 
 
 def smaller_table(records):

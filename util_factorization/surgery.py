@@ -13,7 +13,9 @@ With --out the one point that is given becomes a folder: small_model.load() read
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +87,7 @@ def parse_levels(args):
             if not good(value):
                 fail(f"--{name} {part}: {what}")
             levels.append((name, value))
-    return levels
+    return levels or fail("--variance, --rank or --budget: give numbers between the commas, e.g. 0.9,0.8")
 
 
 def make_points(args):
@@ -131,6 +133,11 @@ def check(args, given):
         fail("--heal_steps heals the model that --out writes: give --out FOLDER")
     if args.out and Path(args.out).exists():
         fail(f"--out {args.out} exists: choose another folder, or delete it")
+    out, out_dir, model = (Path(path).resolve() for path in (args.out, args.out_dir, args.model))
+    if args.out and out in (out_dir, *out_dir.parents):
+        fail(f"--out {args.out} would hold --out_dir {args.out_dir}: choose another folder")
+    if args.out and args.model and model in out.parents:
+        fail(f"--out {args.out} lies in --model {args.model}: choose another folder")
     if args.out and args.seed_faithful:
         fail("--out with --seed_faithful would write a model that lost its PCA's mean: leave one of them out")
     for name in ("calib_text", "eval_text"):
@@ -224,7 +231,7 @@ def calibration(args, points, subject, layers, tokenizer, file):
         kept = torch.load(file, weights_only=True) if file.exists() else None
         if kept is None or (gradients and kept["lookup"] is None) or not {la.name for la in moments.layers} <= kept["C"].keys():
             kept = calibrate_all(args, moments, windows, subject, gradients)
-            write_whole(file, kept)
+            write_whole(file, lambda part: torch.save(kept, part))
         table |= {name: kept[name] for name in ("head", "lookup")}
         moments.C, moments.G, moments.tokens = kept["C"], kept["G"], kept["tokens"]
     return moments if of_layers else None, table
@@ -243,13 +250,11 @@ def calibrate_all(args, moments, windows, subject, gradients):
     return dict(head=head, lookup=lookup, C=moments.C, G=moments.G, tokens=moments.tokens)
 
 
-def write_whole(file, what):
-    """torch.save, and nothing half-written where the disk is full."""
-    import torch
-
+def write_whole(file, write):
+    """write(a path), and nothing half-written where the disk is full."""
     part = file.with_suffix(".part")
     try:
-        torch.save(what, part)
+        write(part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a write falls short
         part.unlink(missing_ok=True)
@@ -260,11 +265,15 @@ def write_whole(file, what):
 
 
 def add_line(file, record):
+    """Append a line, whole or not at all."""
+    size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a") as lines:
             lines.write(json.dumps(record) + "\n")
     except OSError as error:
-        fail(f"--out_dir: {file} cannot be written ({error.strerror}): make room; the same command goes on from here")
+        if file.exists():
+            os.truncate(file, size)
+        fail(f"{file} cannot be written ({error.strerror}): make room; the same command goes on from here")
 
 
 def read_records(results):
@@ -284,7 +293,10 @@ def prepare_folder(args, settings):
     if folder.exists() and not folder.is_dir():
         fail(f"--out_dir {folder} is a file: give a folder")
     config, records = folder / "config.json", read_records(folder / "results.jsonl")
-    before = json.loads(config.read_text())["settings"] if config.exists() else {}
+    try:
+        before = json.loads(config.read_text())["settings"] if config.exists() else {}
+    except (ValueError, KeyError):
+        fail(f"--out_dir {folder} holds a config.json that is no sweep's: choose another folder")
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]
@@ -292,10 +304,18 @@ def prepare_folder(args, settings):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if differing:
-            config.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
+            facts = json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n"
+            write_whole(config, lambda part: part.write_text(facts))
             (folder / "calibration.pt").unlink(missing_ok=True)
     except OSError as error:
         fail(f"--out_dir {folder} cannot be written ({error.strerror}): choose another folder")
+    parent = Path(args.out).absolute().parent
+    try:
+        if args.out:  # tried now, not after hours of healing
+            parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        fail(f"--out {args.out} cannot be written ({error.strerror}): choose another folder")
     return folder, records
 
 
@@ -363,10 +383,16 @@ def main(argv=None):
         judge = Judge(subject, windows)
         if any(point["budget"] for point in needed):
             surgeon.probe = Judge(subject, windows_of(args, "calib_text", tokenizer, subject, PROBES)[0])
+        practice = windows_of(args, "calib_text", tokenizer, subject, args.heal_steps)[0] if args.heal_steps else []
         sweep(args, left, surgeon, judge, tokenizer, folder / "results.jsonl")
         if args.out:
-            practice = windows_of(args, "calib_text", tokenizer, subject, max(args.heal_steps, 1))[0]
-            add_line(folder / "smaller.jsonl", make_smaller(args, points[0], surgeon, judge, tokenizer, practice))
+            try:
+                record = make_smaller(args, points[0], surgeon, judge, tokenizer, practice)
+                for file in (folder / "smaller.jsonl", Path(args.out) / "measured.json"):
+                    add_line(file, record)
+            except BaseException:  # what was not measured to its end is not left there
+                shutil.rmtree(args.out, ignore_errors=True)
+                raise
     records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
     print(write_report(folder, records, smaller))
     finish(

@@ -1,7 +1,11 @@
 """results.jsonl of surgery.py -> report.md: the table, perplexity against what was kept, ranks by layer, the answers."""
 
 import json
+import os
+import tempfile
+from pathlib import Path
 
+from cli import fail
 from plots import LINES, MARKERS, legend_beside, plt, save
 from tables import table
 from util_factorization.smaller import smaller_table
@@ -156,7 +160,7 @@ def told(answer):
 
 
 def write_report(folder, records, smaller):
-    """report.md and its figures in the folder; returns the tables."""
+    """report.md and its figures in the folder, all of them or none; returns the tables."""
     facts = json.loads((folder / "config.json").read_text())
     s, results = facts["settings"], result_table(records)
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
@@ -171,14 +175,20 @@ def write_report(folder, records, smaller):
         READING,
         "",
     ]
+    smaller = list({r["out"]: r for r in smaller}.values())  # a folder that was deleted and written again counts once
     if smaller:
         text += ["## Really smaller", "", smaller_table(smaller), "", READING_SMALLER, ""]
-    if len(records) > 1:
-        for caption, name in figures(folder, records):
-            text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    text += answer_table(records)
-    for r in by_layer(records):
-        text += [f"## By layer: {label(r)}, {level(r)}", "", "Components kept, relative error of the weights.", ""]
-        text += [layer_table(r), ""]
-    (folder / "report.md").write_text("\n".join(text))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            for caption, name in figures(Path(part), records) if len(records) > 1 else []:
+                text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+            text += answer_table(records)
+            for r in by_layer(records):
+                text += [f"## By layer: {label(r)}, {level(r)}", "", "Components kept, relative error of the weights.", ""]
+                text += [layer_table(r), ""]
+            (Path(part) / "report.md").write_text("\n".join(text))
+            for file in Path(part).iterdir():
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        fail(f"{folder}/report.md cannot be written ({error.strerror or error}): make room; the same command writes it again")
     return "\n\n".join([results, smaller_table(smaller)] if smaller else [results])
