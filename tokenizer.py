@@ -72,8 +72,8 @@ class Codec:
     end_of_text: int
 
 
-def read_codec(meta, source):
-    """The tokenizer of a dataset's meta.pkl. source: what to name where there is none."""
+def read_codec(meta, source, mend="give --prompt_ids"):
+    """The tokenizer of a dataset's meta.pkl. source and mend: what to name where there is none, and what to do."""
     if meta.get("tokenizer") == "gpt2":
         bpe = gpt2()
         return Codec(bpe.encode_ordinary, bpe.decode, bpe.eot_token)
@@ -83,4 +83,4 @@ def read_codec(meta, source):
         bpe = Tokenizer.from_str(meta["tokenizer_json"])
         bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
-    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or give --prompt_ids")
+    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {mend}")

@@ -220,14 +220,14 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
     windows = [(x[None, :-1], x[None, 1:]) for x in IDS.repeat(1, 5)]  # longer than what Subject's check has cached
     judge, student = Judge(untouched, windows), Subject(small)
     before, size, names = judge.measure(student), parameters(small), set(small.state_dict())
-    teacher = {name: p.clone() for name, p in untouched.hf.named_parameters()}
+    teacher = {name: p.clone() for name, p in untouched.model.named_parameters()}
     seen = []
     facts = heal(student, untouched, windows, 30, 4, 1e-2, 0, seen.append)
     after = judge.measure(student)
     assert after["kl"] < 0.7 * before["kl"] and len(seen) == facts["steps"] == 30 and facts["tokens"] == 30 * 99
     assert parameters(small) == size and set(small.state_dict()) == names
     assert not any(p.requires_grad for p in small.parameters())
-    assert all(torch.equal(p, teacher[name]) for name, p in untouched.hf.named_parameters())
+    assert all(torch.equal(p, teacher[name]) for name, p in untouched.model.named_parameters())
     for attn in (m for m in small.modules() if isinstance(m, LatentAttention)):
         assert attn.k_proj.down is attn.v_proj.down
 

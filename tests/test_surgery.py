@@ -377,7 +377,7 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
         (["--mode", "shared_kv", "--targets", "k"], "shared_kv", "lacks"),
         (["--seed_faithful", "--method", "svd"], "--seed_faithful", "--method"),
         (["--calib_tokens", "32", "--method", "whiten"], "--calib_text", "32 tokens"),
-        (["--window", "100000"], "--eval_text", "longer"),
+        (["--window", "100000"], "--window 100000", "2048 tokens", "lower"),
         (["--eval_text", tmp_path / "none.txt"], "--eval_text", "none.txt"),
         (["--eval_text", clinic / "calib.txt"], "--calib_text", "one document"),
         (["--model", tmp_path], "--model", "config"),
@@ -404,13 +404,9 @@ def test_another_sweep_in_the_folder_is_refused(operate, assert_one_line_error):
     assert_one_line_error(operate("--targets", "k", "--rank", "4", "--eval_windows", "2"), "--out_dir", "eval_windows 3")
 
 
-def test_untied_and_quantised_models_are_refused(operate, clinic, assert_one_line_error):
-    llama(tie_word_embeddings=False).save_pretrained(clinic / "untied")
-    save_tokenizer(clinic / "untied")
-    assert_one_line_error(
-        operate("--targets", "wte", "--rank", "4", "--method", "svd", model="untied"), "--targets wte", "head"
-    )
-    config = json.loads((clinic / "untied" / "config.json").read_text())
+def test_quantised_models_are_refused(operate, clinic, assert_one_line_error):
+    llama().save_pretrained(clinic / "quantised")
+    config = json.loads((clinic / "quantised" / "config.json").read_text())
     config["quantization_config"] = dict(quant_method="gptq", bits=4)
-    (clinic / "untied" / "config.json").write_text(json.dumps(config))
-    assert_one_line_error(operate("--targets", "q", "--rank", "4", model="untied"), "quantised", "float model")
+    (clinic / "quantised" / "config.json").write_text(json.dumps(config))
+    assert_one_line_error(operate("--targets", "q", "--rank", "4", model="quantised"), "quantised", "float model")

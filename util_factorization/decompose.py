@@ -106,7 +106,8 @@ def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_la
 
     counts [V]    how often each token occurs, for all methods but svd and centered; one is added, so that no row weighs nothing
     head [d,d]    C = E[h h^T] of what the head reads, for whiten, joint and fisher
-    lookup [d,d]  G = E[g g^T] of the loss's gradient at what the lookup gives, for fisher
+    lookup [d,d]  G = E[g g^T] of the loss's gradient at what the lookup gives, for fisher; with a table that has one use
+                  alone, fisher takes a 0 for the other's
     Raises ValueError where a method lacks what it needs.
     """
     if method not in METHODS:

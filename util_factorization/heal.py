@@ -26,15 +26,15 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
     log(kl) is called after each step. Returns dict(steps, tokens, seconds, kl: nats per token over the last tenth).
     """
     torch.manual_seed(seed)
-    linears = [m for m in student.hf.modules() if type(m) is nn.Linear and m is not student.head]
+    linears = [m for m in student.model.modules() if type(m) is nn.Linear and m is not student.head]
     for linear in linears:
         r = min(rank, *linear.weight.shape)
         adapt([linear], SimpleNamespace(lora_rank=r, lora_alpha=2 * r, lora_dropout=0.0))
-    student.hf.requires_grad_(False).to(student.hf.device)
+    student.model.requires_grad_(False).to(student.model.device)
     adapters = list({p: None for m in linears for p in m.lora.parameters()})
     for p in adapters:
         p.requires_grad_(True)
-        p.data = p.data.to(student.hf.device)
+        p.data = p.data.to(student.model.device)
     optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.0, fused=True)
     order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
     losses, start = [], time.time()
@@ -55,7 +55,7 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
         log(losses[-1])
-    merge_adapters(student.hf)
+    merge_adapters(student.model)
     last = losses[-max(1, steps // 10) :]
     tokens = steps * windows[0][0].numel()
     return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), kl=sum(last) / len(last))

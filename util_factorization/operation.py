@@ -30,21 +30,31 @@ class Surgeon:
         Judge on calibration windows, for budgets.
         """
         self.subject, self.layers, self.moments, self.table, self.probe = subject, layers, moments, table or {}, probe
-        self.decompositions, self.undo, self.cuts, self.table_factors = {}, [], [], None
+        self.decompositions, self.undo, self.cuts, self.table_factors = {}, [], [], {}
 
     def decomposition(self, method, stack):
-        """Of a stack, or of the table where the stack is None; kept until another method is asked for."""
-        key = (method, stack and tuple((layer.name, target) for layer, target in stack))
+        """Of a stack, or of a table as [(table, target)]; kept until another method is asked for."""
+        key = (method, tuple((part.name, target) for part, target in stack))
         if key not in self.decompositions:
             self.decompositions = {k: whole for k, whole in self.decompositions.items() if k[0] == method}
-            if stack is None:
-                whole = decompose_table(self.subject.table.weight.detach().clone(), method, **self.table)
-            else:
-                W = torch.cat([layer.weight(target) for layer, target in stack])
-                C, G = self.moments.of(stack) if self.moments else (None, None)
-                whole = attention.decompose(W, method, C, G)
-            self.decompositions[key] = whole
+            decompose = self.of_table if stack[0][1] in self.subject.tables else self.of_layers
+            self.decompositions[key] = decompose(method, stack)
         return self.decompositions[key]
+
+    def of_layers(self, method, stack):
+        W = torch.cat([layer.weight(target) for layer, target in stack])
+        C, G = self.moments.of(stack) if self.moments else (None, None)
+        return attention.decompose(W, method, C, G)
+
+    def of_table(self, method, stack):
+        """
+        A table that is the head too is weighed by both uses, one with a head beside it by its own: C of the head, G of the
+        lookup. Nothing that whiten knows of reads a lookup alone, so there its rows count as often as their tokens (freq).
+        """
+        table = stack[0][0]
+        method = "freq" if method == "whiten" and "head" not in table.uses else method
+        moments = {use: self.table.get(use) if use in table.uses else 0 for use in ("head", "lookup")}
+        return decompose_table(table.matrix.detach().clone(), method, self.table.get("counts"), **moments)
 
     def cut(self, point, per_group):
         """Replace the point's weights -> {target: {ranks, errors, output_errors, energies}}, each a list over layers."""
@@ -99,30 +109,29 @@ class Surgeon:
         return factors
 
     def cut_table(self, point):
-        table, whole = self.subject.table.weight, self.decomposition(point["method"], None)
-        k = point["rank"] or whole.rank_for(point["variance"])
-        Z, P, mean = self.table_factors = whole.factors(k)
-        rebuilt = Z @ P if mean is None else torch.addmm(mean, Z, P)
-        facts = dict(ranks=k, full=table.shape[1], energies=whole.energy(k), errors=whole.relative_errors([k])[0])
-        table.data.copy_(rebuilt)
-        self.undo.append((None, "wte", whole.table, k == table.shape[1]))
-        return {"wte": {fact: [value] for fact, value in facts.items()}}
+        found, self.table_factors = {}, {}
+        for target, table in self.subject.tables.items():
+            whole = self.decomposition(point["method"], [(table, target)])
+            k, full = point["rank"] or whole.rank_for(point["variance"]), whole.table.shape[1]
+            Z, P, mean = self.table_factors[target] = whole.factors(k)
+            self.undo.append((table, target, whole.table, k == full))
+            table.set_weight(target, Z @ P if mean is None else torch.addmm(mean, Z, P))
+            facts = dict(ranks=k, full=full, energies=whole.energy(k), errors=whole.relative_errors([k])[0])
+            found[target] = {fact: [value] for fact, value in facts.items()}
+        return found
 
     def touched(self):
         """Names of the parameters that a cut should have changed, and of those that it may have."""
         must, may = set(), set()
-        for layer, target, _, whole in self.undo:
-            names = {self.subject.table_name} if layer is None else layer.parameters_of(target)
+        for part, target, _, whole in self.undo:
+            names = part.parameters_of(target)
             may |= names
             must |= set() if whole else names  # every component kept: it may come out bit for bit
         return must, may
 
     def restore(self):
-        for layer, target, old, _ in self.undo:
-            if layer is None:
-                self.subject.table.weight.data.copy_(old)
-            else:
-                layer.set_weight(target, old)
+        for part, target, old, _ in self.undo:
+            part.set_weight(target, old)
         self.undo = []
 
 

@@ -5,17 +5,25 @@ A real model under the knife: load it, find its q, k and v, calibrate them on te
 import copy
 import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 
+import checkpoint
+import decoding
 from cli import fail
+from dataset import find_folder, read_meta
+from kv_cache import KVCache
 from latents import linear as linear_of
+from tokenizer import read_codec
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
+SAMPLED = dict(temperature=0.7, top_p=0.9)  # how a sampled answer is drawn
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -40,8 +48,31 @@ def choose_model():
         return str(files[0])
 
 
-def load_model(name, tokenizer_name=""):
-    """A hub id, a folder or a .gguf file -> (model in float32, tokenizer); one line and status 2 where it cannot be."""
+def read(kind, what, source, flag, **more):
+    """kind.from_pretrained(source), or one line that says why there is no such thing."""
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **more)
+    except Exception as error:  # the network, the folder and every reader raise their own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")
+
+
+def load_subject(name, tokenizer_name=""):
+    """What --model and --tokenizer name -> (its subject in float32, tokenizer); one line and status 2 where it cannot be."""
+    own = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file()
+    subject, its_tokenizer = (load_own if own else load_hugging_face)(name)
+    tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else its_tokenizer()
+    rows = len(subject.table.weight)
+    if len(tokenizer) > rows:
+        fail(
+            f"the tokenizer of {tokenizer_name or name} has {len(tokenizer)} tokens, --model {name} a table of {rows}: "
+            "give --tokenizer its own"
+        )
+    return subject, tokenizer
+
+
+def load_hugging_face(name):
+    """A hub id, a folder or a .gguf file -> (Subject, what loads its tokenizer)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -54,70 +85,167 @@ def load_model(name, tokenizer_name=""):
         if importlib.util.find_spec("gguf") is None:
             fail(f"--model {name} needs the package gguf: pip install gguf==0.19.0")
         path, how = str(Path(name).parent), dict(gguf_file=Path(name).name)
-
-    def read(kind, what, source, flag, **more):
-        try:
-            return kind.from_pretrained(source, trust_remote_code=False, **more)
-        except Exception as error:  # the network, the folder and every reader raise their own
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-            fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")
-
     config = read(AutoConfig, "config", path, "--model", **how)
     if getattr(config, "quantization_config", None) and not how:
         fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
     model, info = read(AutoModelForCausalLM, "weights", path, "--model", dtype=torch.float32, output_loading_info=True, **how)
     if missing := sorted(info["missing_keys"]):  # which from_pretrained fills with random numbers
         fail(f"--model {name} lacks {len(missing)} weights, first {missing[0]}: give a whole model")
+    modules = dict(model.named_modules())
+    unread = [
+        key for key in info["unexpected_keys"] if isinstance(modules.get(key.rpartition(".")[0]), (nn.Linear, nn.Embedding))
+    ]
+    if unread:  # the scales of quantised weights, say, without which the weights are read as other numbers
+        fail(f"--model {name} has {min(unread)}, which a float {config.model_type} does not read: give the float model")
     if how:
         model.config.__dict__.pop("quantization_config", None)  # the weights are float32 by now
-    source, how = (tokenizer_name, {}) if tokenizer_name else (path, how)
-    tokenizer = read(AutoTokenizer, "tokenizer", source, "--tokenizer" if tokenizer_name else "--model", **how)
-    rows = len(model.get_input_embeddings().weight)
-    if len(tokenizer) > rows:
-        fail(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, --model {name} a table of {rows}: give --tokenizer its own"
+    subject = Subject(model.eval().requires_grad_(False))
+    return subject, lambda: read(AutoTokenizer, "tokenizer", path, "--model", **how)
+
+
+def load_own(name):
+    """A run folder or a checkpoint of train.py -> (OwnSubject, what loads the tokenizer of the dataset that it names)."""
+    saved = checkpoint.load(name, mend="give --model a run folder, its ckpt.pt, or a model of Hugging Face")
+    model, trained_on = checkpoint.build(saved, dropout=0.0).eval(), saved["args"]["dataset"]
+    model.merge_lora()
+
+    def its_tokenizer():
+        return dataset_tokenizer(trained_on) or fail(
+            f"--model {name} was trained on {trained_on}, which is not here: run its prepare.py, or give --tokenizer"
         )
-    return model.eval().requires_grad_(False), tokenizer
+
+    return OwnSubject(model.requires_grad_(False)), its_tokenizer
 
 
-class Subject:
-    """A Hugging Face model with the three calls of ours (lookup, trunk, logits), so that calibrate() reads it."""
+def load_tokenizer(name):
+    """A dataset that is here, else a hub id or a folder of save_pretrained."""
+    from transformers import AutoTokenizer
+
+    return dataset_tokenizer(name) or read(AutoTokenizer, "tokenizer", name, "--tokenizer")
+
+
+def dataset_tokenizer(name):
+    """That of a dataset's meta.pkl, or None where there is none."""
+    folder = find_folder(name)
+    if folder is None or not (folder / "meta.pkl").is_file():
+        return None
+    meta = read_meta(folder / "meta.pkl")
+    return CodecTokenizer(read_codec(meta, folder / "meta.pkl", mend="give --tokenizer one"), meta["vocab_size"])
+
+
+class CodecTokenizer:
+    """A dataset's codec with those calls of a Hugging Face tokenizer that are made here."""
+
+    chat_template = None
+
+    def __init__(self, codec, size):
+        self.codec, self.size, self.eos_token_id = codec, size, codec.end_of_text
+
+    def __len__(self):
+        return self.size
+
+    def __call__(self, text, **how):
+        return dict(input_ids=self.codec.encode(text))
+
+    def decode(self, ids, **how):
+        return self.codec.decode([i for i in ids.tolist() if i != self.eos_token_id])
+
+
+# -- what is cut, and how it is called --------------------------------------------------------------------------------
+
+
+class Subject(nn.Module):
+    """
+    A Hugging Face model with the three calls of ours (lookup, trunk, logits), so that calibrate() reads it.
+
+    tables   {"wte": Table}, and "head" where that is a matrix of its own; none where they are factorized
+    longest  tokens that it reads at most
+    """
 
     def __init__(self, hf):
-        self.hf, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
+        super().__init__()
+        self.model, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
+        self.tables = tables_of(hf, self.table, self.head) if isinstance(self.table, nn.Embedding) else {}
         self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
+        self.longest = getattr(hf.config, "max_position_embeddings", None) or math.inf
+        self.scale = getattr(self.table, "embed_scale", 1)  # Gemma's: what enters the trunk is so many times a row
         x = torch.arange(2, 8)[None] % hf.config.vocab_size
-        with torch.no_grad():
-            theirs, ours = hf(x.to(hf.device)).logits, self.logits(self.trunk(self.lookup(x.to(hf.device))))
-        if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
-            fail(
-                f"{hf.config.model_type} does more to its logits than a head of one matrix: give a Llama, Mistral, Qwen or NeoX"
-            )
-
-    def to(self, device):
-        self.hf.to(device)
-        return self
-
-    def eval(self):
-        self.hf.eval()
-        return self
-
-    def requires_grad_(self, flag):
-        self.hf.requires_grad_(flag)
-        return self
-
-    @property
-    def table_name(self):
-        return next(name for name, p in self.hf.named_parameters() if p is self.table.weight)
+        try:
+            with torch.no_grad():
+                theirs, ours = hf(x.to(hf.device)).logits, self.logits(self.trunk(self.lookup(x)))
+                same = torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3)
+        except (AttributeError, TypeError):  # no base model that reads rows and gives hidden states
+            same = False
+        if not same:
+            fail(f"{hf.config.model_type} is more than a table, a trunk and a head: give a Llama, Mistral, Qwen or NeoX")
 
     def lookup(self, x):
-        return self.table(x.to(self.hf.device))
+        return self.table(x.to(self.model.device)) / self.scale
 
     def trunk(self, rows):
-        return self.hf.base_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        return self.model.base_model(inputs_embeds=rows * self.scale, use_cache=False).last_hidden_state
 
     def logits(self, h):
         return self.head(h)
+
+    def generate(self, ids, tokens, end, seed=None):
+        """Ids [T] and up to `tokens` after them -> those after them: the likeliest, or with a seed a sample."""
+        how = dict(do_sample=False) if seed is None else dict(do_sample=True, **SAMPLED)
+        if seed is not None:
+            torch.manual_seed(seed)
+        ids = ids[None].to(self.model.device)
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=end or 0, **how)
+        return out[0, ids.shape[1] :]
+
+
+class OwnSubject(nn.Module):
+    """Our GPT as a Subject. Its table is cut where it is dense; a factorized one can be calibrated through, no more."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.table, self.config = model, model.transformer.wte, model.config
+        self.head = nn.Sequential(model.transformer.scale_down, model.lm_head)
+        self.tables = tables_of(model, self.table, model.lm_head) if model.config.n_embd_wte is None else {}
+        self.longest = model.config.block_size
+        self.trunk, self.logits = model.trunk, model.logits
+
+    def lookup(self, x):
+        return self.model.lookup(x.to(self.table.weight.device))
+
+    def generate(self, ids, tokens, end, seed=None):
+        """As Subject's; stops where block_size is full."""
+        ids = ids[None].to(self.table.weight.device)
+        steps = min(tokens, self.longest - ids.shape[1] + 1)  # the last token need not be read
+        draw = torch.Generator(ids.device).manual_seed(seed or 0)
+        choose = decoding.chooser(0) if seed is None else decoding.chooser(**SAMPLED, generator=draw)
+        cache = KVCache(self.model, 1, ids.shape[1] + steps - 1, "float32")
+        return torch.cat(list(decoding.generate(self.model, ids, steps, choose, end, cache)))
+
+
+@dataclass
+class Table:
+    """A token table or a head [V,d] that is replaced as a Layer's targets are. uses: of "lookup" and "head", what it is."""
+
+    name: str
+    matrix: nn.Parameter
+    uses: tuple
+
+    def set_weight(self, target, W):
+        self.matrix.data.copy_(W)
+
+    def parameters_of(self, target):
+        return {self.name}
+
+
+def tables_of(model, table, head):
+    """{"wte": Table}, and "head" where it is another matrix than the embedding's."""
+    names = {p: name for name, p in model.named_parameters()}
+    if head.weight is table.weight:
+        return dict(wte=Table(names[table.weight], table.weight, ("lookup", "head")))
+    return {
+        target: Table(names[module.weight], module.weight, (use,))
+        for target, module, use in (("wte", table, "lookup"), ("head", head, "head"))
+    }
 
 
 # -- q, k and v -------------------------------------------------------------------------------------------------------
@@ -173,26 +301,32 @@ class Layer:
         return {f"{list(self.linears)[i]}.weight" for i in touched.tolist()}
 
 
+def plain(name, linear):
+    """A Linear of float weights, or an error that names what stands in its place."""
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        fail(f"{name} is a {type(linear).__name__} that cannot be changed in place: give a model of plain float weights")
+    return linear
+
+
 def find_layers(model):
-    """Every attention layer of a model with q_proj, k_proj and v_proj, or of a GPT-NeoX, whose fused matrix is split."""
+    """
+    Every attention layer of a model with q_proj, k_proj and v_proj, or of a GPT-NeoX, whose fused matrix is split. Of our GPT
+    with compressed keys or values these are the projections, before what compresses them.
+    """
     layers = []
     for name, module in model.named_modules():
         linears = {f"{name}.{n}": getattr(module, n.rsplit(".")[-1], None) for n in ("q_proj", "k_proj", "v_proj")}
         if all(linear is not None for linear in linears.values()):
-            sizes = [len(linear.weight) for linear in linears.values()]
+            sizes = [len(plain(part, linear).weight) for part, linear in linears.items()]
             rows = dict(zip("qkv", torch.arange(sum(sizes)).split(sizes)))
-        elif model.config.model_type == "gpt_neox" and hasattr(module, "query_key_value"):
-            linears = {f"{name}.query_key_value": module.query_key_value}
+        elif hasattr(module, "query_key_value") and model.config.model_type == "gpt_neox":
+            qkv = plain(f"{name}.query_key_value", module.query_key_value)
+            linears = {f"{name}.query_key_value": qkv}
             # [H 3 n, in]: every head's q, k and v lie side by side
-            by_head = torch.arange(len(module.query_key_value.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
+            by_head = torch.arange(len(qkv.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
             rows = {target: by_head[:, i].flatten() for i, target in enumerate("qkv")}
         else:
             continue
-        for part, linear in linears.items():
-            if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
-                fail(
-                    f"{part} is a {type(linear).__name__} that cannot be changed in place: give a model of plain float weights"
-                )
         layers.append(Layer(name, linears, rows))
     if not layers:
         kind = model.config.model_type
@@ -304,21 +438,17 @@ class Judge:
         return dict(loss=loss, ppl=math.exp(min(loss, 700)), kl=kl / tokens, top1=same / tokens)
 
 
-def answer(model, tokenizer, prompt, tokens, seed=None):
-    """What the model says to a prompt, in its chat template where it has one: greedy, or with a seed a sample."""
+def prompt_ids(tokenizer, prompt):
+    """Ids [T] of a prompt, in the chat template where there is one."""
     if tokenizer.chat_template:
         messages = [dict(role="user", content=prompt)]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    how = dict(do_sample=False) if seed is None else dict(do_sample=True, temperature=0.7, top_p=0.9)
-    if seed is not None:
-        torch.manual_seed(seed)
-    end = tokenizer.eos_token_id
-    mask = torch.ones_like(ids)
-    out = model.generate(
-        ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=tokens, pad_token_id=end or 0, **how
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        found = tokenizer(prompt)
+    return torch.tensor(found["input_ids"], dtype=torch.long)
+
+
+def answer(subject, tokenizer, prompt, tokens, seed=None):
+    """What the model says to a prompt: greedy, or with a seed a sample."""
+    out = subject.generate(prompt_ids(tokenizer, prompt), tokens, tokenizer.eos_token_id, seed)
+    return tokenizer.decode(out, skip_special_tokens=True).strip()

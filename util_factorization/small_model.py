@@ -6,8 +6,9 @@ A model that surgery made smaller: low-rank factors instead of q, k, v or the to
 
 The folder holds surgery.safetensors, where each low-rank matrix is stored as a skeleton (attention.py), so that it has fewer
 numbers than the dense one at every rank; config.json, whose entry "surgery" is the plan; and the tokenizer's files. A plan is
-plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table": {"rank": r, "mean": bool} or None}. The
-parts of a stack share what they read: k and v of a layer one latent, neighbouring layers one set of components.
+plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table": {"rank": r, "mean": bool, "head": the rank
+of a head of its own, or None} or None}. The parts of a stack share what they read: k and v of a layer one latent, neighbouring
+layers one set of components.
 
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G of keys and values, n numbers a head, r a rank.
 """
@@ -181,33 +182,38 @@ def install_table(hf, plan):
     V, d = hf.get_input_embeddings().weight.shape
     wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"])
     table = FactorizedTable(wte, linear(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
-    head = FactorizedHead(wte, linear(d, plan["rank"]))
+    own = wte if plan["head"] is None else nn.utils.skip_init(nn.Embedding, V, plan["head"])
+    head = FactorizedHead(own, linear(d, own.embedding_dim))
     hf.set_input_embeddings(table)
     hf.set_output_embeddings(head)
     return table, head
 
 
 @torch.no_grad()
-def shrink(hf, cuts, table=None):
+def shrink(hf, cuts, tables=None):
     """
     Make a model smaller in place -> its plan.
 
-    cuts: [([(layer name, target), ...], Factors), ...]; table: (Z [V,r], P [r,d], mean [d] or None), or None.
+    cuts: [([(layer name, target), ...], Factors), ...]; tables: {"wte": (Z [V,r], P [r,d], mean [d] or None)}
+    and "head" where that is another matrix, or nothing.
     """
     folded = [(parts, *narrowed(*factors.folded())) for parts, factors in cuts]
     plan = dict(stacks=[dict(parts=[list(p) for p in parts], rank=len(right)) for parts, _, right in folded], table=None)
-    if table is not None:
-        Z, P, mean = table
-        plan["table"] = dict(rank=len(P), mean=mean is not None)
+    if tables:
+        Z, P, mean = tables["wte"]
+        plan["table"] = dict(rank=len(P), mean=mean is not None, head=len(tables["head"][1]) if "head" in tables else None)
+        scale = getattr(hf.get_input_embeddings(), "embed_scale", 1)  # Gemma's, of a looked-up row
     made, ends = install(hf, plan)
     for modules, (_, left, right) in zip(made, folded):
         set_factors(modules, left, right)
     if ends:
         ends[0].wte.weight.copy_(Z)
-        ends[0].scale_up.weight.copy_(P.T)
-        ends[1].scale_down.weight.copy_(P)
+        ends[0].scale_up.weight.copy_(P.T * scale)
         if mean is not None:
-            ends[0].scale_up.bias.copy_(mean)
+            ends[0].scale_up.bias.copy_(mean * scale)
+        Z, P, _ = tables.get("head", tables["wte"])
+        ends[1].wte.weight.copy_(Z)
+        ends[1].scale_down.weight.copy_(P)
     return plan
 
 

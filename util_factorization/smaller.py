@@ -20,12 +20,12 @@ def make_smaller(args, point, surgeon, judge, tokenizer, windows):
     sweep measured.
     """
     subject = surgeon.subject
-    before = fingerprint(subject.hf)
+    before = fingerprint(subject.model)
     surgeon.cut(point, args.layers_per_group)
     cut = judge.measure()
     surgeon.restore()
-    check_changes(before, subject.hf)
-    hf = copy.deepcopy(subject.hf)
+    check_changes(before, subject.model)
+    hf = copy.deepcopy(subject.model)
     plan = shrink(hf, surgeon.cuts, surgeon.table_factors)
     small = Subject(hf)
     found = dict(untouched=judge.measure(), smaller=judge.measure(small))
@@ -46,9 +46,9 @@ def make_smaller(args, point, surgeon, judge, tokenizer, windows):
     last = "healed" if training else "smaller"
     found[last] = judge.measure(Subject(read)) | (training or {})
     prompt = judge.windows[0][0][0]
-    speeds = decode_speeds([subject.hf, read], prompt)
-    whole = [p.numel() for p in subject.hf.parameters()]
-    rows = (("untouched", subject.hf, (sum(whole), 4 * sum(whole)), speeds[0]), (last, read, stored, speeds[1]))
+    speeds = decode_speeds([subject.model, read], prompt)
+    whole = [p.numel() for p in subject.model.parameters()]
+    rows = (("untouched", subject.model, (sum(whole), 4 * sum(whole)), speeds[0]), (last, read, stored, speeds[1]))
     for name, hf, (numbers, size), speed in rows:
         found[name] |= dict(parameters=numbers, bytes=size)
         found[name] |= dict(cache_bytes=cache_bytes(hf, prompt), tokens_per_second=[round(x, 2) for x in speed])

@@ -29,8 +29,11 @@ NOTHING = dict(method="-", mode="-", targets="-", variance=None, rank=None, budg
 
 @dataclass
 class Args:
-    model: str = flag("", "hub id, folder or .gguf file; left out, TinyLlama, or SmolLM2-135M where the hub does not answer")
-    tokenizer: str = flag("", "hub id or folder; left out, the model's own")
+    model: str = flag(
+        "",
+        "hub id, folder, .gguf file, or a run of train.py; left out, TinyLlama, or SmolLM2-135M where the hub does not answer",
+    )
+    tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
     variance: str = flag("", "shares of the energy to keep, in (0, 1], comma-separated; left out, the seed's nine")
     rank: str = flag("", "ranks of what is decomposed, comma-separated, instead of --variance or beside it")
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated: ranks by layer, by what the loss says")
@@ -157,6 +160,23 @@ def check_ranks(points, layers, subject, per_group):
         for name, full in widths.items():
             if point["rank"] and point["rank"] > full:
                 fail(f"--rank {point['rank']}: {name} has ranks 1 to {full}")
+
+
+def check_subject(args, points, subject, tokenizer):
+    """What the model is to read is no longer than it can be, the table is one that can be cut, --out can say what is left."""
+    from util_factorization.real_model import CodecTokenizer, OwnSubject, prompt_ids
+
+    if args.out and (isinstance(subject, OwnSubject) or isinstance(tokenizer, CodecTokenizer)):
+        fail("--out writes a model and a tokenizer of Hugging Face, and --model or --tokenizer is of train.py: leave --out out")
+    if args.window > subject.longest:
+        fail(f"--window {args.window}: {args.model} reads {subject.longest} tokens at most, lower --window")
+    if args.answer_tokens and not 1 <= (length := len(prompt_ids(tokenizer, args.prompt))) <= subject.longest:
+        fail(f"--prompt has {length} tokens, {args.model} reads 1 to {subject.longest}: give another, or --answer_tokens 0")
+    of_table = {p["method"] for p in points if p["mode"] == "table"}
+    if of_table and not subject.tables:
+        fail(f"--targets wte: {args.model} has a table that is factorized already: give its dense baseline, or --targets q,k,v")
+    if "joint" in of_table and "head" in subject.tables:
+        fail(f"--method joint is of one table for lookup and head, {args.model} has two: give --method fisher")
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -326,7 +346,8 @@ def sweep(args, points, surgeon, judge, tokenizer, results):
     from util_factorization.operation import check_changes, fingerprint
     from util_factorization.real_model import answer
 
-    model, before = surgeon.subject.hf, fingerprint(surgeon.subject.hf)
+    subject, model = surgeon.subject, surgeon.subject.model
+    before = fingerprint(model)
     bar = tqdm(points, desc="surgery", unit="point")
     for point in bar:
         started = time.time()
@@ -334,7 +355,7 @@ def sweep(args, points, surgeon, judge, tokenizer, results):
         check_changes(before, model, *surgeon.touched())
         record = point | judge.measure() | dict(parts=parts)
         if args.answer_tokens:
-            greedy, sampled = (answer(model, tokenizer, args.prompt, args.answer_tokens, seed) for seed in (None, args.seed))
+            greedy, sampled = (answer(subject, tokenizer, args.prompt, args.answer_tokens, seed) for seed in (None, args.seed))
             record |= dict(answer=greedy, sampled=sampled)
         surgeon.restore()
         check_changes(before, model)
@@ -353,7 +374,7 @@ def main(argv=None):
     import torch
 
     from util_factorization.operation import Surgeon, fingerprint
-    from util_factorization.real_model import Judge, Subject, choose_model, find_layers, load_model
+    from util_factorization.real_model import Judge, choose_model, find_layers, load_subject
     from util_factorization.smaller import make_smaller
     from util_factorization.surgery_report import write_report
 
@@ -364,15 +385,14 @@ def main(argv=None):
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     args.model = args.model or choose_model()
     print(f"model: {args.model}", flush=True)
-    hf, tokenizer = load_model(args.model, args.tokenizer)
-    subject = Subject(hf.to(args.device))
-    layers = find_layers(hf) if {p["mode"] for p in points} != {"table"} else []
-    if any(p["mode"] == "table" for p in points) and subject.table.weight is not subject.head.weight:
-        fail(f"--targets wte: {args.model} has a head of its own beside its table: give a model whose head is tied")
+    subject, tokenizer = load_subject(args.model, args.tokenizer)
+    model = subject.to(args.device).model
+    layers = find_layers(model) if {p["mode"] for p in points} != {"table"} else []
+    check_subject(args, points, subject, tokenizer)
     check_ranks(points, layers, subject, args.layers_per_group)
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
     settings["model"] = Path(args.model).name if Path(args.model).exists() else args.model
-    settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(hf).items())).encode()).hexdigest()[:12])
+    settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(model).items())).encode()).hexdigest()[:12])
     windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
     folder, records = prepare_folder(args, settings)
     done = [{k: r.get(k) for k in NOTHING} for r in records]
