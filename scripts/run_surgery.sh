@@ -35,7 +35,7 @@ operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
 operate --targets k/v/k,v --method svd,whiten,fisher --rank "${K:-160,128,96}" "$@"
 operate --targets k,v --mode shared_kv --method svd,whiten,fisher --rank "${KV:-320,288,192}" "$@"
 BUDGET=${BUDGET:-0.75,0.5} SMALL=${SMALL:-192}
-operate --targets k,v --mode shared_kv --method fisher --budget "$BUDGET" "$@"             # of SmolLM2 0.5 costs what rank 192 of 384 does
+operate --targets k,v --mode shared_kv --method fisher --budget "$BUDGET" "$@"
 for rank in ${SMALL//,/ }; do smaller "kv_rank_$rank" --rank "$rank" "$@"; done
 for share in ${BUDGET//,/ }; do smaller "kv_budget_$share" --budget "$share" "$@"; done
 operate --targets wte --method svd,freq,whiten,joint,fisher --rank "${WTE:-384,256,128,64}" "$@"
