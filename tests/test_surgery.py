@@ -195,12 +195,12 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
     report = (tmp_path / "out" / "report.md").read_text()
     for words in (
         "q,k,v shared_kv fisher",
-        "perplexity_by_variance.png",
+        "attention_by_variance.png",
         "ranks_qkv_separate_fisher.png",
         "## What it answers",
     ):
         assert words in report
-    assert (tmp_path / "out" / "perplexity_by_rank.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "attention_by_rank.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", ["svd", "centered", "freq", "whiten", "joint", "fisher"])

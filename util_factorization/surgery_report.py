@@ -68,24 +68,37 @@ def result_table(records):
 
 
 def by_series(records):
+    """{(what was replaced, method): records}; the untouched model's is none of them."""
     series = {}
     for r in records:
         if r["method"] != "-":
-            series.setdefault(label(r), []).append(r)
+            what = " ".join(r[name] for name in ("targets", "mode") if r[name] != "table")
+            series.setdefault((what + " by budget" * bool(r.get("budget")), r["method"]), []).append(r)
     return series
 
 
-def line_style(i):
-    return dict(color=f"C{i % 10}", linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=5)
+def line_styles(series):
+    """Colour and marker say what was replaced, the line by which method."""
+    wholes, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
+    return {
+        (what, method): dict(
+            color=f"C{wholes.index(what) % 10}",
+            marker=MARKERS[wholes.index(what) % len(MARKERS)],
+            linestyle=LINES[methods.index(method) % len(LINES)],
+            label=f"{what} {method}",
+        )
+        for what, method in series
+    }
 
 
 def perplexity_plot(path, records, x, xlabel, xscale="linear"):
     """A line for every choice of targets, mode and method: perplexity over x(record); whole, and near the untouched one."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
     fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
+    series = by_series(records)
     for ax in axes:
-        for i, (name, group) in enumerate(by_series(records).items()):
-            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in group)), label=name, **line_style(i))
+        for key, how in line_styles(series).items():
+            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in series[key])), markersize=5, **how)
         ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
         ax.set(xlabel=xlabel, ylabel="perplexity", xscale=xscale)
         ax.grid(alpha=0.3, which="both")
@@ -130,12 +143,17 @@ def layer_table(record):
 def figures(folder, records):
     """Write the figures; returns [(caption, file name)]."""
     made = []
-    for name, x, what, scale in (
-        ("variance", lost, "energy lost, in each method's own metric", "log"),
-        ("rank", kept, "components kept", "linear"),
-    ):
-        perplexity_plot(folder / f"perplexity_by_{name}", records, x, f"share of the {what}", scale)
-        made.append((f"Perplexity against the share of the {what}, mean over matrices", f"perplexity_by_{name}.png"))
+    untouched = [r for r in records if r["method"] == "-"]
+    of_table = [r for r in records if r["mode"] == "table"]
+    of_layers = [r for r in records if r["mode"] not in ("table", "-")]
+    for part, some in (("attention", of_layers), ("table", of_table)):
+        for name, x, what, scale in (
+            ("rank", kept, "components kept", "linear"),
+            ("variance", lost, "energy lost, in each method's own metric", "log"),
+        ):
+            if some:
+                perplexity_plot(folder / f"{part}_by_{name}", untouched + some, x, f"share of the {what}", scale)
+                made.append((f"Perplexity against the share of the {what}, mean over matrices", f"{part}_by_{name}.png"))
     for r in by_layer(records):
         name = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
         file = "ranks_" + "".join(c for c in name.replace(" ", "_") if c.isalnum() or c == "_")
