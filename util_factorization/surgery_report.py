@@ -23,7 +23,6 @@ READING_SMALLER = (
     "filled, its bytes counted on the tensors. Tokens/s are of greedy decoding of one text after a prompt of a window, both "
     "models by turns, median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
 )
-NEAR = 1.5  # the closer figure ends at this many times the untouched perplexity
 SOTU = "the State of the Union"
 
 
@@ -78,21 +77,18 @@ def by_series(records):
 
 
 def line_styles(series):
-    """Colour and marker say what was replaced, the line by which method."""
-    wholes, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
-    return {
-        (what, method): dict(
-            color=f"C{wholes.index(what) % 10}",
-            marker=MARKERS[wholes.index(what) % len(MARKERS)],
-            linestyle=LINES[methods.index(method) % len(LINES)],
-            label=f"{what} {method}",
-        )
-        for what, method in series
-    }
+    """Colour and marker say what was replaced, the line by which method; where that is one thing, all say the method."""
+    whats, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
+    styles = {}
+    for what, method in series:
+        i, j = whats.index(what) if len(whats) > 1 else methods.index(method), methods.index(method)
+        styles[what, method] = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
+        styles[what, method]["label"] = f"{what} {method}"
+    return styles
 
 
-def perplexity_plot(path, records, x, xlabel, xscale="linear"):
-    """A line for every choice of targets, mode and method: perplexity over x(record); whole, and near the untouched one."""
+def perplexity_plot(path, records, x, xlabel, xscale, near):
+    """A line for every choice of targets, mode and method: perplexity over x(record); whole, and up to `near` times the untouched."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
     fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
     series = by_series(records)
@@ -103,7 +99,7 @@ def perplexity_plot(path, records, x, xlabel, xscale="linear"):
         ax.set(xlabel=xlabel, ylabel="perplexity", xscale=xscale)
         ax.grid(alpha=0.3, which="both")
     axes[0].set(yscale="log", title="all")
-    axes[1].set(ylim=(0.97 * untouched, NEAR * untouched), title=f"up to {NEAR} times the untouched model's")
+    axes[1].set(ylim=(0.97 * untouched, near * untouched), title=f"up to {near} times the untouched model's")
     legend_beside(axes[1], axes[1].get_legend_handles_labels())
     save(fig, path)
 
@@ -146,13 +142,13 @@ def figures(folder, records):
     untouched = [r for r in records if r["method"] == "-"]
     of_table = [r for r in records if r["mode"] == "table"]
     of_layers = [r for r in records if r["mode"] not in ("table", "-")]
-    for part, some in (("attention", of_layers), ("table", of_table)):
+    for part, some, near in (("attention", of_layers, 1.5), ("table", of_table, 4)):
         for name, x, what, scale in (
             ("rank", kept, "components kept", "linear"),
             ("variance", lost, "energy lost, in each method's own metric", "log"),
         ):
             if some:
-                perplexity_plot(folder / f"{part}_by_{name}", untouched + some, x, f"share of the {what}", scale)
+                perplexity_plot(folder / f"{part}_by_{name}", untouched + some, x, f"share of the {what}", scale, near)
                 made.append((f"Perplexity against the share of the {what}, mean over matrices", f"{part}_by_{name}.png"))
     for r in by_layer(records):
         name = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
