@@ -81,14 +81,15 @@ def line_styles(series):
     whats, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
     styles = {}
     for what, method in series:
-        i, j = whats.index(what) if len(whats) > 1 else methods.index(method), methods.index(method)
-        styles[what, method] = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
-        styles[what, method]["label"] = f"{what} {method}"
+        j = methods.index(method)
+        i = whats.index(what) if len(whats) > 1 else j
+        how = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
+        styles[what, method] = how | dict(label=f"{what} {method}")
     return styles
 
 
 def perplexity_plot(path, records, x, xlabel, xscale, near):
-    """A line for every choice of targets, mode and method: perplexity over x(record); whole, and up to `near` times the untouched."""
+    """A line for every choice of targets, mode and method: perplexity over x(record), also up to `near` times the least."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
     fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
     series = by_series(records)
