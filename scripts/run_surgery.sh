@@ -13,8 +13,9 @@
 #   K        160,128,96                     ranks of k and of v, alone and each on its own
 #   KV       320,288,192                    ranks of k over v, which share a basis
 #   BUDGET   0.75,0.5                       shares of all their numbers, given to layers by what the loss says
-#   SMALL    192                            ranks of k over v that become smaller models beside those of BUDGET
-#   HEAL     300                            steps of healing, a window each: 300 x 512 = 153,600 tokens
+#   SMALL    192                            rank of k over v that becomes a smaller model
+#   SMALLWTE 256                            rank of the table that becomes one
+#   HEAL     150                            steps of healing, a window each: 150 x 512 = 76,800 tokens
 #   WTE      384,256,128,64                 ranks of the table
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
@@ -27,15 +28,14 @@ operate() {
 smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is written again
   [ ! -f "$out/$1/measured.json" ] || { echo "$out/$1 is done; delete the folder to write it again"; return; }
   rm -rf "${out:?}/$1"
-  operate --targets k,v --mode shared_kv --method fisher --out "$out/$1" --heal_steps "${HEAL:-300}" "${@:2}"
+  operate --method fisher --out "$out/$1" --heal_steps "${HEAL:-150}" "${@:2}"
 }
 by_energy=(${VARIANCE:+--variance "$VARIANCE"})
 operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"      # 9 thresholds x 3 modes
 operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
 operate --targets k/v/k,v --method svd,whiten,fisher --rank "${K:-160,128,96}" "$@"
 operate --targets k,v --mode shared_kv --method svd,whiten,fisher --rank "${KV:-320,288,192}" "$@"
-BUDGET=${BUDGET:-0.75,0.5} SMALL=${SMALL:-192}
-operate --targets k,v --mode shared_kv --method fisher --budget "$BUDGET" "$@"
-for rank in ${SMALL//,/ }; do smaller "kv_rank_$rank" --rank "$rank" "$@"; done
-for share in ${BUDGET//,/ }; do smaller "kv_budget_$share" --budget "$share" "$@"; done
+operate --targets k,v --mode shared_kv,separate --method fisher --budget "${BUDGET:-0.75,0.5}" "$@"
+smaller kv --targets k,v --mode shared_kv --rank "${SMALL:-192}" "$@"
+smaller wte --targets wte --rank "${SMALLWTE:-256}" --heal_lr 1e-3 "$@"
 operate --targets wte --method svd,freq,whiten,joint,fisher --rank "${WTE:-384,256,128,64}" "$@"

@@ -565,7 +565,12 @@ def test_wikitext_from_a_local_folder(run_main, tmp_path, kind, assert_one_line_
 
 # -- the README -------------------------------------------------------------------------------------------------------
 
-NOT_RUN = ("git clone", "cd ", "bash scripts/test.sh")  # the clone is the copy, and the tests are these
+# The clone is the copy, the tests are these, and test_surgery_scripts.py runs surgery's chain and make's targets.
+NOT_RUN = ("git clone", "cd ", "bash scripts/test.sh", "bash scripts/run_surgery.sh", "make ")
+TOY_SURGERY = (
+    "--model tiny --calib_text text/long.txt --eval_text text/other.txt --window 32 --eval_windows 2 --calib_tokens 1024 "
+    "--answer_tokens 2 --rank 4"
+)
 TRAINS = r"train\.py|scripts/train_|scripts/run_all"
 
 
@@ -577,6 +582,8 @@ def readme_commands():
 
 
 def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
+    import test_surgery
+
     commands = readme_commands()
     assert len(commands) > 8
     (copy / "path" / "to" / "wikitext").mkdir(parents=True)  # the README's example folder
@@ -587,6 +594,10 @@ def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
     (copy / "text").mkdir()
     (copy / "text" / "some.txt").write_text("<|endoftext|>".join(["Some words, " * 40] * 4))
     train_bpe(["Some words"], 257).save(str(copy / "tokenizer.json"))
+    test_surgery.llama().save_pretrained(copy / "tiny")
+    test_surgery.save_tokenizer(copy / "tiny")
+    (copy / "text" / "long.txt").write_text(test_surgery.TEXT)
+    (copy / "text" / "other.txt").write_text(test_surgery.TEXT[::-1])
     for command in commands:
         succeed(f"{command} {toy_flags(command)}", copy, **environment_of(command, thirteen[0]))
 
@@ -596,6 +607,8 @@ def toy_flags(command):
         return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + (
             " --vocab_size 97" if "--shape" in command else ""
         )
+    if "surgery.py" in command:
+        return TOY_SURGERY
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"
     if "vdproj" in command and "scripts" in command:

@@ -20,8 +20,8 @@ if not transformers.utils.is_torch_available():
 from test_surgery import TEXT, clinic, operate  # noqa: E402, F401
 
 # of whoever runs the tests
-CHOICES = ("MODEL", "TEXT", "OUT", "VARIANCE", "K", "KV", "BUDGET", "SMALL", "HEAL", "WTE", "VARIANCE_THRESHOLD", "ARGS",
-           "SETUP_PYTHON", "MAKEFLAGS", "MAKELEVEL")  # fmt: skip
+CHOICES = ("MODEL", "TEXT", "OUT", "VARIANCE", "K", "KV", "BUDGET", "SMALL", "SMALLWTE", "HEAL", "WTE", "VARIANCE_THRESHOLD",
+           "ARGS", "SETUP_PYTHON", "MAKEFLAGS", "MAKELEVEL")  # fmt: skip
 TOY = "--window 32 --eval_windows 2 --calib_tokens 1024 --answer_tokens 0"
 
 
@@ -50,7 +50,7 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
     monkeypatch.setattr("util_factorization.surgery_report.figures", lambda *_: [])  # half the time
     (clinic / "books.txt").write_text("\f".join(TEXT[i : i + 9000] for i in range(0, 72000, 9000)))
     out = tmp_path / "out"
-    ranks = dict(VARIANCE="0.9", K="4", KV="8", BUDGET="0.5", SMALL="8", HEAL="2", WTE="8")
+    ranks = dict(VARIANCE="0.9", K="4", KV="8", BUDGET="0.5", SMALL="8", SMALLWTE="8", HEAL="2", WTE="8")
     places = dict(MODEL=str(clinic / "llama"), TEXT=str(clinic / "books.txt"), OUT=str(out))
     for again in (False, True):
         commands = commands_of(f"bash scripts/run_surgery.sh {TOY}", **ranks, **places)
@@ -60,11 +60,11 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
             assert result.status == 0, (argv, result.err)
             assert not again or result.last["points"] == 0
         lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        # untouched; 3 modes and the seed's branch; 3 methods of k, v, both, and k over v; a budget; 5 methods of the table
-        assert len(lines) == 1 + 3 + 1 + 9 + 3 + 1 + 5
+        # untouched; 3 modes and the seed's branch; 3 methods of k, v, both, and k over v; two budgets; 5 methods of the table
+        assert len(lines) == 1 + 3 + 1 + 9 + 3 + 2 + 5
         assert {r["mode"] for r in lines} == {"-", "separate", "shared_kv", "shared_layers", "seed_faithful", "table"}
         assert len((out / "smaller.jsonl").read_text().splitlines()) == 2
-    for name in ("kv_rank_8", "kv_budget_0.5"):
+    for name in ("kv", "wte"):
         assert (out / name / "surgery.safetensors").is_file() and name in (out / "report.md").read_text()
         assert json.loads((out / name / "measured.json").read_text())["models"]["healed"]["steps"] == 2
 
