@@ -58,9 +58,10 @@ class Turns:
 
 def rotated(x, cos, sin):
     """x (B, heads, T, n): number i and number i + rot/2 of the first `rot` are a pair, as in Llama and GPT-NeoX."""
-    turned, rest = x.tensor_split((cos.shape[-1],), dim=-1)
-    a, b = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
+    half = cos.shape[-1] // 2  # both halves of cos and sin are the same
+    a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], dim=-1)
 
 
 class LatentAttention(nn.Module):
