@@ -188,6 +188,14 @@ def test_a_budget_is_spent_where_it_saves_most():
     assert lost(ranks) == pytest.approx(min(map(lost, choices))) and lost(ranks) < 0.95 * lost((3, 3, 3))
 
 
+def test_what_is_left_of_a_budget_goes_to_cheaper_matrices():
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = (decompose(torch.randn(n, 9, generator=generator), "svd") for n in (9, 2))
+    ranks = allocate.spend([wide, narrow], (1.0, 1e-6), 0.99)  # of 9 components of 18 numbers and 2 of 11
+    assert ranks == [9, 1] or 18 * ranks[0] + 11 * ranks[1] > 0.99 * (162 + 22) - 11
+    assert allocate.prices([wide, narrow])[1] == 29 / 184
+
+
 def test_the_unit_cost_is_what_the_loss_says():
     assert allocate.unit_cost(0.5, 2.0) == 0.125 and allocate.unit_cost(-1e-9, 2.0) == 0
 
@@ -243,11 +251,41 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
     assert measured["smaller"]["loss"] == pytest.approx(result.records[-1]["loss"], abs=1e-4)
     assert measured["healed"]["cache_bytes"] == measured["untouched"]["cache_bytes"] / 4
     assert measured["healed"]["bytes"] == (out / "surgery.safetensors").stat().st_size
+    assert measured["healed"]["kl"] != measured["healed"]["training_kl"] and measured["smaller"]["kl"] > 0
     assert measured["healed"]["steps"] == 12 and len(measured["healed"]["tokens_per_second"]) == 3
     report = (tmp_path / "out" / "report.md").read_text()
     assert "## Really smaller" in report and "healed" in report
     again = operate(*point, "--out", tmp_path / "second", model="sharp")
     assert again.status == 0 and again.last["points"] == 0 and (tmp_path / "second" / "surgery.safetensors").exists()
+
+
+def test_attention_of_another_kind_is_refused_before_anything_is_measured(operate, clinic, tmp_path, assert_one_line_error):  # noqa: F811
+    olmo = transformers.Olmo2ForCausalLM(
+        transformers.Olmo2Config(**SHAPE, eos_token_id=0, pad_token_id=0)
+    )  # norms over all heads
+    scaled = llama(rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4), max_position_embeddings=64)
+    for name, model, word in (("olmo", olmo, "Olmo2Attention"), ("scaled", scaled, "rotary")):
+        model.save_pretrained(clinic / name)
+        save_tokenizer(clinic / name)
+        result = operate("--targets", "k", "--rank", "4", "--method", "svd", "--out", tmp_path / "small", model=name)
+        assert_one_line_error(result, "--out", word)
+        assert not result.records
+
+
+def test_a_static_cache_is_refused_and_beams_are_not():
+    model, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
+    how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(small.generate(IDS, num_beams=3, **how), model.generate(IDS, num_beams=3, **how))
+    with pytest.raises(NotImplementedError, match="static"):
+        small.generate(IDS, cache_implementation="static", **how)
+
+
+def test_one_step_of_healing_moves_the_model():
+    _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
+    before = small.model.layers[0].mlp.up_proj.weight.clone()
+    windows = [(IDS[:1, :-1], IDS[:1, 1:])]
+    heal(Subject(small), Subject(sharpened(llama())), windows, 1, 4, 1e-2, 0, lambda kl: None)
+    assert not torch.equal(small.model.layers[0].mlp.up_proj.weight, before)
 
 
 def test_mistakes_about_smaller_models_are_one_line(operate, tmp_path, assert_one_line_error):  # noqa: F811
@@ -257,8 +295,12 @@ def test_mistakes_about_smaller_models_are_one_line(operate, tmp_path, assert_on
         (["--rank", "4,8", "--out", tmp_path / "new"], "--out", "2"),
         (["--rank", "4", "--heal_steps", "5"], "--heal_steps", "--out"),
         (["--budget", "1.5"], "--budget 1.5"),
+        (["--rank", "4", "--heal_lr", "-1"], "--heal_lr"),
+        (["--rank", "4", "--seed", str(2**70)], "--seed"),
         (["--budget", "0.5", "--targets", "wte", "--method", "svd"], "--budget", "--rank"),
     ]:
         assert_one_line_error(operate("--targets", "q", *argv), *words)
+    little = operate("--targets", "q", "--method", "svd", "--budget", "0.01")
+    assert little.status == 2 and "--budget 0.01" in little.err and "0.031" in little.err
     with pytest.raises(SystemExit):
         load(tmp_path / "there")

@@ -376,7 +376,7 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
         (["--mode", "apart"], "--mode apart"),
         (["--mode", "shared_kv", "--targets", "k"], "shared_kv", "lacks"),
         (["--seed_faithful", "--method", "svd"], "--seed_faithful", "--method"),
-        (["--calib_tokens", "32", "--method", "whiten"], "--calib_text", "32 tokens"),
+        (["--calib_tokens", "32", "--method", "whiten"], "--calib_tokens", "32 tokens"),
         (["--window", "100000"], "--window 100000", "2048 tokens", "lower"),
         (["--eval_text", tmp_path / "none.txt"], "--eval_text", "none.txt"),
         (["--eval_text", clinic / "calib.txt"], "--calib_text", "one document"),

@@ -54,7 +54,7 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
     places = dict(MODEL=str(clinic / "llama"), TEXT=str(clinic / "books.txt"), OUT=str(out))
     for again in (False, True):
         commands = commands_of(f"bash scripts/run_surgery.sh {TOY}", **ranks, **places)
-        assert len(commands) == (6 if again else 8)
+        assert len(commands) == (7 if again else 9)
         for argv in commands:
             result = run_main(*argv)
             assert result.status == 0, (argv, result.err)

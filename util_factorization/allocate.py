@@ -13,21 +13,27 @@ def unit_cost(nats, tail):
     return max(nats, 0.0) / max(tail**2, 1e-30)
 
 
+def prices(wholes):
+    """What a component of each stores, and the share of all numbers that a component of every one takes."""
+    each = [sum(whole.W.shape) for whole in wholes]
+    return each, sum(each) / sum(price * whole.full for price, whole in zip(each, wholes))
+
+
 def spend(wholes, costs, budget):
     """
     Ranks of decompositions for a share `budget` of all the numbers that their components store, a component in + out.
 
     Each layer's S falls, so the components that are worth most for their numbers are always its first ones. At least one each.
     """
-    prices = [sum(whole.W.shape) for whole in wholes]
-    total = budget * sum(price * whole.full for price, whole in zip(prices, wholes))
-    ranks, left = [1] * len(wholes), total - sum(prices)
+    (each, least), ranks, full = prices(wholes), [1] * len(wholes), set()
+    left = sum(each) * (budget / least - 1)
     worth = [
-        (a * s * s / price, i) for i, (a, whole, price) in enumerate(zip(costs, wholes, prices)) for s in whole.S[1:].tolist()
+        (a * s * s / price, i) for i, (a, whole, price) in enumerate(zip(costs, wholes, each)) for s in whole.S[1:].tolist()
     ]
     for _, i in sorted(worth, reverse=True):
-        if prices[i] > left:
-            break
-        ranks[i] += 1
-        left -= prices[i]
+        if each[i] > left * (1 + 1e-9):
+            full.add(i)  # what is left may still do for a cheaper one
+        if i not in full:
+            ranks[i] += 1
+            left -= each[i]
     return ranks

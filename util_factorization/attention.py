@@ -75,7 +75,8 @@ class Decomposition:
 
     def energy(self, k):
         """Share of the sum of squares that k components keep, in the method's own metric."""
-        return 1 - (self.tail(k) / self.tail(0)) ** 2
+        whole = self.tail(0)
+        return 1 - (self.tail(k) / whole) ** 2 if whole else 1.0
 
     def rank_for(self, share):
         """The smallest rank that keeps this share, in (0, 1], of the energy; 1 keeps every component."""

@@ -20,7 +20,7 @@ computed: S and Q come from second moments of the rows, d x d. Summed in float64
 storage already cuts off at 1e7, so nothing that the table holds is lost.
 
 fisher's count is of second order and factored as K-FAC's (arXiv:1503.05671): h and g do not hang on which token it is, the
-rows' errors do not add up over a window, the softmax's mean is dropped, G is of the text's own next tokens. It ranks
+rows' errors do not add up over a window, the softmax's mean is dropped, G may be of the text's own next tokens. It ranks
 directions; as a forecast of the loss it is rough.
 
 P is the least-squares map from Z to W - mu under p, P = S_k^-2 Z^T diag(p) (W - mu), for the lookup and for the head: no

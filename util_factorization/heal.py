@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cli import fail
 from model import adapt, merge_adapters
 
 WARMUP = 0.1  # of the steps
@@ -23,7 +24,7 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
     """
     Train adapters on windows of tokens, a list of (x (1, T), y), one a step in a random order; leaves them merged.
 
-    log(kl) is called after each step. Returns dict(steps, tokens, seconds, kl: nats per token over the last tenth).
+    log(kl) is called after each step. Returns dict(steps, tokens, seconds, training_kl: over the last tenth of the steps).
     """
     torch.manual_seed(seed)
     linears = [m for m in student.model.modules() if type(m) is nn.Linear and m is not student.head]
@@ -39,7 +40,7 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
     order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
     losses, start = [], time.time()
     for step in range(steps):
-        progress = (step + 1) / steps
+        progress = (step + 0.5) / steps  # neither the first step nor the last has a rate of 0
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(progress - WARMUP, 0) / (1 - WARMUP)))
         optimizer.param_groups[0]["lr"] = lr * rate
         x, _ = windows[order[step]]
@@ -53,9 +54,9 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
         optimizer.zero_grad()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
+            fail(f"--heal_lr {lr}: the loss is {losses[-1]} at step {step + 1}, lower it")
         log(losses[-1])
     merge_adapters(student.model)
     last = losses[-max(1, steps // 10) :]
     tokens = steps * windows[0][0].numel()
-    return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), kl=sum(last) / len(last))
+    return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), training_kl=sum(last) / len(last))

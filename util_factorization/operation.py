@@ -7,6 +7,7 @@ import zlib
 import torch
 from tqdm import tqdm
 
+from cli import fail
 from util_factorization import allocate, attention
 from util_factorization.decompose import decompose as decompose_table
 
@@ -89,13 +90,17 @@ class Surgeon:
         if point["variance"]:
             return [whole.rank_for(point["variance"]) for whole in wholes]
 
+        least = allocate.prices(wholes)[1]
+        if point["budget"] < least:
+            fail(f"--budget {point['budget']}: a component of every matrix takes {least:.3f}, give that or more")
+
         def nats(i, k):
             self.replace(chosen[i], self.factors(point, chosen[i], k).matrix(), False)
             kl = self.probe.measure()["kl"]
             self.restore()
             return kl
 
-        uniform = [max(1, round(point["budget"] * whole.full)) for whole in wholes]
+        uniform = [min(max(1, round(point["budget"] * whole.full)), whole.full - 1) for whole in wholes]
         costs = [allocate.unit_cost(nats(i, k), wholes[i].tail(k)) for i, k in enumerate(tqdm(uniform, "each layer alone"))]
         return allocate.spend(wholes, costs, point["budget"])
 

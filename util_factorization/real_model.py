@@ -85,6 +85,8 @@ def load_hugging_face(name):
         if importlib.util.find_spec("gguf") is None:
             fail(f"--model {name} needs the package gguf: pip install gguf==0.19.0")
         path, how = str(Path(name).parent), dict(gguf_file=Path(name).name)
+    if (Path(path) / "surgery.safetensors").is_file():
+        fail(f"--model {name} is a smaller model already, which small_model.load() reads: give the one it was made of")
     config = read(AutoConfig, "config", path, "--model", **how)
     if getattr(config, "quantization_config", None) and not how:
         fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")

@@ -89,6 +89,8 @@ class LatentAttention(nn.Module):
         q, c_k = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), self.k_proj.down(x)
         shared = self.v_proj.down is self.k_proj.down
         c_v = c_k[..., :0] if shared else self.v_proj.down(x)
+        if getattr(cache, "is_compileable", False):
+            raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
         if cache is not None:
             c_k, c_v = (c[:, 0] for c in cache.update(c_k[:, None], c_v[:, None], self.layer_idx))  # (B, S, r)
         c_v = c_k if shared else c_v
@@ -150,6 +152,24 @@ def linear(n_in, n_out, bias=None):
     if bias is not None:
         made.bias.data.copy_(bias)
     return made
+
+
+def check_attention(hf, layers):
+    """Refuse, in a line, attention that a LatentAttention would not compute."""
+    kind = hf.config.model_type
+    rope = getattr(hf.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        fail(f"--out: the rotary angles of this {kind} change with the length of the text, and latents are rotated anew")
+    for attn in map(hf.get_submodule, [layer.name for layer in layers]):
+        whole = all(hasattr(attn, name) for name in ("scaling", "layer_idx")) and (
+            hasattr(attn, "o_proj") or hasattr(attn, "dense")
+        )
+        n = getattr(attn, "head_dim", getattr(attn, "head_size", None))
+        by_head = all(
+            norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
+        )
+        if not (whole and by_head and getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb")):
+            fail(f"--out: {type(attn).__name__} attends in a way of its own: give a Llama, Mistral, Qwen or NeoX")
 
 
 def install(hf, plan):
@@ -331,6 +351,7 @@ def decode_speeds(models, ids, steps=24, rounds=3):
     for _ in range(rounds + 1):  # the first warms up
         for hf, found in zip(models, speeds):
             out = hf(ids[None].to(hf.device), use_cache=True, logits_to_keep=1)
+            out.logits[0, -1].argmax().item()  # waits for the device
             start = time.perf_counter()
             for _ in range(steps):
                 token = out.logits[:, -1:].argmax(-1)

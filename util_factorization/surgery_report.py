@@ -19,7 +19,8 @@ READING = (
 
 
 READING_SMALLER = (
-    "Low-rank factors in place of the matrices, read back from disk; MB are of float32 weights. The cache is one that a model "
+    "Low-rank factors in place of the matrices, read back from disk, where a skeleton saves r^2 numbers a matrix that are "
+    "there again in memory; MB are of float32 weights. The cache is one that a model "
     "filled, its bytes counted on the tensors. Tokens/s are of greedy decoding of one text after a prompt of a window, both "
     "models by turns, median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
 )
@@ -180,7 +181,7 @@ def write_report(folder, records, smaller):
     s, results = facts["settings"], result_table(records)
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
     text[-1] += f" of {s['eval_text'] or SOTU}, calibrated on {s['calib_text'] or SOTU}"
-    text[-1] += ", other documents of it." if s["eval_text"] == s["calib_text"] else "."
+    text[-1] += ", other documents of it." if s["one_text"] else "."
     text += [
         "",
         f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`",
