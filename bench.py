@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 from sample import KV_DTYPES
 from train_args import PRESETS, ModelArgs
 
@@ -73,7 +73,7 @@ def random_models(args):
 
     import torch
 
-    import checkpoint
+    from common import checkpoint
     from model import GPT, GPTConfig
 
     shape = asdict(ModelArgs()) | PRESETS[args.shape]
@@ -94,7 +94,7 @@ def random_models(args):
 
 def trained_models(args):
     """[(name, model, the checkpoint it comes from)] of the runs that train_vdproj.sh leaves."""
-    import checkpoint
+    from common import checkpoint
 
     models = []
     for name, pattern, _ in MODELS:
@@ -112,11 +112,11 @@ def trained_models(args):
 
 def perplexity(model, saved, kv_dtype, device):
     """Loss and perplexity on the fixed windows that the run was evaluated on, keys and values read back from such a cache."""
-    from dataset import Dataset
-    from evaluate import evaluate
-    from kv_cache import KVCache
-    from latents import attend_by
+    from common.dataset import Dataset
+    from common.evaluate import evaluate
     from train_args import TrainArgs
+    from value_cache.kv_cache import KVCache
+    from value_cache.latent_attention import attend_by
 
     args = TrainArgs(**saved["args"])
     attend_by(model, "restore")
@@ -133,8 +133,8 @@ class Decoding:
     def __init__(self, model, kv_dtype, way, args, context):
         import torch
 
-        from kv_cache import KVCache
-        from latents import attend_by
+        from value_cache.kv_cache import KVCache
+        from value_cache.latent_attention import attend_by
 
         self.model, self.way, self.steps, self.start = model, way, args.steps, context - args.steps
         self.cache = KVCache(model, args.batch_size, context, kv_dtype)
@@ -148,7 +148,7 @@ class Decoding:
         """-> tokens a second."""
         import torch
 
-        from latents import attend_by
+        from value_cache.latent_attention import attend_by
 
         attend_by(self.model, self.way)
         self.cache.truncate(self.start)
@@ -187,9 +187,9 @@ def main(argv=None):
 
     import torch
 
-    from latents import WAYS, is_compressed
-    from run_folder import hardware
-    from tables import table
+    from common.run_folder import hardware
+    from reports.markdown import table
+    from value_cache.latent_attention import WAYS, is_compressed
 
     models = random_models(args) if args.shape else trained_models(args)
     config = models[0][1].config

@@ -10,11 +10,11 @@ Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, 
 from dataclasses import dataclass
 from pathlib import Path
 
-import cache_report
-from cli import fail, finish, flag, parse
-from compare import SEEDS_CLAIMS, comparisons, judge, mean, our_claims, shown
-from runs import read_curve, read_factors, read_rows, total_seconds
-from tables import claim_lines, provenance_lines, table, title
+from common.cli import fail, finish, flag, parse
+from reports import value_cache as cache_report
+from reports.compare import SEEDS_CLAIMS, comparisons, judge, mean, our_claims, shown
+from reports.markdown import claim_lines, provenance_lines, table, title
+from reports.rows import read_curve, read_factors, read_rows, total_seconds
 
 
 @dataclass
@@ -111,7 +111,7 @@ def unigram_line(rows):
 
 def figures(root, rows, factors):
     """Write the figures as PNG and SVG; returns [(caption, file name)]."""
-    from plots import curves_plot, scree_plot, series_plot
+    from reports.plots import curves_plot, scree_plot, series_plot
 
     first = " (the first seed)" if any(len(row.summaries) > 1 for row in rows) else ""
     dense = [row for row in rows if row.k is None]

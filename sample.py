@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 
@@ -34,7 +34,7 @@ class Args:
     kv_dtype: str | None = flag(None, "what the cache keeps; left out, the model's own dtype", choices=KV_DTYPES)
     attend: str = flag(
         "auto",
-        "how a compressed model reads its cache, see latents.py; auto takes the fastest here",
+        "how a compressed model reads its cache, see value_cache/latent_attention.py; auto takes the fastest here",
         choices=("auto", "restore", "late", "fold"),
     )
     dataset: str | None = flag(None, "whose tokenizer to take; left out, that of the checkpoint's training")
@@ -65,7 +65,7 @@ def load_model(args):
     """-> the model of a checkpoint, plain, where and as it is to run; what it was trained on."""
     import torch
 
-    import checkpoint
+    from common import checkpoint
 
     saved = checkpoint.load(args.ckpt_path, mend="train it first, or give another --ckpt_path")
     model = checkpoint.build(saved, dropout=0.0).eval()
@@ -76,8 +76,8 @@ def load_model(args):
 
 def load_codec(args, trained_on):
     """The tokenizer of the dataset; None where ids are given and there is none."""
-    from dataset import find_folder, read_meta
-    from tokenizer import read_codec
+    from common.dataset import find_folder, read_meta
+    from common.tokenizer import read_codec
 
     name = args.dataset or trained_on
     folder = find_folder(name)
@@ -117,8 +117,8 @@ def read_prompt(args, codec):
 
 def open_cache(args, model, positions):
     """-> (a KVCache, the way to attend that the model is left by)."""
-    from kv_cache import KVCache
-    from latents import attend_by, fastest, is_compressed
+    from value_cache.kv_cache import KVCache
+    from value_cache.latent_attention import attend_by, fastest, is_compressed
 
     way, kv_dtype = args.attend, args.kv_dtype or args.dtype
     if way == "auto":
@@ -151,8 +151,8 @@ def main(argv=None):
 
     import torch
 
-    from decoding import chooser, generate
     from model import NO_CACHE
+    from value_cache.generation import chooser, generate
 
     model, trained_on = load_model(args)
     codec = load_codec(args, trained_on)

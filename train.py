@@ -27,13 +27,13 @@ import torch
 from torch.distributed import all_reduce, broadcast, destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-from cli import fail, finish
-from dataset import Dataset
-from evaluate import Restored, evaluate
+from common import checkpoint
+from common.cli import fail, finish
+from common.dataset import Dataset
+from common.evaluate import Restored, evaluate
 from model import GPT, GPTConfig
-from run_folder import RunFolder, hardware
-from util_factorization.factors import read_factors, read_facts
+from common.run_folder import RunFolder, hardware
+from util_factorization.factor_files import read_factors, read_facts
 
 # -- flags ------------------------------------------------------------------------------------------------------------
 

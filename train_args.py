@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from cli import fail, flag, parse
+from common.cli import fail, flag, parse
 
 PRESET_NAMES = (
     "gpt2", "gpt2_finetune", "gpt2_lora", "laptop", "laptop_finetune", "laptop_lora",

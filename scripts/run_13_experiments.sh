@@ -24,7 +24,7 @@ case $K in *[!0-9\ ]*) mistake "K=\"$K\": give ranks, e.g. K=\"64 128\"" ;; esac
 K=$(python -c 'import sys; print(*dict.fromkeys(map(int, sys.argv[1:])))' $K)  # each once, 08 as 8
 for METHOD in $METHODS $BEST; do
   python -c 'import sys; from util_factorization import METHODS as known; sys.exit(sys.argv[1] not in known)' "$METHOD" ||
-    mistake "METHODS and BEST: $METHOD is no method of util_factorization/decompose.py"
+    mistake "METHODS and BEST: $METHOD is no method of util_factorization/decompose_table.py"
 done
 METHODS=$(python -c 'import sys; print(*dict.fromkeys(m for m in sys.argv[1:] if m != "svd"))' $METHODS $BEST)  # svd is 6-13
 if [ "$BEST" = svd ]; then BEST=""; fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, budgets
 # beside uniform ranks, smaller models that are healed, the token table. What is done is skipped, so the same command resumes.
-# Arguments go to every call of surgery.py.
+# Arguments go to every call of python -m surgery.
 # Of SmolLM2-135M on 2 cores 17 minutes for the thresholds (measured), under two hours for all (projected from its pieces).
 #   bash scripts/run_surgery.sh
 #   MODEL=path/to/folder OUT=model_weights/mine bash scripts/run_surgery.sh --eval_windows 32
 #   TEXT=path/to/books.txt bash scripts/run_surgery.sh
 #
-#   MODEL    hub id, folder or .gguf file   left out, what surgery.py takes
+#   MODEL    hub id, folder or .gguf file   left out, what surgery takes
 #   TEXT     text file                      calibration reads its even documents, evaluation its odd ones
 #   OUT      model_weights/surgery          left out with a TEXT, model_weights/surgery_NAME of it
 #   VARIANCE 0.99,0.9,...,0.2               shares of the energy
@@ -23,7 +23,7 @@ source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 name=$(basename "${TEXT:-}")
 out=${OUT:-model_weights/surgery${name:+_${name%.*}}}
 operate() {
-  python util_factorization/surgery.py ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT" --eval_text "$TEXT"} \
+  python -m surgery ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT" --eval_text "$TEXT"} \
     --out_dir "$out" "$@"
 }
 smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is written again

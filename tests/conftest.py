@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import write_dataset
+from common.dataset import write_dataset
 from model import GPT, GPTConfig
 
 REPO = Path(__file__).parents[1]
@@ -93,6 +93,8 @@ def run_main(monkeypatch, capsys):
     """run_main("report.py", "--runs", ...): runs a program in this process. Returns a Result."""
 
     def run(path, *argv):
+        if path == "-m":
+            path, *argv = argv
         monkeypatch.setattr(sys, "argv", [path, *map(str, argv)])
         return run_path(path, capsys)
 
@@ -100,10 +102,14 @@ def run_main(monkeypatch, capsys):
 
 
 def run_path(path, capsys):
+    """path: of a file, or the name of a package with a __main__.py"""
     capsys.readouterr()
     status = 0
     try:
-        runpy.run_path(str(REPO / path), run_name="__main__")
+        if path.endswith(".py"):
+            runpy.run_path(str(REPO / path), run_name="__main__")
+        else:
+            runpy.run_module(path, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code or 0
     out, err = capsys.readouterr()

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from dataset import Dataset, read_meta, write_dataset
+from common.dataset import Dataset, read_meta, write_dataset
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dataset import write_dataset
-from decoding import chooser, generate
-from kv_cache import Int4, Int8, KVCache
-from latents import WAYS, attend_by, fastest, is_compressed
+from common.dataset import write_dataset
 from model import NO_CACHE
+from value_cache.generation import chooser, generate
+from value_cache.kv_cache import Int4, Int8, KVCache
+from value_cache.latent_attention import WAYS, attend_by, fastest, is_compressed
 
 PYTHIA = dict(n_embd=32, n_head=2, rotary_pct=0.25, parallel_residual=True, tie_head=False)
 SHAPES = dict(
@@ -186,7 +186,7 @@ def test_a_text_that_has_ended_stays_ended(tiny_model):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """A dataset with a real tokenizer, on a text of a few words."""
-    from tokenizer import train_bpe
+    from common.tokenizer import train_bpe
 
     folder = tmp_path_factory.mktemp("texts")
     bpe = train_bpe(["the people of the states, naïve people"] * 20, 300)
@@ -266,8 +266,8 @@ def test_samples_of_adapters_and_of_ids_without_a_tokenizer(train, run_main, tmp
 
 
 def test_characters_wait_for_their_last_byte(capsys):
+    from common.tokenizer import read_codec, train_bpe
     from sample import Printer
-    from tokenizer import read_codec, train_bpe
 
     bpe = train_bpe(["ab"], 257)
     codec = read_codec(dict(tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0), "here")

@@ -10,7 +10,7 @@ from conftest import REPO
 
 from util_factorization import METHODS
 from util_factorization.calibrate import calibrate
-from util_factorization.decompose import BLOCK, decompose
+from util_factorization.decompose_table import BLOCK, decompose
 
 V, d = BLOCK + 500, 24  # two blocks of rows, the second of another length
 
@@ -173,7 +173,7 @@ def test_gpt2_sized_table_beats_numpy_in_time_and_stays_under_1500_mb():
     """Four ranks of a 50257 x 768 table, in a process of its own, since peak memory is a process's."""
     code = """
         import json, resource, time; import numpy as np, torch
-        from util_factorization.decompose import decompose
+        from util_factorization.decompose_table import decompose
         torch.manual_seed(0)
         table = torch.randn(50257, 768) @ torch.diag(torch.linspace(1, 0.02, 768) ** 2) @ torch.randn(768, 768) / 28
         t = time.time()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import checkpoint as ckpt
-from util_factorization.hf import from_hugging_face
+from common import checkpoint as ckpt
+from util_factorization.import_hf import from_hugging_face
 
 transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_torch_available():
@@ -107,7 +107,7 @@ def test_folder_to_checkpoint(run_main, tmp_path, make, tied):
     hf = make(tie_word_embeddings=tied)
     hf.save_pretrained(tmp_path / "hf")
     out = tmp_path / "new" / "ckpt.pt"
-    result = run_main("util_factorization/hf.py", "--model", tmp_path / "hf", "--out", out, "--dataset", "sotu")
+    result = run_main("util_factorization/import_hf.py", "--model", tmp_path / "hf", "--out", out, "--dataset", "sotu")
     assert result.status == 0, result.err
     checkpoint = ckpt.load(out.parent)
     assert checkpoint["tokens"] is None and checkpoint["args"]["dataset"] == "sotu"
@@ -157,7 +157,7 @@ def test_what_our_model_cannot_say_is_refused(capsys, make, words):
 
 def test_refusals_of_the_program(run_main, tmp_path, assert_one_line_error):
     def refused(model, out, *words):
-        result = run_main("util_factorization/hf.py", "--model", model, "--out", out)
+        result = run_main("util_factorization/import_hf.py", "--model", model, "--out", out)
         assert_one_line_error(result, *words)
 
     out = tmp_path / "ckpt.pt"
@@ -177,6 +177,6 @@ def test_a_folder_that_lacks_weights_is_refused(run_main, tmp_path):
     hf = neox()
     state = {name: p for name, p in hf.state_dict().items() if "layers.1.mlp" not in name}
     hf.save_pretrained(tmp_path / "hf", state_dict=state)
-    result = run_main("util_factorization/hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "ckpt.pt")
+    result = run_main("util_factorization/import_hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "ckpt.pt")
     assert result.status == 2 and "lacks 4 weights, first gpt_neox.layers.1.mlp" in result.err.strip().splitlines()[-1]
     assert not (tmp_path / "ckpt.pt").exists()

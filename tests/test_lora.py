@@ -8,7 +8,7 @@ from conftest import REPO
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
+from common import checkpoint
 from model import GPT, effective_weight
 from train_args import LORA_TARGETS, PRESETS, TrainArgs
 

@@ -8,7 +8,7 @@ from conftest import REPO
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT
-from util_factorization.decompose import decompose
+from util_factorization.decompose_table import decompose
 
 README = (REPO / "README.md").read_text()
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dataset import Dataset
-from tokenizer import END_OF_TEXT, train_bpe
+from common.dataset import Dataset
+from common.tokenizer import END_OF_TEXT, train_bpe
 
 # Documents that can be told apart, of 5 to 33 words.
 TEXTS = [f"Document {i} says: " + " ".join(f"word{i}.{j}" for j in range(i * 7 % 29 + 2)) for i in range(60)]
@@ -18,7 +18,7 @@ def tokenizer(tmp_path_factory):
     """A small tokenizer.json, and the tokenizer."""
     pytest.importorskip("tokenizers")
     bpe = train_bpe(TEXTS, 300)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path = tmp_path_factory.mktemp("tokenizer") / "common.tokenizer.json"
     bpe.save(str(path))
     return path, bpe
 

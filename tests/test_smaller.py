@@ -4,12 +4,12 @@ import json
 import pytest
 import torch
 
-from util_factorization import allocate
-from util_factorization.attention import decompose, from_skeleton, skeleton
-from util_factorization.heal import heal
-from util_factorization.operation import Surgeon
-from util_factorization.real_model import Judge, Subject, find_layers
-from util_factorization.small_model import FactorizedTable, LatentAttention, cache_bytes, load, save, shrink
+from surgery import allocate
+from surgery.heal import heal
+from surgery.low_rank_model import FactorizedTable, LatentAttention, cache_bytes, load, save, shrink
+from surgery.subject import Judge, Subject, find_layers
+from surgery.surgeon import Surgeon
+from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
 
 transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_torch_available():

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer import train_bpe
-from util_factorization.attention import METHODS, decompose, refit, relative_error
+from common.tokenizer import train_bpe
+from surgery.subject import Moments, Subject, find_layers
+from surgery.surgeon import Surgeon, check_changes, fingerprint
 from util_factorization.calibrate import calibrate
-from util_factorization.operation import Surgeon, check_changes, fingerprint
-from util_factorization.real_model import Moments, Subject, find_layers
+from util_factorization.decompose_matrix import METHODS, decompose, refit, relative_error
 
 transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_torch_available():
@@ -157,13 +157,13 @@ def clinic(tmp_path_factory):
 
 @pytest.fixture
 def operate(clinic, run_main, tmp_path):
-    """operate("--rank", 8, model="neox"): surgery.py at toy size; its Result also has the lines of results.jsonl."""
+    """operate("--rank", 8, model="neox"): surgery at toy size; its Result also has the lines of results.jsonl."""
 
     def run(*argv, model="llama", out="out", calib="calib.txt", evaluate="eval.txt"):
         sizes = ("--window", 32, "--eval_windows", 3, "--calib_tokens", 1024, "--answer_tokens", 3)
         texts = ("--calib_text", clinic / calib, "--eval_text", clinic / evaluate)
         places = ("--model", clinic / model, "--out_dir", tmp_path / out)
-        result = run_main("util_factorization/surgery.py", *places, *texts, *sizes, *argv)
+        result = run_main("-m", "surgery", *places, *texts, *sizes, *argv)
         lines = tmp_path / out / "results.jsonl"
         result.records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         return result

@@ -9,21 +9,21 @@ import torch
 from test_surgery import TEXT, llama, redrawn, save_tokenizer
 from torch.nn import functional as F
 
-import checkpoint
-from dataset import Dataset, write_dataset
-from evaluate import evaluate
+from common import checkpoint
+from common.dataset import Dataset, write_dataset
+from common.evaluate import evaluate
+from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
-from tokenizer import train_bpe
-from util_factorization.attention import METHODS
+from surgery.low_rank_model import load as load_small
+from surgery.low_rank_model import save as save_small
+from surgery.low_rank_model import shrink
+from surgery.subject import Judge, Moments, OwnSubject, Subject, answer, encode, find_layers, load_subject
+from surgery.surgeon import Surgeon, check_changes, fingerprint
 from util_factorization.calibrate import calibrate
-from util_factorization.decompose import METHODS as TABLE_METHODS
-from util_factorization.decompose import decompose
-from util_factorization.hf import from_hugging_face
-from util_factorization.operation import Surgeon, check_changes, fingerprint
-from util_factorization.real_model import Judge, Moments, OwnSubject, Subject, answer, encode, find_layers, load_subject
-from util_factorization.small_model import load as load_small
-from util_factorization.small_model import save as save_small
-from util_factorization.small_model import shrink
+from util_factorization.decompose_matrix import METHODS
+from util_factorization.decompose_table import METHODS as TABLE_METHODS
+from util_factorization.decompose_table import decompose
+from util_factorization.import_hf import from_hugging_face
 
 transformers, safetensors = pytest.importorskip("transformers"), pytest.importorskip("safetensors.torch")
 
@@ -91,13 +91,13 @@ def clinic(tmp_path_factory):
 
 @pytest.fixture
 def operate(clinic, run_main, tmp_path):
-    """operate("--rank", 8, model="gpt"): surgery.py at toy size; its Result also has the lines of results.jsonl."""
+    """operate("--rank", 8, model="gpt"): surgery at toy size; its Result also has the lines of results.jsonl."""
 
     def run(*argv, model="gpt", out="out"):
         sizes = ("--window", 32, "--eval_windows", 2, "--calib_tokens", 512, "--answer_tokens", 3)
         places = ("--model", clinic / model, "--out_dir", tmp_path / out)
         texts = ("--calib_text", clinic / "calib.txt", "--eval_text", clinic / "eval.txt")
-        result = run_main("util_factorization/surgery.py", *places, *texts, *sizes, *argv)
+        result = run_main("-m", "surgery", *places, *texts, *sizes, *argv)
         lines = tmp_path / out / "results.jsonl"
         result.records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         return result

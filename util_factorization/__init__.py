@@ -1,4 +1,4 @@
-# What --method may be, and what its help needs; here, where --help reads it without importing torch. decompose.py says
+# What --method may be, and what its help needs; here, where --help reads it without importing torch. decompose_table.py says
 # what each method is.
 METHODS = ("svd", "centered", "freq", "whiten", "joint", "fisher")
 CALIBRATED = METHODS[3:]  # these read calibration text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Args:
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
 
-    import checkpoint as ckpt
+    from common import checkpoint as ckpt
 
     moved = {name: getattr(args, name) for name in ckpt.BASE_FILES if getattr(args, name)}
     checkpoint = ckpt.load(args.ckpt_path, mend="give the ckpt.pt of a run with --lora_rank", **moved)

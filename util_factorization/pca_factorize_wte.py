@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 from util_factorization import CALIBRATED, JOINT_LAMBDA, METHODS
 
 FOLDER = "model_weights/pca_factorized"
@@ -25,7 +25,7 @@ class Args:
     rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
     out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
-    method: str = flag("svd", "svd is the seeds' PCA; see decompose.py", choices=METHODS)
+    method: str = flag("svd", "svd is the seeds' PCA; see decompose_table.py", choices=METHODS)
     dataset: str = flag(
         "", "token counts of all methods but svd and centered; left out, the checkpoint's own dataset, if it is there"
     )
@@ -67,8 +67,8 @@ def check_names(args, given, n_ranks):
 
 def calibration(args, checkpoint, dataset):
     """(C, G or None) of the checkpoint's model on the calibration text, see calibrate.py, and what to note about the text."""
-    import checkpoint as ckpt
-    from dataset import Dataset
+    from common import checkpoint as ckpt
+    from common.dataset import Dataset
     from util_factorization.calibrate import calibrate
 
     text = Dataset(args.calib_dataset, "--calib_dataset") if args.calib_dataset else dataset
@@ -94,7 +94,7 @@ def calibration(args, checkpoint, dataset):
 
 def read_dense(ckpt_path):
     """(The file, its checkpoint), refused where the token table is not dense or not whole without adapters."""
-    import checkpoint as ckpt
+    from common import checkpoint as ckpt
 
     path = Path(ckpt_path)
     path = path / "ckpt.pt" if path.is_dir() else path
@@ -114,7 +114,7 @@ def token_counts(args, checkpoint):
     """(The dataset or None, counts [V] or None); an error where the method needs them and they are not to be had."""
     import torch
 
-    from dataset import Dataset, find_folder
+    from common.dataset import Dataset, find_folder
 
     V, name = checkpoint["config"]["vocab_size"], args.dataset or checkpoint["args"]["dataset"]
     required, folder = bool(args.dataset) or args.method not in ("svd", "centered"), find_folder(name)
@@ -154,9 +154,9 @@ def main(argv=None):
     import numpy as np
     import torch
 
-    from plots import scree_plot
-    from util_factorization.decompose import decompose
-    from util_factorization.factors import method_in_names, sha256, write_factors
+    from reports.plots import scree_plot
+    from util_factorization.decompose_table import decompose
+    from util_factorization.factor_files import method_in_names, sha256, write_factors
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 
 @dataclass
@@ -26,9 +26,9 @@ def main(argv=None):
     import torch
     from torch.nn import functional as F
 
-    import checkpoint as ckpt
-    from dataset import Dataset
-    from util_factorization.factors import read_factors, read_facts
+    from common import checkpoint as ckpt
+    from common.dataset import Dataset
+    from util_factorization.factor_files import read_factors, read_facts
 
     checkpoint = ckpt.load(args.ckpt_path)
     if checkpoint["config"]["n_embd_wte"] is not None or checkpoint["config"].get("lora_rank") is not None:

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 HUB = "monology/pile-uncopyrighted"
 KINDS = (".jsonl", ".jsonl.xz", ".jsonl.zst", ".txt", ".txt.xz", ".txt.zst", ".parquet")
@@ -82,7 +82,7 @@ def file_texts(file):
         for rows in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["text"]):
             yield from rows.column("text").to_pylist()
         return
-    from tokenizer import END_OF_TEXT
+    from common.tokenizer import END_OF_TEXT
 
     with unpacked(file) as f:
         if ".jsonl" in file.suffixes:
@@ -108,7 +108,7 @@ def zst_open(file, *how, **more):
 def read_tokenizer(name):
     from tokenizers import Tokenizer
 
-    from tokenizer import END_OF_TEXT
+    from common.tokenizer import END_OF_TEXT
 
     if Path(name).is_file():
         try:
@@ -161,7 +161,7 @@ def main(argv=None):
     if args.local_dir and not Path(args.local_dir).is_dir():
         fail(f"--local_dir {args.local_dir} is not a folder")
 
-    from dataset import write_dataset
+    from common.dataset import write_dataset
 
     t0 = time.time()
     bpe, end = read_tokenizer(args.tokenizer)

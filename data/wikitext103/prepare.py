@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 SPLITS = dict(train=("wiki.train.raw", "train*.parquet"), val=("wiki.valid.raw", "validation*.parquet"))
 ARTICLES_AT_ONCE = 512
@@ -82,8 +82,8 @@ def main(argv=None):
     import numpy as np
     from tqdm import tqdm
 
-    from dataset import write_dataset
-    from tokenizer import END_OF_TEXT, gpt2
+    from common.dataset import write_dataset
+    from common.tokenizer import END_OF_TEXT, gpt2
 
     t0 = time.time()
     encoding = gpt2()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import fail
+from common.cli import fail
 
-ROOT = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1] / "data"
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -1,13 +1,13 @@
 """
 Surgery: q, k and v of a real model, or its token table, replaced by low-rank versions of themselves, and what that costs.
 
-    python util_factorization/surgery.py --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
+    python -m surgery --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
 
-    python util_factorization/surgery.py --targets k,v --mode shared_kv --method fisher --rank 192 --out smaller
+    python -m surgery --targets k,v --mode shared_kv --method fisher --rank 192 --out smaller
 
 One process: one decomposition serves every threshold and rank, the weights are put back after each point. results.jsonl in
 --out_dir gets a line a point; the same command again skips what is done. report.md and its figures are written at the end.
-With --out the one point that is given becomes a folder: small_model.load() reads it.
+With --out the one point that is given becomes a folder: surgery.load() reads it.
 """
 
 import hashlib
@@ -20,8 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 MODES = ("separate", "shared_kv", "shared_layers")
 NOTHING = dict(method="-", mode="-", targets="-", variance=None, rank=None, budget=None)  # the untouched model's line
@@ -39,7 +38,9 @@ class Args:
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated: ranks by layer, by what the loss says")
     targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
     mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
-    method: str = flag("pca", "pca, svd, whiten, fisher; of wte those of decompose.py; a comma-separated list sweeps them")
+    method: str = flag(
+        "pca", "pca, svd, whiten, fisher; of wte those of pca_factorize_wte.py; comma-separated, a sweep"
+    )
     layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers")
     seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
     calib_text: str = flag(
@@ -95,8 +96,8 @@ def parse_levels(args):
 
 def make_points(args):
     """Every point of the sweep: dict(method, mode, targets, variance, rank)."""
-    from util_factorization.attention import METHODS
-    from util_factorization.decompose import METHODS as TABLE_METHODS
+    from util_factorization.decompose_matrix import METHODS
+    from util_factorization.decompose_table import METHODS as TABLE_METHODS
 
     points = []
     for choice in args.targets.split("/"):
@@ -154,7 +155,7 @@ def check(args, given):
 
 
 def check_ranks(points, layers, subject, per_group):
-    from util_factorization.operation import heights, stacks
+    from surgery.surgeon import heights, stacks
 
     for point in points:
         widths = {"wte": subject.config.n_embd}
@@ -169,7 +170,7 @@ def check_ranks(points, layers, subject, per_group):
 
 def check_subject(args, points, subject, tokenizer):
     """What the model is to read is no longer than it can be, the table is one that can be cut, --out can say what is left."""
-    from util_factorization.real_model import CodecTokenizer, OwnSubject, prompt_ids
+    from surgery.subject import CodecTokenizer, OwnSubject, prompt_ids
 
     if args.out and (isinstance(subject, OwnSubject) or isinstance(tokenizer, CodecTokenizer)):
         fail("--out writes a model and a tokenizer of Hugging Face, and --model or --tokenizer is of train.py: leave --out out")
@@ -221,7 +222,7 @@ def read_text(args, name):
 
 def windows_of(args, flag_name, tokenizer, subject, count, least=0):
     """Fixed windows of a text -> (list of (x, y), ids of the whole text), or an error that names the flag."""
-    from util_factorization.real_model import encode, fixed_windows
+    from surgery.subject import encode, fixed_windows
 
     path = getattr(args, flag_name)
     ids = encode(tokenizer, read_text(args, flag_name), len(subject.table.weight), path or "the State of the Union")
@@ -245,8 +246,8 @@ def calibration(args, points, subject, layers, tokenizer, file):
     """
     import torch
 
-    from util_factorization.operation import heights
-    from util_factorization.real_model import Moments
+    from surgery.subject import Moments
+    from surgery.surgeon import heights
 
     of_table = {p["method"] for p in points if p["mode"] == "table"}
     of_layers = {p["method"] for p in points if p["mode"] != "table"} & {"whiten", "fisher"}
@@ -319,7 +320,7 @@ def read_records(results):
 
 def prepare_folder(args, settings):
     """The folder and its lines; those of a sweep with other settings are left alone, and one line says which differs."""
-    from run_folder import provenance
+    from common.run_folder import provenance
 
     folder = Path(args.out_dir)
     if folder.exists() and not folder.is_dir():
@@ -355,8 +356,8 @@ def sweep(args, points, surgeon, judge, tokenizer, results):
     """Measure every point, and append its line to results.jsonl."""
     from tqdm import tqdm
 
-    from util_factorization.operation import check_changes, fingerprint
-    from util_factorization.real_model import answer
+    from surgery.subject import answer
+    from surgery.surgeon import check_changes, fingerprint
 
     subject, model = surgeon.subject, surgeon.subject.model
     before = fingerprint(model)
@@ -385,11 +386,11 @@ def main(argv=None):
     parse_levels(args)
     import torch
 
-    from util_factorization.operation import Surgeon, fingerprint
-    from util_factorization.real_model import Judge, choose_model, find_layers, load_subject
-    from util_factorization.small_model import check_attention
-    from util_factorization.smaller import make_smaller
-    from util_factorization.surgery_report import write_report
+    from reports.surgery import write_report
+    from surgery.low_rank_model import check_attention
+    from surgery.subject import Judge, choose_model, find_layers, load_subject
+    from surgery.surgeon import Surgeon, fingerprint
+    from surgery.write_model import make_smaller
 
     points = make_points(args)
     if args.out and len(points) > 1:

@@ -1,7 +1,7 @@
 """
 Hugging Face in: a Pythia (GPT-NeoX) or a GPT-2 from the hub or a local folder -> a checkpoint of ours with the same logits.
 
-    python util_factorization/hf.py --model EleutherAI/pythia-70m --out model_weights/pythia70m/ckpt.pt
+    python util_factorization/import_hf.py --model EleutherAI/pythia-70m --out model_weights/pythia70m/ckpt.pt
 
 The weights are kept in float32, whatever they are stored in. A model that does more than ours can say is refused by name.
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse
 
 # What our GPT takes for granted, by model_type; a config from before a setting had what is here.
 GRANTED = dict(
@@ -162,7 +162,7 @@ def main(argv=None):
     except ImportError:
         fail("the package transformers is not installed: pip install transformers")
 
-    import checkpoint as ckpt
+    from common import checkpoint as ckpt
     from train_args import ModelArgs, TrainArgs
 
     gpt_config(load(AutoConfig, args.model))  # refuses before the weights are downloaded

@@ -1,7 +1,7 @@
 """
 A model that surgery made smaller: low-rank factors instead of q, k, v or the token table, on disk, in memory and in the cache.
 
-    from util_factorization.small_model import load
+    from surgery.low_rank_model import load
     model, tokenizer = load("model_weights/smaller")  # a Hugging Face model: generate() and all that it can
 
 The folder holds surgery.safetensors, where each low-rank matrix is stored as a skeleton (attention.py), so that it has fewer
@@ -23,9 +23,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from cli import fail
-from util_factorization.attention import from_skeleton, skeleton
-from util_factorization.real_model import find_layers
+from common.cli import fail
+from surgery.subject import find_layers
+from util_factorization.decompose_matrix import from_skeleton, skeleton
 
 WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
 
@@ -315,7 +315,7 @@ def save(folder, hf, tokenizer, plan):
 
 
 def load(folder, device="cpu"):
-    """A folder that surgery.py --out wrote -> (model, tokenizer); one line and status 2 where it cannot be."""
+    """A folder that surgery's --out wrote -> (model, tokenizer); one line and status 2 where it cannot be."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -323,7 +323,7 @@ def load(folder, device="cpu"):
         config = AutoConfig.from_pretrained(folder)
         plan = config.surgery
     except (OSError, ValueError, AttributeError):
-        fail(f"{folder} has no model that surgery.py --out wrote: give its folder")
+        fail(f"{folder} has no model that surgery's --out wrote: give its folder")
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     install(hf, plan)
     try:

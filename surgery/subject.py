@@ -13,13 +13,13 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import checkpoint
-import decoding
-from cli import fail
-from dataset import find_folder, read_meta
-from kv_cache import KVCache
-from latents import linear as linear_of
-from tokenizer import read_codec
+from common import checkpoint
+from common.cli import fail
+from common.dataset import find_folder, read_meta
+from common.tokenizer import read_codec
+from value_cache import generation as decoding
+from value_cache.kv_cache import KVCache
+from value_cache.latent_attention import linear as linear_of
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
@@ -86,7 +86,7 @@ def load_hugging_face(name):
             fail(f"--model {name} needs the package gguf: pip install gguf==0.19.0")
         path, how = str(Path(name).parent), dict(gguf_file=Path(name).name)
     if (Path(path) / "surgery.safetensors").is_file():
-        fail(f"--model {name} is a smaller model already, which small_model.load() reads: give the one it was made of")
+        fail(f"--model {name} is a smaller model already, which surgery.load() reads: give the one it was made of")
     config = read(AutoConfig, "config", path, "--model", **how)
     if getattr(config, "quantization_config", None) and not how:
         fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")

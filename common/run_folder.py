@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import fail
+from common.cli import fail
 
 
 class RunFolder:

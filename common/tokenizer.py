@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import fail
+from common.cli import fail
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -20,7 +20,9 @@ def flag(default=MISSING, help="", choices=None):
 
 def fail(message):
     """End the program on a user's mistake: the message names the flag or file and the mend."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    path = Path(sys.argv[0])
+    program = path.parent.name if path.name == "__main__.py" else path.name  # python -m surgery
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 

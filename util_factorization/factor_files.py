@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import fail
+from common.cli import fail
 
 
 def method_in_names(method):

@@ -2,9 +2,9 @@
 
 import math
 
-from compare import cache_claims, mean, shown
-from runs import read_curve
-from tables import claim_lines, provenance_lines, table, title
+from reports.compare import cache_claims, mean, shown
+from reports.markdown import claim_lines, provenance_lines, table, title
+from reports.rows import read_curve
 
 READING = (
     "Losses, perplexities and errors are of the best checkpoint, read back; it is chosen on the same fixed windows that are "
@@ -79,7 +79,7 @@ def error_table(rows):
 
 def figures(root, rows):
     """Write the figures; returns [(caption, file name)]."""
-    from plots import lines_plot, series_plot
+    from reports.plots import lines_plot, series_plot
 
     order, first = [row.series for row in rows], next(iter(rows[0].folders))
     curves = {

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from kv_cache import KVCache
 from model import CausalSelfAttention, NoRotary
+from value_cache.kv_cache import KVCache
 
 WAYS = ("restore", "late", "fold")
 

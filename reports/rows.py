@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import fail
+from common.cli import fail
 from util_factorization import METHODS
 
 # In the order of the tables: label, folder name (k\d+ is the rank, m the method of the factors), series, what it is.

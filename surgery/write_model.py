@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tables import table
-from util_factorization.heal import heal
-from util_factorization.operation import check_changes, fingerprint
-from util_factorization.real_model import Subject
-from util_factorization.small_model import cache_bytes, decode_speeds, load, save, shrink
+from reports.markdown import table
+from surgery.heal import heal
+from surgery.low_rank_model import cache_bytes, decode_speeds, load, save, shrink
+from surgery.subject import Subject
+from surgery.surgeon import check_changes, fingerprint
 
 
 def make_smaller(args, point, surgeon, judge, tokenizer, windows):

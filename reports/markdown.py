@@ -2,7 +2,7 @@
 
 import json
 
-from compare import judge, mean, shown_p, spread
+from reports.compare import judge, mean, shown_p, spread
 
 
 def table(header, lines):

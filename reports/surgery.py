@@ -1,14 +1,14 @@
-"""results.jsonl of surgery.py -> report.md: the table, perplexity against what was kept, ranks by layer, the answers."""
+"""results.jsonl of surgery -> report.md: the table, perplexity against what was kept, ranks by layer, the answers."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from cli import fail
-from plots import LINES, MARKERS, legend_beside, plt, save
-from tables import table
-from util_factorization.smaller import smaller_table
+from common.cli import fail
+from reports.markdown import table
+from reports.plots import LINES, MARKERS, legend_beside, plt, save
+from surgery.write_model import smaller_table
 
 READING = (
     "Perplexity is on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per token, "

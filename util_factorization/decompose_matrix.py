@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from util_factorization.decompose import root
+from util_factorization.decompose_table import root
 
 METHODS = ("pca", "svd", "whiten", "fisher")
 RIDGE = 1e-6  # of a moment's mean eigenvalue: directions that the text never showed keep a little weight

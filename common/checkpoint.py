@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import torch
 
-from cli import fail
+from common.cli import fail
 from model import GPT, GPTConfig
 from train_args import PRESETS
-from util_factorization.factors import read_factors
+from util_factorization.factor_files import read_factors
 
 # The flags that name the files of a frozen base.
 BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")

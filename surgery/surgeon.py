@@ -7,9 +7,10 @@ import zlib
 import torch
 from tqdm import tqdm
 
-from cli import fail
-from util_factorization import allocate, attention
-from util_factorization.decompose import decompose as decompose_table
+from common.cli import fail
+from surgery import allocate
+from util_factorization import decompose_matrix as attention
+from util_factorization.decompose_table import decompose as decompose_table
 
 
 def stacks(layers, targets, mode, per_group):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cli import fail
+from common.cli import fail
 from model import adapt, merge_adapters
 
 WARMUP = 0.1  # of the steps
