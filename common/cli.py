@@ -13,9 +13,13 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 
-def flag(default=MISSING, help="", choices=None):
-    """A dataclass field that is also a command-line flag; without a default the flag is required."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
+def flag(default=MISSING, help="", choices=None, low=None, high=None):
+    """
+    A dataclass field that is also a command-line flag; without a default the flag is required.
+
+    low, high: the smallest and the largest number that it may have; parse() refuses others.
+    """
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
 def fail(message):
@@ -81,4 +85,18 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None):
         parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     preset = given.get("preset")
     base = presets[preset] if preset else {}
-    return cls(**(base | given)), given
+    args = cls(**(base | given))
+    check_ranges(args)
+    return args, given
+
+
+def check_ranges(args):
+    """Refuse a number outside the range that its flag() states."""
+    for f in fields(args):
+        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
+        if value is None or (low is None and high is None):
+            continue
+        within = (low is None or low <= value) and (high is None or value <= high)  # false for "not a number"
+        if not within:
+            allowed = f"{low} or more" if high is None else f"{high} or less" if low is None else f"{low} to {high}"
+            fail(f"--{f.name} {value}: give {allowed}")

@@ -1,0 +1,58 @@
+"""Flags from dataclasses, and files that are written whole."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from common.cli import flag, parse
+from common.files import written_whole
+
+
+@dataclass
+class Args:
+    steps: int = flag(4, "steps", low=1)
+    share: float = flag(0.5, "a share", low=0, high=1)
+    rank: int | None = flag(None, "a rank", low=1, high=8)
+
+
+@pytest.mark.parametrize("argv", (["--steps", "1"], ["--share", "0"], ["--share", "1"], ["--rank", "8"], []))
+def test_a_range_includes_its_ends(argv):
+    parse(Args, argv)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--share", "1.5"], "--share 1.5: give 0 to 1"),
+        (["--share", "nan"], "--share nan: give 0 to 1"),
+        (["--rank", "9"], "--rank 9: give 1 to 8"),
+    ],
+)
+def test_a_number_outside_its_range_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Args, argv)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, capsys):
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as part:
+        part.write_text("first")
+    assert path.read_text() == "first"
+    for error in (OSError(28, "No space left on device"), RuntimeError("a write fell short")):
+        with pytest.raises(SystemExit) as end, written_whole(path) as part:
+            part.write_text("half")
+            raise error
+        assert end.value.code == 2 and str(path) in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_is_written_whole(tmp_path):
+    with written_whole(tmp_path / "folder") as part:
+        part.mkdir()
+        (part / "file").write_text("text")
+    assert (tmp_path / "folder" / "file").read_text() == "text"
