@@ -9,11 +9,11 @@ from common.cli import fail
 
 
 @contextmanager
-def written_whole(path, mend="make room, or give another name", errors=(OSError, RuntimeError)):
+def written_whole(path, hint="make room, or give another name", errors=(OSError, RuntimeError)):
     """
     Gives a path beside `path` to write a file or a folder to; it takes the place of `path` when the block ends.
 
-    Where writing fails, `path` stays as it was and the program ends with one line that says `mend`. errors: what counts as a
+    Where writing fails, `path` stays as it was and the program ends with one line that says `hint`. errors: what counts as a
     failure to write; torch raises a RuntimeError where a disk is full.
     """
     path = Path(path)
@@ -26,7 +26,7 @@ def written_whole(path, mend="make room, or give another name", errors=(OSError,
     except errors as error:
         remove(part)
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:80]
-        fail(f"{path} cannot be written ({why}): {mend}")
+        fail(f"{path} cannot be written ({why}): {hint}")
     except BaseException:
         remove(part)
         raise
