@@ -87,7 +87,7 @@ def random_models(args):
     models = []
     for name, _, parts in MODELS:
         torch.manual_seed(0)
-        model = checkpoint.place(GPT(GPTConfig(**shape | dict.fromkeys(parts, rank))).eval(), args.device)
+        model = checkpoint.move_to(GPT(GPTConfig(**shape | dict.fromkeys(parts, rank))).eval(), args.device)
         models.append((name.format(r=rank, d=d), model, None))
     return models
 
@@ -105,7 +105,7 @@ def trained_models(args):
             )
         for folder in folders:
             saved = checkpoint.load(folder)
-            model = checkpoint.place(checkpoint.build(saved, dropout=0.0).eval(), args.device)
+            model = checkpoint.move_to(checkpoint.build(saved, dropout=0.0).eval(), args.device)
             models.append((name.format(r=model.config.v_proj_dim, d=model.config.n_embd), model, saved))
     return models
 

@@ -67,10 +67,10 @@ def load_model(args):
 
     from common import checkpoint
 
-    saved = checkpoint.load(args.ckpt_path, mend="train it first, or give another --ckpt_path")
+    saved = checkpoint.load(args.ckpt_path, hint="train it first, or give another --ckpt_path")
     model = checkpoint.build(saved, dropout=0.0).eval()
     model.merge_lora()
-    checkpoint.place(model, args.device, getattr(torch, args.dtype))
+    checkpoint.move_to(model, args.device, getattr(torch, args.dtype))
     return model, saved["args"]["dataset"]
 
 

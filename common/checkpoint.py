@@ -7,41 +7,34 @@ adapters alone, and base the files that the frozen weights come from and their h
 """
 
 import hashlib
-import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from common.cli import fail
+from common.factor_files import read_factors
+from common.files import written_whole
 from model import GPT, GPTConfig
-from train_args import PRESETS
-from util_factorization.factor_files import read_factors
 
 # The flags that name the files of a frozen base.
 BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
 
-def save(path, model, base=None, **rest):
-    """Write a checkpoint; a crash while writing leaves the old file whole. base: of adapters that are saved without it."""
-    path = Path(path)
+def save(path, model, base=None, hint="make room, then resume the run", **rest):
+    """Write a checkpoint, whole or not at all. base: of adapters that are saved alone. rest: what else it holds."""
     state = model.state_dict()
     if base is not None:
         state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
         rest = dict(base=base, **rest)
-    part = path.with_suffix(".part")
-    torch.save(dict(model=state, config=asdict(model.config), **rest), part)
-    os.replace(part, path)
+    with written_whole(path, hint) as part:
+        torch.save(dict(model=state, config=asdict(model.config), **rest), part)
 
 
 def save_new(out, model, **facts):
-    """Write the --out of a program, a new file, or end in one line."""
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        save(out, model, **facts)
-    except OSError as error:
-        fail(f"--out {out} cannot be written ({error.strerror}): choose another file")
+    """Write the --out of a program."""
+    save(out, model, hint="give another --out", **facts)
 
 
 def is_adapter(name):
@@ -49,7 +42,7 @@ def is_adapter(name):
 
 
 def base_of(model, args):
-    """What finds and recognises the frozen weights again: their files, and the SHA-256 over every weight but the adapters'."""
+    """Where the frozen weights come from, and how they are recognised: their files, and the SHA-256 over them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not is_adapter(name):
@@ -58,23 +51,23 @@ def base_of(model, args):
     return {name: file and str(Path(file).resolve()) for name, file in files.items()} | dict(sha256=digest.hexdigest())
 
 
-def load(path, mend="train the baseline first (bash scripts/train_baseline_gpt2.sh)", **base_files):
+def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)", **base_files):
     """
-    A file, or a run folder that holds ckpt.pt -> the checkpoint's dict, adapters completed by their base.
+    A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. Adapters that were saved alone get their base.
 
-    mend: what to do where there is none. base_files: where a file of the base lies now, by the name in BASE_FILES.
+    hint: what the error tells to do where there is no file. base_files: where files of the base lie now, by name (BASE_FILES).
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        fail(f"Checkpoint not found: {path}: {mend}")
+        fail(f"Checkpoint not found: {path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         lacking = {"model", "config", "args", "iter_num", "data_step", "tokens"} - checkpoint.keys()
         if lacking:
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         GPTConfig(**checkpoint["config"])
-    except Exception as error:  # torch raises many types for a file that is none of its own
+    except Exception as error:  # torch raises many types for a file that it cannot read
         why = error if isinstance(error, ValueError) else type(error).__name__
         fail(f"{path} is not a checkpoint of this project ({why}): give a ckpt.pt of train.py")
     if "base" in checkpoint:
@@ -87,8 +80,8 @@ def plain_config(checkpoint):
 
 
 def read_base(path, base, config):
-    """The model that the adapters of `path` were trained beside, or an error where the files hold another one by now."""
-    previous = load(base["prev_run_ckpt"], mend=f"{path} holds adapters of it; --prev_run_ckpt says where it lies now")
+    """The model whose adapters `path` holds; an error where the files hold another model by now."""
+    previous = load(base["prev_run_ckpt"], hint=f"{path} holds adapters of it; say with --prev_run_ckpt where it lies now")
     factors = None
     if base["import_wte_npy"]:
         shape = (config.vocab_size, config.n_embd_wte, config.n_embd)
@@ -97,12 +90,12 @@ def read_base(path, base, config):
     model = start_from(GPT(config), previous, base["prev_run_ckpt"], factors)
     if base_of(model, SimpleNamespace(**base))["sha256"] != base["sha256"]:
         files = ", ".join(base[name] for name in BASE_FILES if base[name])
-        fail(f"{path} holds adapters of another base than {files} (its hash differs): give the files that it was trained with")
+        fail(f"{path} holds adapters of another base than {files} (the hashes differ): give the files that it was trained with")
     return model
 
 
 def start_from(model, previous, path, factors=None):
-    """Fill a model with a previous run's weights, the table from factors where they are given. path: for messages."""
+    """Fill a model with a previous run's weights; given factors replace the table's. path: for messages."""
     load_previous(model, previous, path, keep_table=factors is None)
     if factors:
         model.import_factors(**factors)
@@ -116,51 +109,50 @@ def build(checkpoint, **changes):
     return model
 
 
-def place(model, device, dtype=None):
-    """Move a model to where it is to run, or end in one line where that is not here."""
+def move_to(model, device, dtype=None):
+    """Move a model to a device, or end in one line where there is no such device."""
     try:
         return model.to(device, dtype)
-    except (RuntimeError, AssertionError) as error:  # a device that is not here, or a torch without it
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
         fail(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
 
 
-# What a previous run's weights fix; the table's rank and the dropout are the new run's own.
-SHAPE = (
-    "block_size", "n_layer", "n_head", "n_embd", "mlp_expansion_factor", "activation", "bias", "rotary_pct",
-    "parallel_residual", "norms_per_layer", "tie_head", "v_proj_narrow",
-)  # fmt: skip
+# What a new run decides for itself when it starts from a previous run's weights. All other fields are those weights' shape.
+OF_THE_NEW_RUN = {
+    "vocab_size", "dropout", "factor_init", "n_embd_wte", "n_embd_wte_scale_tying", "n_embd_wte_mean", "v_proj_dim",
+    "k_proj_dim", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+}  # fmt: skip
+SHAPE = [f.name for f in fields(GPTConfig) if f.name not in OF_THE_NEW_RUN]
 
 
 def previous_shape(checkpoint, args, given):
     """The shape of a previous run's model as flags of the new run; a given flag that differs is refused."""
-    config = asdict(GPTConfig(**checkpoint["config"]))
+    config, ckpt = asdict(GPTConfig(**checkpoint["config"])), f"--prev_run_ckpt {args.prev_run_ckpt}"
     if config["lora_rank"] is not None:
-        fail(f"--prev_run_ckpt {args.prev_run_ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
-    if config["rotary_pct"]:  # its length is that of a table that is computed, not learned
-        config["block_size"] = (PRESETS.get(args.preset, {}) | given).get("block_size", config["block_size"])
-    for name in SHAPE:
-        if name in given and given[name] != config[name]:
-            fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
-    shape = {name: config[name] for name in SHAPE}
+        fail(f"{ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
+    if config["rotary_pct"] and ("block_size" in given or args.block_size != type(args).block_size):
+        config["block_size"] = args.block_size  # rotated positions are computed: a new run may have a length of its own
+    kept = list(SHAPE)
     for name in ("v_proj_dim", "k_proj_dim"):
-        if config[name] is None:  # a new part, where the flag is given
-            if getattr(args, name) is not None and args.lora_rank is not None:
-                fail(f"--{name} {getattr(args, name)} beside --lora_rank would stay random: train it without adapters first")
-            continue
+        if config[name] is not None:
+            kept.append(name)
+        elif getattr(args, name) is not None and args.lora_rank is not None:  # a new part beside frozen weights
+            fail(f"--{name} {getattr(args, name)} beside --lora_rank would stay random: train it without adapters first")
+    for name in kept:
         if name in given and given[name] != config[name]:
-            fail(f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}, leave the flag out")
-        shape[name] = config[name]
-    if not args.import_wte_npy:
-        for name in ("n_embd_wte", "n_embd_wte_scale_tying"):
-            if name in given and given[name] != config[name]:
-                fail(
-                    f"--{name} {given[name]}: --prev_run_ckpt {args.prev_run_ckpt} has {config[name]}; to factorize its "
-                    "table give --import_wte_npy and --import_scale_matrices_npz"
-                )
-            shape[name] = config[name]
-    elif args.n_embd_wte > config["n_embd"]:
-        fail(f"--n_embd_wte {args.n_embd_wte} is above the n_embd {config['n_embd']} of --prev_run_ckpt {args.prev_run_ckpt}")
-    return shape
+            fail(f"--{name} {given[name]}: {ckpt} has {config[name]}, drop the flag")
+    table = ["n_embd_wte", "n_embd_wte_scale_tying"]
+    if args.import_wte_npy:
+        if args.n_embd_wte > config["n_embd"]:
+            fail(f"--n_embd_wte {args.n_embd_wte} is above the n_embd {config['n_embd']} of {ckpt}: lower it")
+        table = []
+    for name in table:
+        if name in given and given[name] != config[name]:
+            fail(
+                f"--{name} {given[name]}: {ckpt} has {config[name]}; to factorize its table give --import_wte_npy and "
+                "--import_scale_matrices_npz"
+            )
+    return {name: config[name] for name in kept + table}
 
 
 TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.", "lm_head.")
@@ -168,8 +160,10 @@ TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.",
 
 def load_previous(model, checkpoint, path, keep_table):
     """
-    Copy a previous run's weights into the model; keep_table: the token table too. A weight left out on either side is
-    an error, since it would stay random in silence; fresh adapters, and a fresh bottleneck of the keys or the values, may stay.
+    Copy a previous run's weights into the model; keep_table: the token table too.
+
+    A weight that only one side has is an error, since it would stay random in silence. New adapters may stay random, and so
+    may the new compression of keys or values.
     """
     state = {k: v for k, v in checkpoint["model"].items() if keep_table or not k.startswith(TABLE)}
     before = GPTConfig(**checkpoint["config"])

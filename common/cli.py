@@ -23,7 +23,7 @@ def flag(default=MISSING, help="", choices=None, low=None, high=None):
 
 
 def fail(message):
-    """End the program on a user's mistake: the message names the flag or file and the mend."""
+    """End the program on a user's mistake: the message names the flag or file, then what to do."""
     path = Path(sys.argv[0])
     program = path.parent.name if path.name == "__main__.py" else path.name  # python -m surgery
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -47,7 +47,7 @@ def value_type(hint):
     return hint
 
 
-def build_parser(cls, description, epilog=None):
+def build_parser(cls, presets, description, epilog=None):
     parser = Parser(
         description=description,
         epilog=epilog,
@@ -58,14 +58,15 @@ def build_parser(cls, description, epilog=None):
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         is_bool = hints[f.name] is bool
-        how = dict(action=argparse.BooleanOptionalAction) if is_bool else dict(type=value_type(hints[f.name]))
-        if f.metadata["choices"]:
-            how["choices"] = f.metadata["choices"]
+        options = dict(action=argparse.BooleanOptionalAction) if is_bool else dict(type=value_type(hints[f.name]))
+        choices = tuple(presets) if f.name == "preset" else f.metadata["choices"]
+        if choices:
+            options["choices"] = choices
         elif not is_bool:
-            how["metavar"] = value_type(hints[f.name]).__name__.upper()
+            options["metavar"] = value_type(hints[f.name]).__name__.upper()
         shown = "" if f.default in (MISSING, None, "") else f" (default: {f.default})"
         help = (f.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(f"--{f.name}", required=f.default is MISSING, help=help, **how)
+        parser.add_argument(f"--{f.name}", required=f.default is MISSING, help=help, **options)
     return parser
 
 
@@ -76,7 +77,7 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None):
     presets: name -> {field: value}; the preset is chosen by the field `preset`.
     Returns (the instance, the dict of flags that were given).
     """
-    parser = build_parser(cls, description, epilog)
+    parser = build_parser(cls, presets or {}, description, epilog)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:

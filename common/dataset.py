@@ -15,26 +15,26 @@ ROOT = Path(__file__).parents[1] / "data"
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Plain containers, text and numbers need no class looked up, so looking one up is refused: no code runs."""
+    """Reads plain containers, text and numbers. They need no class looked up, so looking one up is refused: no code runs."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
 
 
 def read_meta(path):
-    """meta.pkl as a dict; whatever else the file holds is refused."""
-    mend = "run the dataset's prepare.py again"
+    """meta.pkl -> a dict; a file that holds anything else is refused."""
+    hint = "run the dataset's prepare.py again"
     try:
         with open(path, "rb") as f:
             meta = PlainUnpickler(f).load()
     except FileNotFoundError:
         fail(f"{path} does not exist: run the dataset's prepare.py first, or choose another --dataset")
     except Exception as error:  # a damaged pickle can raise nearly anything
-        fail(f"{path} is not a pickled dict of plain values ({error}): {mend}")
+        fail(f"{path} is not a pickled dict of plain values ({error}): {hint}")
     if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int):
-        fail(f"{path} is not a dict with an integer vocab_size: {mend}")
+        fail(f"{path} is not a dict with an integer vocab_size: {hint}")
     if meta.get("dtype") not in ("uint16", "uint32"):
-        fail(f"{path} says dtype {meta.get('dtype')!r}, where uint16 or uint32 is expected: {mend}")
+        fail(f"{path} says dtype {meta.get('dtype')!r}, where uint16 or uint32 is expected: {hint}")
     return meta
 
 
@@ -57,7 +57,7 @@ def find_folder(name):
 
 @lru_cache(maxsize=1)
 def shuffled(n, key):
-    """0 to n - 1 in the order of an epoch, which all of its steps ask for."""
+    """0 to n - 1 in the order of an epoch; kept, since every step of the epoch asks for it."""
     return np.random.default_rng(key).permutation(n)
 
 
@@ -100,7 +100,7 @@ class Dataset:
         """
         Random training windows and their next tokens, two int64 arrays (B, T).
 
-        The draw hangs on the key alone, (seed, step, micro-step): a resumed run, a run over more cards and another model
+        The draw depends on the key alone, (seed, step, micro-step). So a resumed run, a run over more cards and another model
         all read the same text.
         """
         starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
@@ -108,8 +108,9 @@ class Dataset:
 
     def epoch_steps(self, step_size, block_size, samples=None):
         """
-        Steps of an epoch: as many as `samples` sequences of block_size that do not overlap (None: all of the training file)
-        fill with step_size each. What is left over is another part in each epoch, since the order is.
+        Steps of an epoch: samples // step_size. samples: sequences of block_size that do not overlap; None takes all.
+
+        The remainder is dropped; shuffling makes it a different one each epoch.
         """
         available = (len(self.train) - 1) // block_size
         samples = available if samples is None else samples
@@ -123,15 +124,18 @@ class Dataset:
         return samples // step_size
 
     def epoch_batch(self, batch_size, block_size, samples, place, *key):
-        """The batch from `place` on in the order of an epoch, which hangs on the key alone: two int64 arrays (B, T)."""
+        """
+        The sequences from `place` on in the order of an epoch, two int64 arrays (B, T). The order depends on the key alone,
+        (seed, epoch).
+        """
         samples = (len(self.train) - 1) // block_size if samples is None else samples
         order = shuffled(samples, key)
         return self._windows(self.train, order[place : place + batch_size] * block_size, block_size)
 
     def fixed_windows(self, count, batch_size, block_size, split="val"):
         """
-        Windows of the validation file (or the "train" file), in order, as batches of (B, T): non-overlapping ones over
-        the whole file, or `count` of them evenly spaced where there are more. The same for every model.
+        Windows of the validation file (or of the "train" file) that do not overlap, in order, as batches of (B, T). Where the
+        file has more than `count` windows they are evenly spaced. The same for every model.
         """
         tokens = getattr(self, split)
         available = (len(tokens) - 1) // block_size
@@ -150,7 +154,26 @@ class Dataset:
         return np.bincount(self.train, minlength=self.vocab_size)
 
     def unigram_entropy(self):
-        """Nats per token of the validation file under its own token frequencies: what knowing no context can reach."""
+        """Entropy of the validation file's token frequencies, nats per token: a model without context cannot do better."""
         counts = np.bincount(self.val)
         p = counts[counts > 0] / len(self.val)
         return float(-(p * np.log(p)).sum())
+
+
+class TrainingText:
+    """What each micro-step of each process reads: random windows, or with --max_epochs the sequences of an epoch."""
+
+    def __init__(self, dataset, args, epoch_steps, steps_before, rank, world_size):
+        """epoch_steps: steps of an epoch, or None. steps_before: steps that the weights had read before this run."""
+        self.dataset, self.args, self.epoch_steps, self.steps_before = dataset, args, epoch_steps, steps_before
+        self.rank, self.world_size = rank, world_size
+
+    def batch(self, step, micro):
+        """Two int64 arrays (B, T): token ids, and the ids that follow them."""
+        a, place = self.args, micro * self.world_size + self.rank
+        if self.epoch_steps is None:
+            return self.dataset.batch(a.batch_size, a.block_size, a.seed, self.steps_before + step, place)
+        epoch, within = divmod(step, self.epoch_steps)
+        place = (within * a.gradient_accumulation_steps + place) * a.batch_size
+        key = a.seed, self.steps_before + epoch
+        return self.dataset.epoch_batch(a.batch_size, a.block_size, a.max_train_samples, place, *key)

@@ -16,17 +16,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import checkpoint
 from common.cli import fail
+from common.device import hardware
+from common.files import written_whole
+
+
+class NoRunFolder:
+    """Stands for the folder of a process or a run that writes nothing."""
+
+    writes = False
+
+    def log(self, step, **values):
+        pass
+
+    def keep(self, model, base, facts, state, is_best):
+        pass
+
+    def finish(self, summary):
+        pass
 
 
 class RunFolder:
+    writes = True
+
     def __init__(self, args, resumed_at=None):
         """Claim args.out_dir. resumed_at: the step a resume goes on from; None claims the folder for a new run."""
         self.path = Path(args.out_dir)
         config = self.path / "config.json"
         for given, package in ((args.wandb_log, "wandb"), (args.tensorboard_log, "tensorboard")):
             if given and importlib.util.find_spec(package) is None:
-                fail(f"--{package}_log needs the package {package}: pip install {package}, or leave the flag out")
+                fail(f"--{package}_log needs the package {package}: pip install {package}, or drop the flag")
         if self.path.exists() and not self.path.is_dir():
             fail(f"--out_dir {self.path} is a file: give a folder")
         if resumed_at is None:
@@ -67,7 +87,7 @@ class RunFolder:
             )
 
     def _keep_lines_before(self, resumed_at):
-        """What an interrupted run logged after its last checkpoint, that one's evaluation too, is about to be logged again."""
+        """Drop what an interrupted run logged after its last checkpoint, and that checkpoint's evaluation: both come again."""
 
         def stays(line):
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
@@ -82,10 +102,16 @@ class RunFolder:
         for log in self.loggers:
             log(step, values)
 
+    def keep(self, model, base, facts, state, is_best):
+        """Write last.pt, unless there is no state to go on with, and ckpt.pt where the model is the best so far."""
+        if state:  # last.pt first: a resume after a crash between the two files writes ckpt.pt again
+            checkpoint.save(self.path / "last.pt", model, base, **facts, **state)
+        if is_best:
+            checkpoint.save(self.path / "ckpt.pt", model, base, **facts)
+
     def finish(self, summary):
-        part = self.path / "summary.part"
-        part.write_text(json.dumps(summary, indent=1) + "\n")
-        os.replace(part, self.path / "summary.json")
+        with written_whole(self.path / "summary.json") as part:
+            part.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def wandb_log(args, folder):
@@ -127,13 +153,3 @@ def provenance(device):
     return dict(
         command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", versions=versions, hardware=hardware(device)
     )
-
-
-def hardware(device):
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

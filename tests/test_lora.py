@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import REPO
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint
@@ -154,10 +155,11 @@ def test_what_the_model_refuses(tiny_model, changes, words):
 @pytest.mark.parametrize("parts", [dict(), dict(n_embd_wte=None, lora_targets=DENSE)])
 def test_flops_with_adapters_are_what_torch_counts(tiny_model, parts):
     model = adapted(tiny_model, **parts)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch(model, B=1)[0])
     costs = model.flops_per_token(16)
-    assert counter.get_total_flops() / 16 in (costs["total"] + costs["attention"], costs["total"] - costs["attention"])
+    # causal attention needs half of the T x T scores; plain matrix products compute all of them
+    assert counter.get_total_flops() / 16 == costs["total"] + costs["attention"]
     assert costs["adapters"] > 0
     counts = model.count_parameters()
     assert counts["adapters"] == sum(p.numel() for p in adapters(model).values())

@@ -1,3 +1,4 @@
+import ast
 import inspect
 import json
 import os
@@ -15,9 +16,10 @@ from conftest import REPO, TINY, as_flags
 from common import checkpoint
 from common.dataset import Dataset, write_dataset
 from common.evaluate import evaluate
+from common.factor_files import write_factors
+from common.train_rules import trained_names
 from model import GPT, GPTConfig
-from train_args import PRESETS, TrainArgs, parse_args, trained_names
-from util_factorization.factor_files import write_factors
+from train_args import PRESETS, LoraArgs, ModelArgs, TrainArgs, parse_args
 
 
 def losses(folder):
@@ -432,19 +434,36 @@ def test_a_crash_between_the_two_checkpoints_is_mended_by_the_resume(train, base
     assert checkpoint.load(baseline)["iter_num"] == json.loads((baseline / "summary.json").read_text())["best"]["iter"]
 
 
+def attributes_of(source, *objects):
+    """The names that a Python source reads of these objects: args.n_embd gives n_embd, and not n_embd_wte."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    owners = [(node.attr, getattr(node.value, "id", getattr(node.value, "attr", None))) for node in nodes]
+    return {name for name, owner in owners if owner in objects}
+
+
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
-    sources = "".join(
-        (REPO / name).read_text() for name in ("train.py", "common/evaluate.py", "common/run_folder.py", "common/checkpoint.py")
-    )
-    sources += inspect.getsource(trained_names)
-    model = (REPO / "model.py").read_text()
+    files = [
+        "train.py",
+        *(f"common/{name}.py" for name in ("start", "dataset", "device", "evaluate", "progress", "run_folder")),
+    ]
+    read = set().union(*(attributes_of((REPO / file).read_text(), "args", "a") for file in files))
+    read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of train_rules.py only checks
+    read |= attributes_of((REPO / "model.py").read_text(), "config", "c") & {f.name for f in fields(GPTConfig)}
+    read |= {"preset"}  # read by cli.parse
     train(out_dir=tmp_path / "run", eval_only=True)
     kept = checkpoint.load(tmp_path / "run")["args"]
     for f in fields(TrainArgs):
-        in_model = f.name in {g.name for g in fields(GPTConfig)} and f"config.{f.name}" in model
-        by_cli = f.name == "preset"  # read by cli.parse
-        assert f"args.{f.name}" in sources or in_model or by_cli, f.name
+        assert f.name in read, f.name
         assert len(f.metadata["help"]) > 5 and f.name in kept, f.name
+
+
+def test_the_shape_of_a_model_stands_twice_and_equal():
+    """ModelArgs must not import torch, GPTConfig is the model's own: the two lists hold the same names and types."""
+    of_adapters = {f.name for f in fields(LoraArgs)}
+    in_config = {f.name: f.type for f in fields(GPTConfig)} | dict(n_embd_wte_mean=None)
+    not_a_flag = {"vocab_size", "n_embd_wte_mean"}  # of the dataset, of the factor files
+    flags = {f.name: f.type for f in fields(ModelArgs)}
+    assert flags == {name: kind for name, kind in in_config.items() if name not in of_adapters | not_a_flag}
 
 
 def test_import_of_another_rank_or_shape(train, factors, tmp_path, assert_one_line_error):

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.dataset import Dataset
 from common.evaluate import Restored, evaluate, position_bins
+from common.train_rules import trained_names
 from model import GPT, GPTConfig
 from reports.compare import cache_claims, judge
 from reports.rows import Row, read_rows
-from train_args import PRESETS, TrainArgs, parse_args, trained_names
+from train_args import PRESETS, TrainArgs, parse_args
 
 SHAPE = dict(rotary_pct=0.25, parallel_residual=True, norms_per_layer=1, tie_head=False, n_embd=16, n_head=2, dropout=0.0)
 EPOCHS = dict(max_iters=None, eval_interval=None, max_epochs=3, max_train_samples=40, warmup_iters=0, min_lr=1e-2)
@@ -217,7 +218,7 @@ def test_a_previous_run_gets_a_bottleneck_and_keeps_the_rest(train, tmp_path, as
     base, kv = weights(tmp_path / "base"), weights(tmp_path / "kv")
     assert all(torch.equal(base[name], kv[name]) for name in base) and len(kv) == len(base) + 2 * 8
     for words, more in [
-        (["--v_proj_narrow", "leave the flag out"], dict(v_proj_dim=8, v_proj_narrow=True)),
+        (["--v_proj_narrow", "drop the flag"], dict(v_proj_dim=8, v_proj_narrow=True)),
         (["--v_proj_dim 17"], dict(v_proj_dim=17)),
         (["--v_proj_dim 6", "has 8"], dict(v_proj_dim=6, prev_run_ckpt=tmp_path / "kv")),
         (["--objective v_recon", "--v_proj_dim"], RECON),

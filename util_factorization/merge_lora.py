@@ -27,7 +27,7 @@ def main(argv=None):
     from common import checkpoint as ckpt
 
     moved = {name: getattr(args, name) for name in ckpt.BASE_FILES if getattr(args, name)}
-    checkpoint = ckpt.load(args.ckpt_path, mend="give the ckpt.pt of a run with --lora_rank", **moved)
+    checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank", **moved)
     if checkpoint["config"].get("lora_rank") is None:
         fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
     if not args.out or Path(args.out).exists():

@@ -154,9 +154,9 @@ def main(argv=None):
     import numpy as np
     import torch
 
+    from common.factor_files import method_in_names, sha256, write_factors
     from reports.plots import scree_plot
     from util_factorization.decompose_table import decompose
-    from util_factorization.factor_files import method_in_names, sha256, write_factors
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")

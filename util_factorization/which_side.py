@@ -28,7 +28,7 @@ def main(argv=None):
 
     from common import checkpoint as ckpt
     from common.dataset import Dataset
-    from util_factorization.factor_files import read_factors, read_facts
+    from common.factor_files import read_factors, read_facts
 
     checkpoint = ckpt.load(args.ckpt_path)
     if checkpoint["config"]["n_embd_wte"] is not None or checkpoint["config"].get("lora_rank") is not None:

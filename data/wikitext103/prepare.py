@@ -9,7 +9,6 @@ end-of-text.
 """
 
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -62,18 +61,6 @@ def hub_lines(split):
     yield from part["text"]
 
 
-def articles(lines):
-    """Lines -> articles. An article begins at a heading of the first level, ' = Title = ', after a blank line."""
-    article, blank = [], True
-    for line in lines:
-        if blank and any(map(str.strip, article)) and re.fullmatch(r" = [^=].*[^=] = \n?", line):
-            yield "".join(article)
-            article = []
-        blank = not line.strip()
-        article.append(line if line.endswith("\n") else line + "\n")
-    yield "".join(article)
-
-
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     if args.local_dir and not Path(args.local_dir).is_dir():
@@ -83,6 +70,7 @@ def main(argv=None):
     from tqdm import tqdm
 
     from common.dataset import write_dataset
+    from common.texts import articles
     from common.tokenizer import END_OF_TEXT, gpt2
 
     t0 = time.time()

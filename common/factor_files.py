@@ -121,9 +121,9 @@ def _check(path, name, array, expected):
     else:
         found_rank = array.shape[0] if array.ndim == 2 else None
     if array.shape == expected[::-1]:
-        mend = "it is transposed, transpose it back"
+        hint = "it is transposed, transpose it back"
     elif found_rank not in (None, expected[name == "wte"]) and array.size % found_rank == 0:
-        mend = f"give --n_embd_wte {found_rank}, or factorize at this rank"
+        hint = f"give --n_embd_wte {found_rank}, or factorize at this rank"
     else:
-        mend = "it is from another model (vocabulary or --n_embd), factorize this one"
-    fail(f"{path}: {name} has shape {list(array.shape)}, the model wants {list(expected)}: {mend}")
+        hint = "it is from another model (vocabulary or --n_embd), factorize this one"
+    fail(f"{path}: {name} has shape {list(array.shape)}, the model wants {list(expected)}: {hint}")

@@ -1,0 +1,96 @@
+"""Where a run computes: its device and its processes, what happens where memory ends, and what the hardware is and can do."""
+
+import os
+import platform
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed import init_process_group
+
+from common.cli import fail
+
+# Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
+PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
+
+
+def start_processes(args):
+    """Join torchrun's processes, where it started several -> (rank, number of processes, device of this process)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.gradient_accumulation_steps % world_size:
+        fail(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide over {world_size} processes: "
+            "give a multiple"
+        )
+    device = args.device
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps, but this machine has none: give --device cpu")
+    if device.startswith("cuda"):
+        device = pick_card(device, world_size)
+    if world_size > 1:
+        init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world_size, device
+
+
+def pick_card(device, world_size):
+    if not torch.cuda.is_available():
+        fail(f"--device {device}, but no CUDA device is here: give --preset laptop, or --device cpu --dtype float32")
+    if device == "cuda" or world_size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if int(device.split(":")[1]) >= torch.cuda.device_count():
+        fail(f"--device {device}, but {torch.cuda.device_count()} CUDA devices are visible: give a lower number")
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+    return device
+
+
+@contextmanager
+def ends_in_one_line(args, device):
+    """What stops a run from outside ends in one line: Ctrl-C, and memory that is too small."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: --init_from resume goes on from the last evaluation", file=sys.stderr)
+        sys.exit(130)
+    except (RuntimeError, MemoryError) as error:  # torch has an own class for CUDA only
+        words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
+            raise
+        fail(f"out of memory on {hardware(device)}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
+
+
+def hardware(device):
+    """The name of the card, or of the processor with its cores and threads."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the card can reach in half precision; None where that is not known."""
+    name = hardware(device)
+    return next((1e12 * peak for known, peak in PEAKS.items() if known in name and dtype != "float32"), None)
+
+
+def peak_memory(device):
+    """Bytes: the card's peak, or that of the process where it computes on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def random_state(device):
+    """The states of the random numbers, as a checkpoint keeps them."""
+    return dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.startswith("cuda") else None)
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["rng"])
+    if device.startswith("cuda") and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
