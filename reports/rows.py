@@ -12,7 +12,7 @@ from util_factorization import METHODS
 
 # In the order of the tables: label, folder name (k\d+ is the rank, m the method of the factors), series, what it is.
 # {m} is filled in; the seeds call svd pca.
-METHOD = rf"(?P<m>{'|'.join(METHODS[1:])})"
+METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"
 ROWS = (
     ("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
     ("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
@@ -130,7 +130,7 @@ def read_rows(root):
             found[match.string].of_cache = (label, pattern, series, what) in CACHE_ROWS
 
         def place(match):
-            return METHODS.index(match.groupdict().get("m", METHODS[0])), found[match.string].k or 0
+            return list(METHODS).index(match.groupdict().get("m", "svd")), found[match.string].k or 0
 
         for match in sorted(matches, key=place):
             row = found.pop(match.string)

@@ -94,8 +94,8 @@ def parse_levels(args):
 
 def make_points(args):
     """Every point of the sweep: dict(method, mode, targets, variance, rank)."""
-    from util_factorization.decompose_matrix import METHODS
-    from util_factorization.decompose_table import METHODS as TABLE_METHODS
+    from util_factorization import MATRIX_METHODS as METHODS
+    from util_factorization import METHODS as TABLE_METHODS
 
     points = []
     for choice in args.targets.split("/"):

@@ -8,8 +8,9 @@ import torch
 from common.tokenizer import train_bpe
 from surgery.subject import Moments, Subject, find_layers
 from surgery.surgeon import Surgeon, check_changes, fingerprint
+from util_factorization import MATRIX_METHODS as METHODS
 from util_factorization.calibrate import calibrate
-from util_factorization.decompose_matrix import METHODS, decompose, refit, relative_error
+from util_factorization.decompose_matrix import decompose, refit, relative_error
 
 transformers = pytest.importorskip("transformers")
 if not transformers.utils.is_torch_available():

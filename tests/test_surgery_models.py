@@ -19,9 +19,9 @@ from surgery.low_rank_model import save as save_small
 from surgery.low_rank_model import shrink
 from surgery.subject import Judge, Moments, OwnSubject, Subject, answer, encode, find_layers, load_subject
 from surgery.surgeon import Surgeon, check_changes, fingerprint
+from util_factorization import MATRIX_METHODS
+from util_factorization import METHODS as TABLE_METHODS
 from util_factorization.calibrate import calibrate
-from util_factorization.decompose_matrix import METHODS
-from util_factorization.decompose_table import METHODS as TABLE_METHODS
 from util_factorization.decompose_table import decompose
 from util_factorization.import_hf import from_hugging_face
 
@@ -113,7 +113,7 @@ MODES = ("separate", "shared_kv", "shared_layers")
 
 def points(levels):
     """Every choice of targets, mode and method at each level."""
-    for mode, method in [*((mode, method) for mode in MODES for method in METHODS), *(("table", m) for m in TABLE_METHODS)]:
+    for mode, method in [*((mode, method) for mode in MODES for method in MATRIX_METHODS), *(("table", m) for m in TABLE_METHODS)]:
         for level in levels:
             targets = "wte" if mode == "table" else "q,k,v"
             yield dict(mode=mode, method=method, targets=targets, variance=None, rank=None, budget=None) | level

@@ -1,5 +1,30 @@
-# What --method may be, and what its help needs; here, where --help reads it without importing torch. decompose_table.py says
-# what each method is.
-METHODS = ("svd", "centered", "freq", "whiten", "joint", "fisher")
-CALIBRATED = METHODS[3:]  # these read calibration text
+"""
+The methods of factorization: their names, and what each has to know. Here, where --help reads them without importing torch.
+
+To add a method, add its line here and its cost in decompose_table.py (or decompose_matrix.py).
+"""
+
+# of a token table: counts, how often each token occurs; head, C of what the head reads; lookup, G of the loss's gradient at the
+# looked-up row
+METHODS = dict(
+    svd=(),
+    centered=(),
+    freq=("counts",),
+    whiten=("counts", "head"),
+    joint=("counts", "head"),
+    fisher=("counts", "head", "lookup"),
+)
+CALIBRATED = tuple(method for method, needs in METHODS.items() if "head" in needs)  # these read calibration text
 JOINT_LAMBDA = 0.3
+
+# of a matrix y = W x: C of its input, G of the loss's gradient at its output
+MATRIX_METHODS = dict(pca=(), svd=(), whiten=("C",), fisher=("C", "G"))
+
+
+def check_needs(method, methods, **given):
+    """Raises ValueError for a method that `methods` does not have, or where what it needs is None."""
+    if method not in methods:
+        raise ValueError(f"method {method!r} is none of {', '.join(methods)}")
+    for name in methods[method]:
+        if given[name] is None:
+            raise ValueError(f"method {method} needs {name}")

@@ -1,4 +1,4 @@
-"""What a model does with its token table, measured on text: second moments that whiten, joint and fisher weigh errors by."""
+"""What a model does with its token table, measured on text: the second moments that weigh errors in whiten, joint and fisher."""
 
 import torch
 from torch.nn import functional as F
@@ -8,9 +8,9 @@ def calibrate(model, windows, device="cpu", gradients=False, sampled=False):
     """
     One pass of a model over windows, an iterable of numpy (B, T) token ids and the (B, T) that follow them.
 
-    Returns (C [d,d], G [d,d] or None), float64: C = E[h h^T] of what the head reads, h after ln_f; with gradients also
-    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row (the empirical Fisher's factor). sampled:
-    of next tokens that the model draws itself, from torch's global generator, not of the text's (the true Fisher's).
+    Returns (C [d,d], G [d,d] or None), float64. C = E[h h^T] of what the head reads, h after ln_f. With gradients
+    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row. The loss is of the text's own next tokens
+    (the empirical Fisher), or if sampled of tokens that the model draws from torch's global generator (the true Fisher).
     """
     model.to(device).eval().requires_grad_(False)
     d, tokens = model.config.n_embd, 0

@@ -1,46 +1,51 @@
 """
-Exact low-rank factors of a table W [V,d], one decomposition for every rank.
+Exact low-rank factors of a table W [V,d]. One decomposition serves every rank.
 
-A rank-k factorization with weights p on the rows (they sum to 1) is W ~ 1 mu^T + Z P, Z [V,k], P [k,d]. A method says what
-an error costs: the sum over the table's uses of sum_i a_i (w_i - w'_i) M (w_i - w'_i)^T, with row weights a and a metric M.
+A rank-k factorization with weights p on the rows (they sum to 1) is W ~ 1 mu^T + Z P, with Z [V,k] and P [k,d]. A method says
+what an error costs: for each use of the table, sum_i a_i (w_i - w'_i) M (w_i - w'_i)^T, with row weights a and a metric M.
 
-    svd       mu = 0,           a uniform, M = 1               the seeds' "PCA"
+    svd       mu = 0,           a uniform, M = 1             the seeds' "PCA"
     centered  mu = column mean, a uniform, M = 1
-    freq      mu = p-mean,      a = p,     M = 1               p = smoothed token frequencies: the error per token read, not
-                                                               per row (after GroupReduce, arXiv:1806.06950)
-    whiten    mu = p-mean,      a = p,     M = C = E[h h^T]    what the error does to the logits of a head that reads h
-    joint     mu = p-mean,      the head's a = p, M = C, and lambda times the lookup's a = p / |w|^2, M = 1 (the first
-                                LayerNorm discards length); each sum divided by what it is at W' = 1 mu^T
-    fisher    mu = p-mean,      a = p,     M = C + G           G = E[g g^T], g the loss's gradient at a looked-up row: both
-                                                               count twice the nats lost, so no lambda is left
+    freq      mu = p-mean,      a = p,     M = 1             p: smoothed token frequencies. The error per token read, not per
+                                                             row (after GroupReduce, arXiv:1806.06950)
+    whiten    mu = p-mean,      a = p,     M = C = E[h h^T]  what the error does to the logits of a head that reads h
+    joint     mu = p-mean,      two uses: the head with a = p and M = C; the lookup with a = p / |w|^2 and M = 1, since
+                                the first LayerNorm discards a row's length. Each is divided by its cost at W' = 1 mu^T;
+                                the lookup counts lambda times
+    fisher    mu = p-mean,      a = p,     M = C + G         G = E[g g^T], g: the loss's gradient at a looked-up row. Head and
+                                                             lookup both count twice the nats lost, so there is no lambda
 
-Side by side, the blocks diag(sqrt a) (W - mu) M^(1/2) have the singular values S and right singular vectors Q. Then
-Z = diag(1 / sqrt p) U_k S_k is the rows of the blocks, scaled back and times Q_k, so no left singular vector is ever
-computed: S and Q come from second moments of the rows, d x d. Summed in float64 they square a condition number that float32
-storage already cuts off at 1e7, so nothing that the table holds is lost.
+The blocks diag(sqrt a) (W - mu) M^(1/2) of all uses, side by side, have the singular values S and the right singular vectors Q.
+Then Z = diag(1 / sqrt p) U_k S_k. These are the rows of the blocks, scaled back and multiplied by Q_k: no left singular vector
+is ever computed. S and Q come from second moments of the rows, d x d. Summed in float64 these square a condition number that
+float32 storage cuts off at 1e7, so nothing that the table holds is lost.
 
-fisher's count is of second order and factored as K-FAC's (arXiv:1503.05671): h and g do not hang on which token it is, the
-rows' errors do not add up over a window, the softmax's mean is dropped, G may be of the text's own next tokens. It ranks
-directions; as a forecast of the loss it is rough.
+The cost of fisher is of second order, and it takes two factors for independent as K-FAC does (arXiv:1503.05671): h and g do
+not depend on the token. It ignores how the rows' errors of one window add up, it drops the softmax's mean, and G may come from
+the text's own next tokens. It ranks directions well; as a forecast of the loss it is rough.
 
-P is the least-squares map from Z to W - mu under p, P = S_k^-2 Z^T diag(p) (W - mu), for the lookup and for the head: no
-metric on the right changes a least-squares map, so what the lookup needs from scale_up is what the head needs from scale_down
-(joint's lookup would weigh rows by p / |w|^2; on trained tables that changed no loss by more than 0.01).
+P is the least-squares map from Z to W - mu under p: P = S_k^-2 Z^T diag(p) (W - mu). It serves the lookup and the head: a
+metric on the right does not change a least-squares map, so scale_up and scale_down come out equal. (The lookup of joint would
+weigh rows by p / |w|^2; on trained tables that changed no loss by more than 0.01.)
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from util_factorization import CALIBRATED, JOINT_LAMBDA, METHODS
+from util_factorization import JOINT_LAMBDA, METHODS, check_needs
+from util_factorization.spectrum import Spectrum, root
 
 BLOCK = 8192  # rows in float64 at a time: 50 MB at d = 768
 
 
 @dataclass
-class Decomposition:
+class Decomposition(Spectrum):
     """
-    What a table decomposed into, and what cutting it costs. n is d times the number of blocks.
+    A decomposed table, and what a cut costs. n is d times the number of blocks.
+
+    The two blocks of joint weigh a row differently, and no Z P is their best cut: there tail() is a bound that the error of the
+    factors does not exceed.
 
     table  [V,d] as given
     mean   [d] float64, or None
@@ -71,21 +76,9 @@ class Decomposition:
         )
         return block, sum(parts)
 
-    def tail(self, k):
-        """
-        The error in the method's own metric, a square root; no factorization of rank k has less (Eckart-Young). joint's two
-        blocks weigh a row differently, no Z P is their best cut: there it is a bound that the factors stay under.
-        """
-        return self.S[k:].square().sum().sqrt().item()
-
-    def energy(self, k):
-        """Share of the weighted sum of squares that k components keep."""
-        return 1 - (self.tail(k) / self.tail(0)) ** 2
-
-    def rank_for(self, share):
-        """The smallest rank that keeps this share, in (0, 1], of the energy."""
-        kept = self.S.square().cumsum(0) / self.S.square().sum()
-        return min(int((kept < share - 1e-12).sum()) + 1, self.table.shape[1])
+    @property
+    def full(self):
+        return self.table.shape[1]
 
     def relative_errors(self, ranks, counts=None):
         """||W - W_k|| / ||W|| for each rank, every row counting alike, or counts [V] times."""
@@ -104,39 +97,22 @@ def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_la
     """
     Decompose a table [V,d] (torch or numpy) once for every rank.
 
-    counts [V]    how often each token occurs, for all methods but svd and centered; one is added, so that no row weighs nothing
-    head [d,d]    C = E[h h^T] of what the head reads, for whiten, joint and fisher
-    lookup [d,d]  G = E[g g^T] of the loss's gradient at what the lookup gives, for fisher; with a table that has one use
-                  alone, fisher takes a 0 for the other's
-    Raises ValueError where a method lacks what it needs.
+    counts [V]    how often each token occurs; one is added, so that every row weighs something
+    head [d,d]    C = E[h h^T] of what the head reads
+    lookup [d,d]  G = E[g g^T] of the loss's gradient at the looked-up row
+    METHODS says which of them a method needs. fisher takes 0 for the use that a table does not have.
+    Raises ValueError for an unknown method, and where it lacks what it needs.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    by_token = method not in ("svd", "centered")
-    needs = dict(counts=by_token, head=method in CALIBRATED, lookup=method == "fisher")
-    for name, given in dict(counts=counts, head=head, lookup=lookup).items():
-        if needs[name] and given is None:
-            raise ValueError(f"method {method} needs {name}")
+    check_needs(method, METHODS, counts=counts, head=head, lookup=lookup)
     table = torch.as_tensor(table)
     V, d = table.shape
     like = torch.empty(0, dtype=torch.float64, device=device)
-    p = row_weights(torch.as_tensor(counts) + 1 if by_token else None, V, like)
+    p = row_weights(torch.as_tensor(counts) + 1 if "counts" in METHODS[method] else None, V, like)
     mean = None
     if method != "svd":
         mean = sum(p[rows] @ block for rows, block in zip(row_slices(table), row_blocks(table, like)))
 
-    # Every block as (its row scale, sqrt(a / p), and M^(1/2)).
-    if method == "joint":
-        lengths = torch.cat([block.norm(dim=1) for block in row_blocks(table, like)])
-        inverse = torch.where(lengths > 1e-6 * lengths.max(), 1 / lengths, 0)  # a row of zeros has no direction to keep
-        C, one = head.to(like), torch.eye(d).to(like)
-        in_lookup = second_moment(table, mean, p * inverse**2, like).trace()
-        in_head = (second_moment(table, mean, p, like) * C).sum()
-        blocks = [(inverse, one * (joint_lambda / in_lookup).sqrt()), (None, root(C / in_head))]
-    elif method in ("whiten", "fisher"):
-        blocks = [(None, root((head if method == "whiten" else head + lookup).to(like)))]
-    else:
-        blocks = [(None, torch.eye(d).to(like))]
+    blocks = blocks_of(method, table, mean, p, head, lookup, joint_lambda, like)
 
     def moment(*scales):
         weights = p
@@ -154,10 +130,21 @@ def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_la
     return Decomposition(table, mean, energies.sqrt(), maps, P)
 
 
-def root(M):
-    """The symmetric square root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(M)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def blocks_of(method, table, mean, p, head, lookup, joint_lambda, like):
+    """What an error costs by a method: for each use of the table (row scale sqrt(a / p), or None where it is 1; M^(1/2))."""
+    one = torch.eye(table.shape[1]).to(like)
+    if method == "whiten":
+        return [(None, root(head.to(like)))]
+    if method == "fisher":
+        return [(None, root((head + lookup).to(like)))]
+    if method == "joint":
+        lengths = torch.cat([block.norm(dim=1) for block in row_blocks(table, like)])
+        inverse = torch.where(lengths > 1e-6 * lengths.max(), 1 / lengths, 0)  # a row of zeros has no direction to keep
+        C = head.to(like)
+        in_lookup = second_moment(table, mean, p * inverse**2, like).trace()
+        in_head = (second_moment(table, mean, p, like) * C).sum()
+        return [(inverse, one * (joint_lambda / in_lookup).sqrt()), (None, root(C / in_head))]
+    return [(None, one)]
 
 
 def second_moment(table, mean, weights, like):

@@ -25,7 +25,7 @@ class Args:
     rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
     out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
-    method: str = flag("svd", "svd is the seeds' PCA; see decompose_table.py", choices=METHODS)
+    method: str = flag("svd", "svd is the seeds' PCA; see decompose_table.py", choices=tuple(METHODS))
     dataset: str = flag(
         "", "token counts of all methods but svd and centered; left out, the checkpoint's own dataset, if it is there"
     )
@@ -87,7 +87,7 @@ def calibration(args, checkpoint, dataset):
         more = "--calib_tokens" if available * T >= 2 * d else f"--calib_dataset {text.folder}"
         fail(f"{more}: {count * T} tokens in whole windows of {T} say too little about {d} directions, give {2 * d} or more")
     windows = text.fixed_windows(count, max(1, 4096 // T), T, split="train")
-    C, G = calibrate(ckpt.build(checkpoint), windows, args.device, gradients=args.method == "fisher")
+    C, G = calibrate(ckpt.build(checkpoint), windows, args.device, gradients="lookup" in METHODS[args.method])
     facts = dict(calib_dataset=text.folder.name, calib_tokens=count * T)
     return C, G, facts | (dict(joint_lambda=args.joint_lambda) if args.method == "joint" else {})
 
@@ -117,7 +117,7 @@ def token_counts(args, checkpoint):
     from common.dataset import Dataset, find_folder
 
     V, name = checkpoint["config"]["vocab_size"], args.dataset or checkpoint["args"]["dataset"]
-    required, folder = bool(args.dataset) or args.method not in ("svd", "centered"), find_folder(name)
+    required, folder = bool(args.dataset) or "counts" in METHODS[args.method], find_folder(name)
     if not required and not (folder and (folder / "meta.pkl").is_file()):
         return None, None
     dataset = Dataset(name)

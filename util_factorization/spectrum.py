@@ -1,0 +1,40 @@
+"""What a cut at a rank costs: the singular values of a decomposition. Also roots of second moments."""
+
+import torch
+
+ROUNDING = 1e-12  # of the energy: a share that is reached but for rounding does not ask for one component more
+RIDGE = 1e-6  # of a moment's mean eigenvalue: directions that the text never showed keep a little weight
+
+
+class Spectrum:
+    """
+    Part of a decomposition. S [n]: its singular values, falling, in the method's own metric. full: its largest rank.
+    """
+
+    def tail(self, k):
+        """The error of rank k in the method's own metric, a square root; no factorization of rank k has less (Eckart-Young)."""
+        return self.S[k:].square().sum().sqrt().item()
+
+    def energy(self, k):
+        """Share of the sum of squares that k components keep; all of it where there is none."""
+        total = self.tail(0)
+        return 1 - (self.tail(k) / total) ** 2 if total else 1.0
+
+    def rank_for(self, share):
+        """The smallest rank that keeps this share, in (0, 1], of the energy. A share of 1 keeps every component."""
+        if share == 1:  # also those whose energy is lost in rounding
+            return self.full
+        kept = self.S.square().cumsum(0) / self.S.square().sum()
+        return min(int((kept < share - ROUNDING).sum()) + 1, self.full)
+
+
+def root(M):
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(M)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def with_ridge(M):
+    """A second moment in float64 that can be inverted."""
+    M = M.double()
+    return M + RIDGE * M.trace() / len(M) * torch.eye(len(M), dtype=M.dtype)
