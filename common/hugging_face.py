@@ -13,10 +13,10 @@ def read(kind, what, source, flag, **options):
 
 
 def read_model(source, flag, **options):
-    """A causal language model with all of its weights. options: of from_pretrained."""
+    """A causal language model with all of its weights -> (it, what from_pretrained tells of its weights)."""
     from transformers import AutoModelForCausalLM
 
     model, info = read(AutoModelForCausalLM, "weights", source, flag, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # from_pretrained fills them with random numbers
         fail(f"{flag} {source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
-    return model
+    return model, info

@@ -8,7 +8,6 @@ from pathlib import Path
 from common.cli import fail
 from reports.markdown import table
 from reports.plots import LINES, MARKERS, legend_beside, plt, save
-from surgery.write_model import smaller_table
 
 READING = (
     "Perplexity is on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per token, "
@@ -64,6 +63,31 @@ def result_table(records):
         cells += [f"{error:.3f}" if error else "-" for error in errors]
         lines.append([*cells, f"{r['ppl']:.2f}", f"{r['ppl'] / untouched - 1:+.1%}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"])
     header = ["replaced", "kept", "components", "share", "error", "output error", "perplexity", "change", "KL", "top-1"]
+    return table(header, lines)
+
+
+def smaller_table(records):
+    """Every smaller model beside the untouched one."""
+    lines = []
+    for r in records:
+        for name, m in r["models"].items():
+            whole = r["models"]["untouched"]
+            cells = [r["out"] if name != "untouched" else "", name]
+            known = "numbers" in m
+            speed = sorted(m["tokens_per_second"])[len(m["tokens_per_second"]) // 2] if known else 0
+            cells += [f"{m['numbers']:,}", f"{m['bytes'] / 1e6:.1f}"] if known else ["", ""]
+            cells += [f"{m['cache_bytes']:,.0f}", f"{m['cache_bytes'] / whole['cache_bytes']:.1%}"] if known else ["", ""]
+            cells += [f"{speed:.1f}"] if known else [""]
+            cells += [
+                f"{m['loss']:.4f}",
+                f"{m['ppl']:.2f}",
+                f"{m['ppl'] / whole['ppl'] - 1:+.1%}",
+                f"{m['kl']:.4f}",
+                f"{m['top1']:.1%}",
+            ]
+            lines.append([*cells, f"{m['steps']}" if "steps" in m else "-"])
+    header = ["model", "", "numbers on disk", "MB", "cache bytes a token", "of untouched", "tokens/s", "loss", "perplexity",
+              "change", "KL", "top-1", "healing steps"]  # fmt: skip
     return table(header, lines)
 
 

@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from common.cli import fail
-from surgery.subject import find_layers
+from surgery.layers import find_layers
 from util_factorization.decompose_matrix import from_skeleton, skeleton
 
 WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers

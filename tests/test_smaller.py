@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from surgery import allocate
+from surgery.evaluator import Evaluator
 from surgery.heal import heal
+from surgery.layers import find_layers
 from surgery.low_rank_model import FactorizedTable, LatentAttention, cache_bytes, load, save, shrink
-from surgery.subject import Judge, Subject, find_layers
+from surgery.points import Point
+from surgery.subject import Subject
 from surgery.surgeon import Surgeon
 from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
 
@@ -49,9 +52,9 @@ def cut(model, method="svd", **point):
     """(the model cut in place, the same as a smaller model, its plan)."""
     model = sharpened(model)
     small = copy.deepcopy(model)
-    surgeon = Surgeon(Subject(model), [] if point["mode"] == "table" else find_layers(model))
-    surgeon.cut(dict(method=method, variance=None, budget=None) | point, 2)
-    return model, small, shrink(small, surgeon.cuts, surgeon.table_factors)
+    point = Point.of_record(dict(method=method) | point)
+    done = Surgeon(Subject(model), [] if point.of_table else find_layers(model), 2).cut(point)
+    return model, small, shrink(small, done.stacks, done.tables)
 
 
 def parameters(model):
@@ -226,12 +229,12 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
     model, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
     untouched = Subject(sharpened(llama()))
     windows = [(x[None, :-1], x[None, 1:]) for x in IDS.repeat(1, 5)]  # longer than what Subject's check has cached
-    judge, student = Judge(untouched, windows), Subject(small)
-    before, size, names = judge.measure(student), parameters(small), set(small.state_dict())
+    evaluator, student = Evaluator(untouched, windows), Subject(small)
+    before, size, names = evaluator.measure(student), parameters(small), set(small.state_dict())
     teacher = {name: p.clone() for name, p in untouched.model.named_parameters()}
     seen = []
     facts = heal(student, untouched, windows, 30, 4, 1e-2, 0, seen.append)
-    after = judge.measure(student)
+    after = evaluator.measure(student)
     assert after["kl"] < 0.7 * before["kl"] and len(seen) == facts["steps"] == 30 and facts["tokens"] == 30 * 99
     assert parameters(small) == size and set(small.state_dict()) == names
     assert not any(p.requires_grad for p in small.parameters())

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from common.tokenizer import train_bpe
-from surgery.subject import Moments, Subject, find_layers
+from surgery.layers import find_layers
+from surgery.moments import Moments
+from surgery.points import Point
+from surgery.subject import Subject
 from surgery.surgeon import Surgeon, check_changes, fingerprint
 from util_factorization import MATRIX_METHODS as METHODS
 from util_factorization.calibrate import calibrate
@@ -265,42 +268,42 @@ def test_one_text_for_both_gives_its_even_and_its_odd_documents(operate, clinic)
 # -- layers, moments, changes -----------------------------------------------------------------------------------------
 
 
-def surgeon_of(model, **point):
-    """A Surgeon that has cut a model at a point, and the fingerprint from before."""
-    surgeon, before = Surgeon(Subject(model), find_layers(model)), fingerprint(model)
-    surgeon.cut(dict(method="svd", variance=None) | point, 2)
-    return surgeon, before
+def cut(model, mode, targets, rank):
+    """A model cut by svd at a rank -> (the layers, the Cut, the fingerprint from before)."""
+    layers, before = find_layers(model), fingerprint(model)
+    surgeon = Surgeon(Subject(model), layers, per_group=2)
+    return layers, surgeon.cut(Point("svd", mode, targets, "rank", rank)), before
 
 
 @pytest.mark.parametrize("make", [llama, neox])
 def test_only_what_was_asked_for_changes(make):
     model = make()
     whole = {name: p.clone() for name, p in model.named_parameters()}
-    surgeon, before = surgeon_of(model, mode="separate", targets="k", rank=3)
-    check_changes(before, model, *surgeon.touched())
+    layers, done, before = cut(model, "separate", ("k",), 3)
+    check_changes(before, model, *done.parameters())
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, whole[name])}
     part = "query_key_value" if make is neox else "k_proj"
     assert changed == {name for name in whole if name.endswith(f"{part}.weight")}
-    for layer in surgeon.layers:
+    for layer in layers:
         assert torch.linalg.matrix_rank(layer.weight("k"), rtol=1e-4) == 3
         assert torch.linalg.matrix_rank(layer.weight("v"), rtol=1e-4) > 3
     if make is neox:  # of the fused matrix the rows of k alone
         for name in changed:
             now, old = (p.unflatten(0, (4, 3, 8)) for p in (dict(model.named_parameters())[name], whole[name]))
             assert torch.equal(now[:, [0, 2]], old[:, [0, 2]]) and not torch.equal(now[:, 1], old[:, 1])
-    with pytest.raises(RuntimeError, match="not asked to"):
+    with pytest.raises(RuntimeError, match="unasked"):
         check_changes(before, model)
-    surgeon.restore()
+    done.undo()
     check_changes(before, model)
-    with pytest.raises(RuntimeError, match="did not change"):
+    with pytest.raises(RuntimeError, match="did not"):
         check_changes(before, model, changed, changed)
     assert all(torch.equal(p, whole[name]) for name, p in model.named_parameters())
 
 
 def test_k_and_v_share_a_basis():
     model = llama()
-    surgeon, _ = surgeon_of(model, mode="shared_kv", targets="k,v", rank=5)
-    for layer in surgeon.layers:
+    layers, _, _ = cut(model, "shared_kv", ("k", "v"), 5)
+    for layer in layers:
         k, v = layer.weight("k"), layer.weight("v")
         ranks = [torch.linalg.matrix_rank(M, rtol=1e-4) for M in (k, v, torch.cat([k, v]))]
         assert ranks == [5, 5, 5]  # so r = right @ x, 5 numbers a token, give both
@@ -308,8 +311,8 @@ def test_k_and_v_share_a_basis():
 
 def test_layers_of_a_group_share_a_basis():
     model = llama()
-    surgeon, _ = surgeon_of(model, mode="shared_layers", targets="k", rank=5)
-    first, second, third = (layer.weight("k") for layer in surgeon.layers)
+    layers, _, _ = cut(model, "shared_layers", ("k",), 5)
+    first, second, third = (layer.weight("k") for layer in layers)
     assert torch.linalg.matrix_rank(torch.cat([first, second]), rtol=1e-4) == 5
     assert torch.linalg.matrix_rank(torch.cat([first, third]), rtol=1e-4) == 10  # three layers: the last is alone
 

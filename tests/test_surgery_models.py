@@ -14,11 +14,16 @@ from common.dataset import Dataset, write_dataset
 from common.evaluate import evaluate
 from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
+from surgery.evaluator import Evaluator, answer
+from surgery.layers import find_layers
 from surgery.low_rank_model import load as load_small
 from surgery.low_rank_model import save as save_small
 from surgery.low_rank_model import shrink
-from surgery.subject import Judge, Moments, OwnSubject, Subject, answer, encode, find_layers, load_subject
+from surgery.moments import Moments
+from surgery.points import MODES, Point
+from surgery.subject import OwnSubject, Subject, load_subject
 from surgery.surgeon import Surgeon, check_changes, fingerprint
+from surgery.texts import encode
 from util_factorization import MATRIX_METHODS
 from util_factorization import METHODS as TABLE_METHODS
 from util_factorization.calibrate import calibrate
@@ -108,15 +113,14 @@ def operate(clinic, run_main, tmp_path):
 # -- every mode and method --------------------------------------------------------------------------------------------
 
 FAMILIES = dict(Mistral={}, Qwen2={}, Qwen3=dict(head_dim=16), Gemma=dict(head_dim=16))
-MODES = ("separate", "shared_kv", "shared_layers")
 
 
 def points(levels):
     """Every choice of targets, mode and method at each level."""
-    for mode, method in [*((mode, method) for mode in MODES for method in MATRIX_METHODS), *(("table", m) for m in TABLE_METHODS)]:
+    of_layers = [(mode, method) for mode in MODES for method in MATRIX_METHODS]
+    for mode, method in [*of_layers, *(("table", method) for method in TABLE_METHODS)]:
         for level in levels:
-            targets = "wte" if mode == "table" else "q,k,v"
-            yield dict(mode=mode, method=method, targets=targets, variance=None, rank=None, budget=None) | level
+            yield Point(method, mode, ("wte",) if mode == "table" else ("q", "k", "v"), *level)
 
 
 @pytest.mark.parametrize("name", [*OWN, *FAMILIES])
@@ -127,25 +131,25 @@ def test_everything_kept_is_the_identity_and_only_what_is_asked_for_changes(name
     x = torch.randint(300, (20, 40), generator=torch.Generator().manual_seed(0))
     with Moments(layers) as moments:
         head, lookup = calibrate(subject, [(x.numpy(), x.roll(-1, 1).numpy())], gradients=True)
-    surgeon = Surgeon(subject, layers, moments, dict(counts=x.flatten().bincount(minlength=300), head=head, lookup=lookup))
-    judge, before = Judge(subject, [(x[:1], x[1:2])]), fingerprint(model)
-    assert judge.measure()["kl"] == pytest.approx(0, abs=1e-6) and len(layers) == 2
-    for point in points(levels=(dict(variance=1.0), dict(rank=5))):
-        if point["mode"] == "table" and (not subject.tables or (point["method"] == "joint" and "head" in subject.tables)):
+    surgeon = Surgeon(subject, layers, 2, moments, dict(counts=x.flatten().bincount(minlength=300), head=head, lookup=lookup))
+    evaluator, before = Evaluator(subject, [(x[:1], x[1:2])]), fingerprint(model)
+    assert evaluator.measure()["kl"] == pytest.approx(0, abs=1e-6) and len(layers) == 2
+    for point in points(levels=(("variance", 1.0), ("rank", 5))):
+        if point.of_table and (not subject.tables or (point.method == "joint" and "head" in subject.tables)):
             continue
-        parts = surgeon.cut(point, 2)
-        check_changes(before, model, *surgeon.touched())
+        cut, rank = surgeon.cut(point), point.at("rank")
+        check_changes(before, model, *cut.parameters())
         changed = {n for n, crc in fingerprint(model).items() if crc != before[n]}
-        words = ("wte", "lm_head", "embed_tokens") if point["mode"] == "table" else ("q_proj", "k_proj", "v_proj")
+        words = ("wte", "lm_head", "embed_tokens") if point.of_table else ("q_proj", "k_proj", "v_proj")
         assert {n.split(".")[-2] for n in changed} <= set(words) and all(n.endswith("weight") for n in changed)
-        loose = point["mode"] == "table" and point["method"] == "joint"  # which gives back a table only nearly
-        kl = judge.measure()["kl"]
-        assert loose or (kl < 1e-5 if point["rank"] is None else kl > 1e-4), point
-        for target, part in parts.items():
-            assert part["ranks"] == ([5] * len(part["full"]) if point["rank"] else part["full"]) or point["mode"] == "table"
-            if point["rank"] and point["mode"] == "separate" and point["method"] != "pca":
+        loose = point.of_table and point.method == "joint"  # which gives back a table only nearly
+        kl = evaluator.measure()["kl"]
+        assert loose or (kl < 1e-5 if rank is None else kl > 1e-4), point
+        for target, part in cut.facts.items():
+            assert part["ranks"] == ([5] * len(part["full"]) if rank else part["full"])
+            if rank and point.mode == "separate" and point.method != "pca":
                 assert {int(torch.linalg.matrix_rank(layer.weight(target), rtol=1e-4)) for layer in layers} == {5}
-        surgeon.restore()
+        cut.undo()
         check_changes(before, model)
 
 
@@ -170,10 +174,10 @@ def test_an_imported_pythia_is_cut_as_the_hugging_face_one(operate):
 def test_the_loss_is_that_of_evaluate(clinic, kind):
     saved = checkpoint.load(clinic / ("pythia.pt" if kind == "pythia" else kind))
     model, data = checkpoint.build(saved, dropout=0.0).eval(), Dataset(str(clinic / "text"))
-    judge = Judge(
+    evaluator = Evaluator(
         OwnSubject(model), [tuple(map(torch.from_numpy, xy)) for xy in data.fixed_windows(3, 1, model.config.block_size)]
     )
-    found = judge.measure()
+    found = evaluator.measure()
     exact = evaluate(model, data, SimpleNamespace(eval_iters=3, batch_size=1), "cpu", torch.no_grad())
     assert found["loss"] == pytest.approx(exact["val_loss"], abs=1e-5) and found["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -207,23 +211,22 @@ TABLE = dict(counts=torch.arange(300), head=moment(1), lookup=moment(2))
 
 
 def cut_table(model, method, rank):
-    surgeon = Surgeon(Subject(model), [], table=TABLE)
-    return surgeon, surgeon.cut(dict(mode="table", targets="wte", method=method, rank=rank, variance=None, budget=None), 2)
+    return Surgeon(Subject(model), [], 2, table=TABLE).cut(Point(method, "table", ("wte",), "rank", rank))
 
 
 def test_table_and_head_are_cut_to_the_rank_and_nothing_else_changes():
     model = untied()
     whole, before = {name: p.clone() for name, p in model.named_parameters()}, fingerprint(model)
-    surgeon, parts = cut_table(model, "svd", 5)
-    assert list(parts) == ["wte", "head"]
+    cut = cut_table(model, "svd", 5)
+    assert list(cut.facts) == ["wte", "head"]
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, whole[name])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
-    check_changes(before, model, *surgeon.touched())
-    with pytest.raises(RuntimeError, match="not asked to"):
+    check_changes(before, model, *cut.parameters())
+    with pytest.raises(RuntimeError, match="unasked"):
         check_changes(before, model, {"lm_head.weight"}, {"lm_head.weight"})
     for name in changed:
         assert torch.linalg.matrix_rank(model.get_parameter(name), rtol=1e-4) == 5
-    surgeon.restore()
+    cut.undo()
     check_changes(before, model)
 
 
@@ -251,7 +254,7 @@ def test_each_is_best_in_the_metric_of_its_own_use():
 def test_every_component_of_an_untied_table_is_the_identity(method):
     model = untied()
     before = [p.clone() for p in model.parameters()]
-    _, parts = cut_table(model, method, 32)
+    parts = cut_table(model, method, 32).facts
     assert parts["wte"]["full"] == parts["head"]["full"] == [32]
     for old, new in zip(before, model.parameters()):
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
@@ -263,8 +266,7 @@ def test_every_component_of_an_untied_table_is_the_identity(method):
 def test_the_smaller_model_is_the_cut_one(make, method, tmp_path):
     """A head of its own beside the table; Gemma's looked-up rows, which are scaled where the head's are not."""
     model, small = make(), make()
-    surgeon, _ = cut_table(model, method, 6)
-    plan = shrink(small, [], surgeon.table_factors)
+    plan = shrink(small, [], cut_table(model, method, 6).tables)
     x = torch.arange(40)[None]
     torch.testing.assert_close(small(x).logits.log_softmax(-1), model(x).logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
     tables = 2 if make is untied else 1
@@ -328,7 +330,7 @@ def test_mistakes_with_our_own_checkpoints_are_one_line(operate, clinic, tmp_pat
         (["--model", clinic / "far.pt"], "--model", "far", "prepare.py", "--tokenizer"),
         (["--model", clinic / "mute.pt"], "meta.pkl", "--tokenizer"),
         (["--tokenizer", clinic / "wide"], "400 tokens", "table of 300", "--tokenizer"),
-        (["--out", tmp_path / "small"], "--out", "leave --out out"),
+        (["--out", tmp_path / "small"], "--out", "drop --out"),
         (["--tokenizer", clinic / "calib.txt"], "--tokenizer", "calib.txt"),
         (["--targets", "wte", "--model", clinic / "factorized"], "--targets wte", "factorized already", "q,k,v"),
         (["--targets", "wte", "--method", "joint", "--model", clinic / "pythia.pt"], "--method joint", "two", "fisher"),

@@ -1,4 +1,4 @@
-"""What a model does with its token table, measured on text: the second moments that weigh errors in whiten, joint and fisher."""
+"""What a model does with its token table, measured on text: second moments that weigh errors in whiten, joint and fisher."""
 
 import torch
 from torch.nn import functional as F

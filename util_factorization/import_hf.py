@@ -3,17 +3,17 @@ Hugging Face in: a Pythia (GPT-NeoX) or a GPT-2 from the hub or a local folder -
 
     python util_factorization/import_hf.py --model EleutherAI/pythia-70m --out model_weights/pythia70m/ckpt.pt
 
-The weights are kept in float32, whatever they are stored in. A model that does more than ours can say is refused by name.
+The weights are kept in float32. A model that our GPT cannot express is refused: the error names what does not fit.
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
 
-# What our GPT takes for granted, by model_type; a config from before a setting had what is here.
+# Settings that our GPT has fixed, by model_type. A config without the setting is older than it and has this value.
 GRANTED = dict(
     gpt_neox=dict(attention_bias=True, layer_norm_eps=1e-5),
     gpt2=dict(
@@ -59,7 +59,7 @@ def from_hugging_face(hf):
 
 
 def gpt_config(theirs):
-    """A transformers config -> GPTConfig, or an error that names what does not fit; whether the head is tied is not in it."""
+    """A transformers config -> GPTConfig, or an error that names what does not fit. Whether the head is tied it cannot tell."""
     from model import GPTConfig
 
     kind = theirs.model_type
@@ -94,7 +94,7 @@ def gpt_config(theirs):
 
 
 def rotary_share(theirs, who):
-    """The share of each head that a GPT-NeoX rotates, or an error where it does so in another way than ours."""
+    """The share of each head that a GPT-NeoX rotates, or an error where its rotation is not ours."""
     rope = getattr(theirs, "rope_parameters", None)
     if rope is None:  # before transformers 5
         rope = dict(theirs.rope_scaling or {}, partial_rotary_factor=theirs.rotary_pct, rope_theta=theirs.rotary_emb_base)
@@ -144,36 +144,24 @@ def gpt2_state(hf):
     return state
 
 
-def load(kind, model, **how):
-    """kind.from_pretrained(model), or an error that names --model."""
-    try:
-        return kind.from_pretrained(model, trust_remote_code=False, **how)
-    except Exception as error:  # the network, the folder and every reader raise their own
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        fail(f"--model {model} cannot be loaded ({why}): give the id of a model on the hub, or a folder of save_pretrained")
-
-
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     if not args.out or Path(args.out).exists():
         fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     except ImportError:
         fail("the package transformers is not installed: pip install transformers")
 
-    from common import checkpoint as ckpt
-    from train_args import ModelArgs, TrainArgs
+    from common import checkpoint
+    from common.hugging_face import read, read_model
 
-    gpt_config(load(AutoConfig, args.model))  # refuses before the weights are downloaded
-    hf, info = load(AutoModelForCausalLM, args.model, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):  # which from_pretrained fills with random numbers
-        fail(f"--model {args.model} lacks {len(missing)} weights, first {missing[0]}: give a whole model")
-    model = from_hugging_face(hf)
-    shape = {f.name: getattr(model.config, f.name) for f in fields(ModelArgs)}
-    facts = dict(args=asdict(TrainArgs(**shape, dataset=args.dataset)), iter_num=0, data_step=0)
+    gpt_config(read(AutoConfig, "config", args.model, "--model"))  # refuses before the weights are downloaded
+    model = from_hugging_face(read_model(args.model, "--model")[0])
+    shape = {name: value for name, value in asdict(model.config).items() if name != "vocab_size"}
+    facts = dict(args=shape | dict(dataset=args.dataset), iter_num=0, data_step=0)
     facts |= dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
-    ckpt.save_new(args.out, model, **facts)
+    checkpoint.save_new(args.out, model, **facts)
     counts = model.count_parameters()
     print(f"{args.model}: {counts['total']:,} numbers stored")
     finish(out=args.out, parameters=counts)

@@ -39,15 +39,16 @@ def main(argv=None):
     if not files:
         fail(f"--factors {args.factors} has no wte_*_k*.npy: run scripts/run_pca_factorization.sh first")
     model = ckpt.build(checkpoint).eval().requires_grad_(False)
-    dense, sizes = model.lm_head.weight, checkpoint["args"]
-    data = Dataset(args.dataset or sizes["dataset"])
+    dense, trained_with = model.lm_head.weight, checkpoint["args"]
+    iters, batch_size = (trained_with.get(name, default) for name, default in (("eval_iters", 100), ("batch_size", 4)))
+    data = Dataset(args.dataset or trained_with["dataset"])
     if data.vocab_size != len(dense):
         fail(f"--dataset {data.folder} has {data.vocab_size} ids, the table {len(dense)}: give the one it was trained on")
 
     def loss(lookup, head):
         """The model's loss on the run's own fixed windows, with a table [V,d] for each side."""
         total, tokens = 0.0, 0
-        for x, y in data.fixed_windows(sizes["eval_iters"] * sizes["batch_size"], sizes["batch_size"], sizes["block_size"]):
+        for x, y in data.fixed_windows(iters * batch_size, batch_size, model.config.block_size):
             h = model.trunk(lookup[torch.from_numpy(x)])
             total += F.cross_entropy((h @ head.T).flatten(0, 1), torch.from_numpy(y).flatten(), reduction="sum").item()
             tokens += y.size

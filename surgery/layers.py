@@ -1,0 +1,117 @@
+"""The attention layers of a model: where its q, k and v are."""
+
+import torch
+import torch.nn as nn
+
+from common.cli import fail
+from value_cache.latent_attention import linear
+
+FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
+
+
+class Layer:
+    """
+    q, k and v of one attention layer.
+
+    linears  {parameter name: module}: their outputs side by side hold all targets
+    rows     {"q": [out] indices, ...}: where each target lies in these outputs
+    """
+
+    def __init__(self, name, linears, rows):
+        self.name, self.linears, self.rows = name, linears, rows
+
+    def __repr__(self):
+        return self.name
+
+    @property
+    def width(self):
+        """How many numbers the layer reads of a token."""
+        return next(iter(self.linears.values())).weight.shape[1]
+
+    @property
+    def joined(self):
+        """The weights of all linears, one over the other: [out of all, in]."""
+        return torch.cat([linear.weight.data for linear in self.linears.values()])
+
+    def weight(self, target):
+        """[out,in], a copy."""
+        return self.joined[self.rows[target]].cpu()
+
+    def set_weight(self, target, W):
+        joined = self.joined
+        joined[self.rows[target]] = W.to(joined)
+        for module, part in zip(self.linears.values(), joined.split([len(x.weight) for x in self.linears.values()])):
+            if not torch.equal(module.weight.data, part):
+                module.weight.data.copy_(part)
+
+    @property
+    def fused(self):
+        return len(self.linears) == 1
+
+    def bias(self, target):
+        """[out], a copy, or None."""
+        biases = [linear.bias for linear in self.linears.values()]
+        return None if biases[0] is None else torch.cat([b.data for b in biases])[self.rows[target]].cpu()
+
+    def linear(self, target):
+        """A target as a Linear of its own, a copy."""
+        with torch.no_grad():
+            return linear(self.weight(target), self.bias(target)).requires_grad_(False)
+
+    def parameters_of(self, target):
+        """Names of the parameters that hold a target."""
+        ends = torch.tensor([len(x.weight) for x in self.linears.values()]).cumsum(0)
+        touched = torch.unique(torch.searchsorted(ends, self.rows[target], right=True))
+        return {f"{list(self.linears)[i]}.weight" for i in touched.tolist()}
+
+
+def plain(name, linear):
+    """A Linear of float weights, or an error that names the other kind of module."""
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        fail(f"{name} is a {type(linear).__name__} that cannot be changed in place: give a model of plain float weights")
+    return linear
+
+
+def find_layers(model):
+    """
+    Every attention layer of a model. Its q, k and v are q_proj, k_proj and v_proj, or lie in the fused matrix of a GPT-NeoX.
+
+    Our GPT with compressed keys or values: the projections, before the compression. To add a family of models, add its names
+    here; Subject in subject.py has to know its table and its head.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        linears = {f"{name}.{n}": getattr(module, n.rsplit(".")[-1], None) for n in ("q_proj", "k_proj", "v_proj")}
+        if all(linear is not None for linear in linears.values()):
+            sizes = [len(plain(part, linear).weight) for part, linear in linears.items()]
+            rows = dict(zip("qkv", torch.arange(sum(sizes)).split(sizes)))
+        elif hasattr(module, "query_key_value") and model.config.model_type == "gpt_neox":
+            qkv = plain(f"{name}.query_key_value", module.query_key_value)
+            linears = {f"{name}.query_key_value": qkv}
+            # [H 3 n, in]: every head's q, k and v lie side by side
+            by_head = torch.arange(len(qkv.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
+            rows = {target: by_head[:, i].flatten() for i, target in enumerate("qkv")}
+        else:
+            continue
+        layers.append(Layer(name, linears, rows))
+    if not layers:
+        kind = model.config.model_type
+        fused = next((n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in FUSED), None)
+        why = f"q, k and v fused in {fused}" if fused else "no q_proj, k_proj and v_proj"
+        fail(f"a {kind} has {why}: give a model with separate q, k and v (Llama, Mistral, Qwen, SmolLM2) or a GPT-NeoX")
+    return layers
+
+
+def stacks(layers, targets, mode, per_group):
+    """Lists of (layer, target): the matrices of a list are stacked and decomposed as one. per_group: layers of a group."""
+    if mode == "shared_layers":
+        groups = [layers[i : i + per_group] for i in range(0, len(layers), per_group)]
+        return [[(layer, target) for layer in group] for target in targets for group in groups]
+    alone = [t for t in targets if mode != "shared_kv" or t == "q"]
+    found = [[(layer, target)] for target in alone for layer in layers]
+    return found + ([[(layer, "k"), (layer, "v")] for layer in layers] if mode == "shared_kv" else [])
+
+
+def heights(stack):
+    """Rows of each matrix of a stack."""
+    return [len(layer.rows[target]) for layer, target in stack]

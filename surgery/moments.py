@@ -1,0 +1,105 @@
+"""Second moments of a model's layers and of its token table, gathered on calibration text."""
+
+import torch
+from tqdm import tqdm
+
+from common.files import written_whole
+from surgery.layers import heights
+from surgery.texts import windows_of
+from util_factorization import MATRIX_METHODS, METHODS
+from util_factorization.calibrate import calibrate
+
+
+class Moments:
+    """
+    A context: while it is open it gathers, of every layer, C = sum x x^T of the input and, where gradients flow,
+    G = sum g g^T of the loss's gradient at the outputs, all rows of q, k and v together; float32.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.tokens = layers, 0
+        self.C, self.G = {}, {}
+
+    def __enter__(self):
+        self.hooks = [hook for layer in self.layers for hook in self._watch(layer)]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _watch(self, layer):
+        gradients = {}
+
+        def add(to, x):
+            x = x.detach().flatten(0, -2).float()
+            to[layer.name] = to.get(layer.name, 0) + (x.T @ x).cpu()
+
+        def of_gradient(name, g):
+            gradients[name] = g
+            if len(gradients) == len(layer.linears):
+                add(self.G, torch.cat([gradients[n] for n in layer.linears], -1))
+                gradients.clear()
+
+        def of_output(name, first):
+            def hook(module, inputs, output):
+                if first:
+                    add(self.C, inputs[0])
+                    self.tokens += inputs[0][..., 0].numel() if layer is self.layers[0] else 0
+                if output.requires_grad:
+                    output.register_hook(lambda g: of_gradient(name, g))
+
+            return hook
+
+        names = list(layer.linears)
+        return [layer.linears[n].register_forward_hook(of_output(n, n == names[0])) for n in names]
+
+    def of(self, stack):
+        """E[x x^T] and E[g g^T] of a stack, a list of (layer, target); the second is None where no gradients flowed."""
+        C = torch.stack([self.C[layer.name] for layer, _ in stack]).mean(0) / self.tokens
+        if not self.G:
+            return C, None
+        if len({layer.name for layer, _ in stack}) == 1:  # within a layer the targets' gradients correlate
+            layer = stack[0][0]
+            rows = torch.cat([layer.rows[target] for _, target in stack])
+            return C, self.G[layer.name][rows][:, rows] / self.tokens
+        parts = [self.of([part])[1] for part in stack]
+        return C, torch.block_diag(*parts)
+
+
+def calibration(args, points, subject, layers, tokenizer, file):
+    """
+    (Moments of q, k and v or None, a dict of what decompose_table needs): as far as the points need them.
+
+    file: keeps the moments, which depend on the folder's settings alone, for a sweep that goes on.
+    """
+    table_needs = set().union(*(METHODS[p.method] for p in points if p.of_table))
+    matrix_needs = set().union(*(MATRIX_METHODS[p.method] for p in points if p.method and not p.of_table))
+    if not table_needs and not matrix_needs:
+        return None, {}
+    V, widest = len(subject.table.weight), subject.config.n_embd
+    for layer in layers:
+        widest = max(widest, sum(heights([(layer, "k"), (layer, "v")])))
+    count = -(-args.calib_tokens // args.window)
+    windows, ids = windows_of(args, "calib_text", tokenizer, subject, count, 2 * widest)
+    moments, table = Moments(layers if matrix_needs else []), dict(counts=torch.bincount(ids, minlength=V))
+    if matrix_needs or "head" in table_needs:
+        gradients = "G" in matrix_needs or "lookup" in table_needs
+        kept = torch.load(file, weights_only=True) if file.exists() else dict(C={}, head=None, lookup=None)
+        gradients |= kept["lookup"] is not None  # for the points of before, which may be asked for again
+        enough = kept["head"] is not None and kept["C"].keys() >= {layer.name for layer in moments.layers}
+        if not enough or (gradients and kept["lookup"] is None):
+            kept = gather(args, moments, windows, subject, gradients)
+            with written_whole(file, "make room, or choose another --out_dir") as part:
+                torch.save(kept, part)
+        table |= {name: kept[name] for name in ("head", "lookup")}
+        moments.C, moments.G, moments.tokens = kept["C"], kept["G"], kept["tokens"]
+    return moments if matrix_needs else None, table
+
+
+def gather(args, moments, windows, subject, gradients):
+    torch.manual_seed(args.seed)
+    pairs = ((x.numpy(), y.numpy()) for x, y in tqdm(windows, desc="calibration", unit="window"))
+    with moments:
+        head, lookup = calibrate(subject, pairs, args.device, gradients, sampled=True)
+    return dict(head=head, lookup=lookup, C=moments.C, G=moments.G, tokens=moments.tokens)

@@ -1,0 +1,93 @@
+"""The points of a sweep: what is cut, how, and to which level. No torch here, so that mistakes in flags are found at once."""
+
+from dataclasses import dataclass
+
+from common.cli import fail
+from util_factorization import MATRIX_METHODS, METHODS
+
+MODES = ("separate", "shared_kv", "shared_layers")
+SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+# kind of level -> the type of its number, which numbers are allowed, and what an error says
+LEVELS = dict(
+    variance=(float, lambda x: 0 < x <= 1, "a share of the energy lies in (0, 1]"),
+    rank=(int, lambda x: x >= 1, "a rank is 1 or more"),
+    budget=(float, lambda x: 0 < x < 1, "a share of the numbers lies between 0 and 1"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. method, mode and targets are None for the untouched model; level is a key of LEVELS."""
+
+    method: str | None = None
+    mode: str | None = None  # of MODES, or seed_faithful, or table
+    targets: tuple = ()  # of "q", "k", "v", or ("wte",)
+    level: str | None = None
+    value: float | None = None
+
+    @property
+    def of_table(self):
+        return self.mode == "table"
+
+    def at(self, level):
+        """The value, if the point has this kind of level, else None."""
+        return self.value if self.level == level else None
+
+    def record(self):
+        """The point as a line of results.jsonl has it."""
+        names = dict(method=self.method or "-", mode=self.mode or "-", targets=",".join(self.targets) or "-")
+        return names | {level: self.at(level) for level in LEVELS}
+
+    @staticmethod
+    def of_record(record):
+        level = next((level for level in LEVELS if record.get(level) is not None), None)
+        method, mode, targets = (None if record[name] == "-" else record[name] for name in ("method", "mode", "targets"))
+        return Point(method, mode, tuple((targets or "").split(",") if targets else ()), level, record.get(level))
+
+
+UNTOUCHED = Point()
+
+
+def read_levels(args):
+    """[("variance", 0.9), ("rank", 96), ...] of the three flags."""
+    texts = {level: getattr(args, level) for level in LEVELS}
+    if not any(texts.values()):
+        texts["variance"] = SEEDS_VARIANCES
+    found = []
+    for level, (kind, allowed, rule) in LEVELS.items():
+        for part in filter(None, texts[level].split(",")):
+            try:
+                value = kind(part)
+            except ValueError:
+                fail(f"--{level} {part}: {rule}")
+            if not allowed(value):
+                fail(f"--{level} {part}: {rule}")
+            found.append((level, value))
+    return found or fail("--variance, --rank or --budget: give numbers between the commas, e.g. 0.9,0.8")
+
+
+def make_points(args):
+    """Every Point that the flags ask for, each once."""
+    levels = read_levels(args)
+    if args.seed_faithful:
+        return [Point("pca", "seed_faithful", ("q",), *level) for level in dict.fromkeys(levels)]
+    points = []
+    for choice in args.targets.split("/"):
+        targets = tuple(choice.split(","))
+        of_table = targets == ("wte",)
+        if not of_table and (not set(targets) <= set("qkv") or len(set(targets)) < len(targets)):
+            fail(f"--targets {choice}: give some of q,k,v, or wte alone; a slash lies between several choices")
+        for mode in args.mode.split(","):
+            if mode not in MODES:
+                fail(f"--mode {mode}: there are {', '.join(MODES)}")
+            if not of_table and mode == "shared_kv" and not {"k", "v"} <= set(targets):
+                fail(f"--mode shared_kv shares between k and v: --targets {choice} lacks one of them")
+        for method in args.method.split(","):
+            known = METHODS if of_table else MATRIX_METHODS
+            if method not in known:
+                fail(f"--method {method}: for {choice} there are {', '.join(known)}")
+            if of_table and args.budget:
+                fail("--budget is spent over layers, and wte is one matrix: give --rank")
+            modes = ["table"] if of_table else args.mode.split(",")
+            points += [Point(method, mode, targets, *level) for mode in modes for level in levels]
+    return list(dict.fromkeys(points))

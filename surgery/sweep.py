@@ -1,0 +1,99 @@
+"""A sweep: its folder, and a line of results.jsonl for every point that it measures."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.cli import fail
+from common.files import written_whole
+from common.run_folder import provenance
+from surgery.evaluator import answer
+from surgery.points import UNTOUCHED
+from surgery.surgeon import Cut, check_changes, fingerprint
+
+
+def prepare_folder(args, settings):
+    """The folder and its lines -> (path, records). A folder of other settings stays as it is: one line says what differs."""
+    folder = Path(args.out_dir)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--out_dir {folder} is a file: give a folder")
+    config, records = folder / "config.json", read_records(folder / "results.jsonl")
+    try:
+        before = json.loads(config.read_text())["settings"] if config.exists() else {}
+    except (ValueError, KeyError):
+        fail(f"--out_dir {folder} holds a config.json that is no sweep's: choose another folder")
+    differing = [k for k, v in settings.items() if before.get(k) != v]
+    if differing and records:
+        k = differing[0]
+        fail(f"--out_dir {folder} holds a sweep with {k} {before.get(k)}, this has {settings[k]}: choose another folder")
+    if differing:
+        with written_whole(config, "make room, or choose another --out_dir") as part:
+            part.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
+        (folder / "calibration.pt").unlink(missing_ok=True)
+    return folder, records
+
+
+def check_writable(out):
+    """The parent of --out takes files: tried now, not after hours of healing."""
+    parent = Path(out).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        fail(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+
+
+def add_line(file, record):
+    """Append a line, whole or not at all."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
+    except OSError as error:
+        if file.exists():
+            os.truncate(file, size)
+        fail(f"{file} cannot be written ({error.strerror}): make room; the same command goes on from here")
+
+
+def read_records(results):
+    """The lines of a file of JSON lines; one that an interruption cut off is removed."""
+    lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+    complete = [line for line in lines if line.endswith("}\n")]
+    if len(complete) < len(lines):
+        results.write_text("".join(complete))
+    return [json.loads(line) for line in complete]
+
+
+def sweep(args, points, surgeon, evaluator, tokenizer, results):
+    """Measure every point, and append its line to results.jsonl."""
+    model = surgeon.subject.model
+    before = fingerprint(model)
+    bar = tqdm(points, desc="surgery", unit="point")
+    for point in bar:
+        started = time.time()
+        if point == UNTOUCHED:
+            record = measure(args, point, Cut(), surgeon.subject, evaluator, tokenizer)
+        else:
+            with surgeon.cut(point) as cut:
+                check_changes(before, model, *cut.parameters())
+                record = measure(args, point, cut, surgeon.subject, evaluator, tokenizer)
+        check_changes(before, model)
+        add_line(results, record | dict(seconds=round(time.time() - started, 1)))
+        shown = point.record()
+        level = f"{point.level} {point.value}" if point.level else ""
+        names = f"{shown['method']:8} {shown['mode']:13} {shown['targets']:6} {level:13}"
+        bar.write(f"{names} perplexity {record['ppl']:12.3f}", sys.stdout)
+
+
+def measure(args, point, cut, subject, evaluator, tokenizer):
+    """The line of a point, whose cut is in place."""
+    record = point.record() | evaluator.measure() | dict(parts=cut.facts)
+    if args.answer_tokens:
+        for name, seed in (("answer", None), ("sampled", args.seed)):
+            record[name] = answer(subject, tokenizer, args.prompt, args.answer_tokens, seed)
+    return record
