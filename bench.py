@@ -6,26 +6,17 @@ What decoding costs: bytes that the KV cache has allocated, tokens a second, per
 
 Each model is measured dense, with compressed values and with compressed keys and values, by every number format of the cache.
 All take turns, round after round, so that a disturbance meets all of them. The first round chooses how a compressed model
-attends, the median of the rounds is its speed.
+attends; the median of all rounds is its speed.
 """
 
-import importlib.util
 import statistics
 import sys
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 from sample import KV_DTYPES
 from train_args import PRESETS, ModelArgs
-
-MODELS = (
-    ("dense", "pythia_baseline", {}),
-    ("V {r}/{d}", "vdproj_end_to_end_r*", dict(v_proj_dim="r")),
-    ("K+V {r}/{d}", "kvdproj_end_to_end_r*", dict(v_proj_dim="r", k_proj_dim="r")),
-)
 
 
 @dataclass
@@ -33,13 +24,13 @@ class Args:
     decode: bool = flag(False, "measure decoding; training is measured by train.py itself, in its summary.json")
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
     shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
-    vocab_size: int = flag(50257, "ids of that model")
+    vocab_size: int = flag(50257, "ids of that model", low=1)
     rank: int | None = flag(None, "numbers that its compressed keys and values have; left out, five eighths of its width")
     context: int | None = flag(None, "positions in the cache when the last token is read; left out, the block_size")
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
-    batch_size: int = flag(1, "texts side by side")
-    steps: int = flag(24, "tokens of one measurement")
-    rounds: int = flag(3, "measurements of each")
+    batch_size: int = flag(1, "texts side by side", low=1)
+    steps: int = flag(24, "tokens of one measurement", low=1)
+    rounds: int = flag(3, "measurements of each", low=1)
     nanogpt: str = flag("", "a checkout of nanoGPT, which has no cache, to measure beside it at the same shape and context")
     device: str = flag("cpu", "cpu, cuda, mps")
     out: str = flag("", "a file for the table, as markdown")
@@ -53,9 +44,6 @@ def check(args):
     for name in args.kv_dtypes.split(","):
         if name not in KV_DTYPES:
             fail(f"--kv_dtypes {args.kv_dtypes}: {name!r} is none of {','.join(KV_DTYPES)}")
-    for name in ("batch_size", "steps", "rounds", "vocab_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: give 1 or more")
     if args.nanogpt and not (Path(args.nanogpt) / "model.py").is_file():
         fail(f"--nanogpt {args.nanogpt} has no model.py: give the folder of a checkout")
     if args.out and Path(args.out).is_dir():
@@ -64,121 +52,14 @@ def check(args):
         fail("--nanogpt is measured at a shape: give --shape gpt2 instead of --runs")
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
-def random_models(args):
-    """[(name, model, None)] of a preset's shape, dense and compressed."""
-    from dataclasses import asdict, fields
-
-    import torch
-
-    from common import checkpoint
-    from model import GPT, GPTConfig
-
-    shape = asdict(ModelArgs()) | PRESETS[args.shape]
-    shape = {f.name: shape[f.name] for f in fields(GPTConfig) if f.name in shape} | dict(
-        vocab_size=args.vocab_size, dropout=0.0
-    )
-    shape["block_size"] = max(shape["block_size"], args.context or 0)
-    d, rank = shape["n_embd"], args.rank or shape["n_embd"] * 5 // 8
-    if not 1 <= rank <= d:
-        fail(f"--rank {rank} lies outside 1 to the width {d} of --shape {args.shape}: change it")
-    models = []
-    for name, _, parts in MODELS:
-        torch.manual_seed(0)
-        model = checkpoint.move_to(GPT(GPTConfig(**shape | dict.fromkeys(parts, rank))).eval(), args.device)
-        models.append((name.format(r=rank, d=d), model, None))
-    return models
-
-
-def trained_models(args):
-    """[(name, model, the checkpoint it comes from)] of the runs that train_vdproj.sh leaves."""
-    from common import checkpoint
-
-    models = []
-    for name, pattern, _ in MODELS:
-        folders = sorted(path for path in Path(args.runs).glob(pattern) if (path / "summary.json").exists())
-        if not folders:
-            fail(
-                f"--runs {args.runs} has no finished {pattern}: bash scripts/train_vdproj.sh makes them, OUT/seed_N with SEEDS"
-            )
-        for folder in folders:
-            saved = checkpoint.load(folder)
-            model = checkpoint.move_to(checkpoint.build(saved, dropout=0.0).eval(), args.device)
-            models.append((name.format(r=model.config.v_proj_dim, d=model.config.n_embd), model, saved))
-    return models
-
-
-def perplexity(model, saved, kv_dtype, device):
-    """Loss and perplexity on the fixed windows that the run was evaluated on, keys and values read back from such a cache."""
-    from common.dataset import Dataset
-    from common.evaluate import evaluate
-    from train_args import TrainArgs
-    from value_cache.kv_cache import KVCache
-    from value_cache.latent_attention import attend_by
-
-    args = TrainArgs(**saved["args"])
-    attend_by(model, "restore")
-    cache_for = lambda B: KVCache(model, B, model.config.block_size, kv_dtype)  # noqa: E731
-    return evaluate(model, Dataset(args.dataset), args, device, nullcontext(), cache_for=cache_for)
-
-
-# -- speed ------------------------------------------------------------------------------------------------------------
-
-
-class Decoding:
-    """One model with one cache and one way to attend, which reads `steps` tokens up to the context at each call."""
-
-    def __init__(self, model, kv_dtype, way, args, context):
-        import torch
-
-        from value_cache.kv_cache import KVCache
-        from value_cache.latent_attention import attend_by
-
-        self.model, self.way, self.steps, self.start = model, way, args.steps, context - args.steps
-        self.cache = KVCache(model, args.batch_size, context, kv_dtype)
-        idx = torch.randint(model.config.vocab_size, (args.batch_size, context), device=args.device)
-        self.tokens = idx[:, self.start :]
-        attend_by(model, "restore")
-        with torch.inference_mode():
-            model.hidden(idx[:, : self.start], self.cache)
-
-    def __call__(self):
-        """-> tokens a second."""
-        import torch
-
-        from value_cache.latent_attention import attend_by
-
-        attend_by(self.model, self.way)
-        self.cache.truncate(self.start)
-        with torch.inference_mode():
-            begin = time.perf_counter()
-            for i in range(self.steps):
-                self.model.logits(self.model.hidden(self.tokens[:, i : i + 1], self.cache)).argmax(-1).tolist()  # waits
-            return self.tokens.numel() / (time.perf_counter() - begin)
-
-
-def nanogpt(args, config, context, dtype):
-    """A call that measures nanoGPT's own generate at the same shape, tokens a second; a few tokens, since each takes long."""
-    import torch
-
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(args.nanogpt) / "model.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
-    model = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval().to(args.device)
-    steps = min(args.steps, 4)
-    idx = torch.randint(config.vocab_size, (args.batch_size, context - steps), device=args.device)
-    autocast = torch.autocast(args.device, dtype) if dtype else nullcontext()
-
-    def measure():
-        with torch.inference_mode(), autocast:
-            begin = time.perf_counter()
-            model.generate(idx, steps)
-            return args.batch_size * steps / (time.perf_counter() - begin)
-
-    return measure
+def shape_of(args):
+    """The fields of GPTConfig at --shape, nothing compressed, and the rank of what is compressed."""
+    shape = {name: value for name, value in (asdict(ModelArgs()) | PRESETS[args.shape]).items() if hasattr(ModelArgs, name)}
+    shape |= dict(vocab_size=args.vocab_size, dropout=0.0, block_size=max(shape["block_size"], args.context or 0))
+    rank = args.rank or shape["n_embd"] * 5 // 8
+    if not 1 <= rank <= shape["n_embd"]:
+        fail(f"--rank {rank} lies outside 1 to the width {shape['n_embd']} of --shape {args.shape}: change it")
+    return shape, rank
 
 
 def main(argv=None):
@@ -187,41 +68,41 @@ def main(argv=None):
 
     import torch
 
-    from common.run_folder import hardware
+    from common.device import hardware
+    from common.files import written_whole
     from reports.markdown import table
+    from value_cache.decoding_cost import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
     from value_cache.latent_attention import WAYS, is_compressed
+    from value_cache.timing import by_turns
 
-    models = random_models(args) if args.shape else trained_models(args)
+    models = random_models(*shape_of(args), args.device) if args.shape else trained_models(args.runs, args.device)
     config = models[0][1].config
     context = args.context or config.block_size
     if not args.steps < context <= config.block_size:
         fail(f"--context {context} has to lie above --steps {args.steps}, up to the block_size {config.block_size}")
-    rows, calls = [], {}
+    sizes = args.batch_size, context, args.steps
+    rows, tasks = [], {}
     for name, model, saved in models:
         for kv_dtype in args.kv_dtypes.split(","):
             row = dict(model=name, kv_dtype=kv_dtype)
             if saved:
-                found = perplexity(model, saved, kv_dtype, args.device)
+                found = loss_through_cache(model, saved, kv_dtype, args.device)
                 row |= dict(val_loss=found["val_loss"], val_ppl=found["val_ppl"])
-            rows.append(row)
             for way in WAYS if is_compressed(model) else WAYS[:1]:
-                calls[len(rows) - 1, way] = Decoding(model, kv_dtype, way, args, context)
-            row["bytes_per_token"] = calls[len(rows) - 1, way].cache.bytes_per_token()
+                tasks[len(rows), way] = task = decoding_task(model, kv_dtype, way, *sizes, args.device)
+            row["bytes_per_token"] = task.cache.bytes_per_token()
+            rows.append(row)
     if args.nanogpt:
         for name, dtype in (("nanoGPT, no cache", None), ("nanoGPT, no cache, bfloat16 autocast", torch.bfloat16)):
+            tasks[len(rows), "-"] = NanoGPT(args.nanogpt, config, *sizes, dtype, args.device)
             rows.append(dict(model=name, kv_dtype="-", bytes_per_token=0))
-            calls[len(rows) - 1, "-"] = nanogpt(args, config, context, dtype)
-    speeds = {key: [] for key in calls}
-    for round in range(args.rounds + 1):  # the first warms up
-        for key, call in calls.items():
-            speed = call()
-            if round:
-                speeds[key].append(speed)
-        print(f"round {round}/{args.rounds}", file=sys.stderr)
-    for (i, way), found in speeds.items():
-        rows[i].setdefault("tokens_per_second", {})[way] = round_to(statistics.median(found))
-        rows[i].setdefault("first_round", {})[way] = round_to(found[0])
-    text = shown(rows, table)
+    calls = {key: (task.prepare, task.run) for key, task in tasks.items()}
+    seconds = by_turns(calls, args.rounds, lambda i: print(f"round {i}/{args.rounds}", file=sys.stderr))
+    for (i, way), found in seconds.items():
+        speeds = [tasks[i, way].tokens.numel() / s for s in found]
+        rows[i].setdefault("tokens_per_second", {})[way] = round_to(statistics.median(speeds))
+        rows[i].setdefault("first_round", {})[way] = round_to(speeds[0])
+    text = rows_table(rows, table)
     print(text)
     about = (
         f"`python {' '.join(map(str, sys.argv))}`: context {context}, {args.batch_size} a batch, {args.device} "
@@ -229,8 +110,8 @@ def main(argv=None):
         f"{args.steps} tokens."
     )
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(f"# Decoding\n\n{about}\n\n{text}\n")
+        with written_whole(args.out, "give another --out") as part:
+            part.write_text(f"# Decoding\n\n{about}\n\n{text}\n")
     finish(context=context, hardware=hardware(args.device), rows=rows)
 
 
@@ -238,8 +119,8 @@ def round_to(x):
     return float(f"{x:.4g}")
 
 
-def shown(rows, table):
-    """Everything as a markdown table, beside the dense model's cache in float16 and beside its speed in the first format."""
+def rows_table(rows, table):
+    """A markdown table: bytes beside the dense model's, speed beside the dense model's in the first format."""
     dense = {row["kv_dtype"]: row for row in rows if row["model"] == "dense"}
     bytes_16 = dense["float16"]["bytes_per_token"] if "float16" in dense else None
     plain = rows[0]  # dense, in the first format

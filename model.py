@@ -10,9 +10,9 @@ V = vocab_size, H heads, r = a rank: lora_rank, k_proj_dim, v_proj_dim.
 with h = ln_f(...) of shape (B, T, d). wte and lm_head are one tensor. scale_up and scale_down have one shape, so that
 n_embd_wte_scale_tying can make them one tensor too.
 
-An adapter belongs to a weight: W' = W + s B A wherever W is used, so the tied table's acts in the lookup and in the head.
+An adapter belongs to a weight: W' = W + s B A wherever W is used. The adapter of a tied table acts in the lookup and the head.
 
-Keys and values may be kept as r numbers a token for all heads together, and are restored to attend:
+A model may compress keys and values to r numbers a token, all heads together. The cache keeps these, and attention restores:
 
     v_proj -> v_compress -> [cache] -> v_restore -> heads
     k_proj -> k_compress -> [cache] -> k_restore -> rotary -> heads
@@ -29,8 +29,8 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     """
-    The shape of a model. The defaults of flags live in train_args.py; what stands behind an optional part here means a
-    model without it, so that a checkpoint from before the part still loads.
+    The shape of a model. train_args.ModelArgs has the same fields as flags, with their defaults and help: that file must not
+    import torch. A default here means a model without the optional part, so that older checkpoints still load.
     """
 
     vocab_size: int
@@ -66,7 +66,7 @@ ACTIVATIONS = {
 
 
 class NoCache:
-    """Stands where a KV cache may: every position is computed at once and none is kept."""
+    """Stands for the KV cache where there is none: all positions are computed at once, and nothing is kept."""
 
     length = 0
 
@@ -80,10 +80,21 @@ class NoCache:
 NO_CACHE = NoCache()
 
 
+def rotate(x, cos, sin):
+    """
+    Rotate the first D numbers of x (..., n) in pairs: number i and number i + D/2, as in GPT-NeoX and Llama.
+
+    cos, sin (..., D/2): of the angle of each pair.
+    """
+    half = cos.shape[-1]
+    a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], dim=-1)
+
+
 class Rotary(nn.Module):
     """
-    Turns the first `dims` numbers of each head by an angle that grows with the position (RoFormer, arXiv:2104.09864):
-    number i and number i + dims/2 are a pair, as in GPT-NeoX, and the angle of pair i is position / 10000^(2i / dims).
+    Rotates the first `dims` numbers of each head by an angle that grows with the position (RoFormer, arXiv:2104.09864).
+    The angle of pair i is position / 10000^(2i / dims).
     """
 
     def __init__(self, dims, n_head, block_size):
@@ -94,11 +105,10 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
     def forward(self, x, start):
-        """x (B, T, H n), heads side by side, whose first position is `start` -> the same, turned."""
+        """x (B, T, H n), heads side by side -> the same, rotated. start: the position of the first of the T."""
         x = x.unflatten(-1, (self.n_head, -1))  # (B, T, H, n)
         cos, sin = (t[start : start + x.shape[1]].to(x.dtype) for t in (self.cos, self.sin))
-        a, b, rest = x.tensor_split((self.dims // 2, self.dims), dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).flatten(-2)
+        return rotate(x, cos, sin).flatten(-2)
 
 
 class NoRotary(nn.Module):
@@ -122,7 +132,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         dims = round(config.rotary_pct * d / config.n_head)
         self.rotary = Rotary(dims, config.n_head, config.block_size) if dims else NoRotary()
-        # Plain keys are turned before they are kept, compressed ones each time they have been restored.
+        # Plain keys are rotated before the cache keeps them, compressed keys each time they have been restored.
         plain = config.k_proj_dim is None
         self.rotary_kept, self.rotary_read = (self.rotary, NoRotary()) if plain else (NoRotary(), self.rotary)
 
@@ -134,7 +144,7 @@ class CausalSelfAttention(nn.Module):
         return nn.Linear(d, r, bias=bias), nn.Linear(r, d, bias=bias)
 
     def forward(self, x, cache=NO_CACHE):
-        """x (B, T, d) at the positions after those of the cache -> (B, T, d); the cache keeps k and v."""
+        """x (B, T, d), the positions that follow the cache's -> (B, T, d). The cache keeps their keys and values."""
         start = cache.length
         q = self.rotary(self.q_proj(x), start)
         k = self.rotary_kept(self.k_compress(self.k_proj(x)), start)  # (B, T, r_k)
@@ -143,20 +153,20 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(self.attend(q, k, v)))
 
     def attend(self, q, k, v):
-        """The last T queries (B, T, d), all keys and values as kept (B, S, r) -> the heads' answers, side by side (B, T, d)."""
+        """q (B, T, d) of the last T positions, k and v (B, S, r) as kept -> the heads' outputs, side by side (B, T, d)."""
         T, S = q.shape[1], k.shape[1]
         k, v = self.rotary_read(self.k_restore(k), 0), self.v_restore(v)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, width / H)
         dropout = self.dropout if self.training else 0.0
-        # is_causal lines up the first query with the first key, which is right where every position is computed at once
+        # is_causal lines up the first query with the first key: right where all positions are computed at once
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if T in (1, S) else sees(T, S, q.device), dropout_p=dropout, is_causal=T == S
+            q, k, v, attn_mask=None if T in (1, S) else causal_mask(T, S, q.device), dropout_p=dropout, is_causal=T == S
         )
         return y.transpose(1, 2).flatten(-2)
 
 
-def sees(T, S, device):
-    """(T, S) of booleans: which of S positions each of the last T may see."""
+def causal_mask(T, S, device):
+    """(T, S) booleans: True where a query may look. Query t of the last T positions looks at positions 0 to S - T + t."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
@@ -202,14 +212,14 @@ BLOCKS = {(False, 2): Block, (True, 2): ParallelBlock, (True, 1): ParallelBlockO
 
 
 class NoPositions(nn.Module):
-    """Stands where wpe does in a model that turns its queries and keys instead."""
+    """Stands for wpe in a model that rotates its queries and keys instead."""
 
     def forward(self, pos):
         return 0
 
 
 class ScaleDown(nn.Linear):
-    """A Linear(k, d) applied through its transpose, d -> k: it keeps the shape of scale_up, so the two can be tied."""
+    """A Linear(k, d) that is applied through its transpose, d -> k. It has the shape of scale_up, so the two can be tied."""
 
     def forward(self, x):
         return x @ self.weight
@@ -270,7 +280,7 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def adapt(modules, config):
-    """Give the weights of modules an adapter each; those that share a weight share its adapter."""
+    """Give every weight of the modules an adapter; modules that share a weight share its adapter."""
     adapters = {}  # by weight
     for module in modules:
         if module.weight not in adapters:
@@ -291,7 +301,7 @@ def merge_adapters(model):
 
 
 def effective_weight(module):
-    """A module's weight with its adapter, where it has one, merged into it."""
+    """A module's weight; where it has an adapter, with the adapter merged into it."""
     return module.weight + module.lora.delta() if type(module) in PLAIN else module.weight
 
 
@@ -343,8 +353,8 @@ class GPT(nn.Module):
         """
         Draw the factors so that the effective table wte @ scale^T has the std 0.02 of a dense one.
 
-        The rows of scale^T get unit norm, as a PCA's have; the naive draw, N(0, 0.02) for every factor, leaves a table
-        of std 0.02^2 sqrt(k), 0.0032 at k = 64.
+        The rows of scale^T get unit norm, as a PCA's have. The naive draw, N(0, 0.02) for every factor, gives a table of
+        std 0.02^2 sqrt(k): 0.0032 at k = 64.
         """
         d, k = self.config.n_embd, self.config.n_embd_wte
         nn.init.normal_(self.transformer.wte.weight, std=0.02 * math.sqrt(d / k))
@@ -362,7 +372,7 @@ class GPT(nn.Module):
             self.transformer.scale_up.bias.copy_(torch.as_tensor(mean))
 
     def effective_table(self):
-        """The dense table [V,d] that the head multiplies with; a centred one's mean row, which it leaves out, is added."""
+        """The dense table [V,d] that the factors stand for, the mean row of a centred one included."""
         table = effective_weight(self.lm_head)
         if self.config.n_embd_wte is None:
             return table
@@ -397,7 +407,7 @@ class GPT(nn.Module):
         return self.transformer.scale_up(self.transformer.wte(idx))
 
     def trunk(self, x, cache=NO_CACHE):
-        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). A cache holds the positions before them."""
+        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). cache: the positions before them."""
         t = self.transformer
         pos = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         x = t.drop(x + t.wpe(pos))
@@ -422,7 +432,7 @@ class GPT(nn.Module):
     # -- what it costs ------------------------------------------------------------------------------------------------
 
     def count_parameters(self):
-        """Stored numbers by group, tied tensors once, adapters (which merging makes vanish) apart; they sum to the total."""
+        """Stored numbers by group, and their total. A tied tensor counts once. Adapters are a group: merging removes them."""
         group_of = dict(wte="token_table", scale_up="token_table", scale_down="token_table", wpe="positions")
         group_of |= dict(attn="attention", mlp="mlp", lm_head="head")
         groups = ("token_table", "head", "positions", "attention", "kv_compression", "mlp", "norms", "adapters")
@@ -439,7 +449,7 @@ class GPT(nn.Module):
         return counts | dict(total=sum(counts.values()))
 
     def cache_widths(self):
-        """Numbers a token and layer that a KV cache holds: of the keys, of the values."""
+        """Numbers that a KV cache holds for a token and layer: of the keys, of the values."""
         c = self.config
         return c.k_proj_dim or c.n_embd, c.v_proj_dim or c.n_embd
 

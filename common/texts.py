@@ -1,6 +1,9 @@
-"""Text files into documents."""
+"""Text files into documents, and the tokenizers of datasets."""
 
 import re
+
+from common.dataset import find_folder, read_meta
+from common.tokenizer import TOKENIZERS, read_codec
 
 
 def articles(lines):
@@ -13,3 +16,18 @@ def articles(lines):
         blank = not line.strip()
         article.append(line if line.endswith("\n") else line + "\n")
     yield "".join(article)
+
+
+def codec_of(name, hint, required=True):
+    """
+    The tokenizer of a dataset -> (Codec, vocab_size); None where there is no such dataset.
+
+    hint: see read_codec(). required: an error where the dataset names no known tokenizer, else None.
+    """
+    folder = find_folder(name)
+    if folder is None or not (folder / "meta.pkl").is_file():
+        return None
+    meta = read_meta(folder / "meta.pkl")
+    if not required and meta.get("tokenizer") not in TOKENIZERS:
+        return None
+    return read_codec(meta, folder / "meta.pkl", hint), meta["vocab_size"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.cli import fail
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = ("gpt2", "bpe")  # what meta.pkl may name
 
 
 def gpt2():
@@ -72,7 +73,7 @@ class Codec:
     end_of_text: int
 
 
-def read_codec(meta, source, hint="give --prompt_ids"):
+def read_codec(meta, source, hint):
     """The tokenizer of a dataset's meta.pkl. source, hint: what an error names, and what it tells to do."""
     if meta.get("tokenizer") == "gpt2":
         bpe = gpt2()

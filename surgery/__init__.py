@@ -8,6 +8,6 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
 
 def load(folder, device="cpu"):
     """A folder that `python -m surgery --out` wrote -> (Hugging Face model, tokenizer)."""
-    from surgery import low_rank_model  # here, so that --help need not import torch
+    from surgery import low_rank_folder  # here, so that --help need not import torch
 
-    return low_rank_model.load(folder, device)
+    return low_rank_folder.load(folder, device)

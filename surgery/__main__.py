@@ -91,31 +91,6 @@ def check(args, given, points):
         fail("--out with --seed_faithful would write a model that lost its PCA's mean: drop one of them")
 
 
-def check_ranks(points, layers, subject, per_group, stacks, heights):
-    """No rank is above that of the matrices."""
-    for point in (point for point in points if point.level == "rank"):
-        widths = {"wte": subject.config.n_embd}
-        for stack in [] if point.of_table else stacks(layers, point.targets, point.mode, per_group):
-            name = "".join(dict.fromkeys(target for _, target in stack))
-            widths[name] = min(sum(heights(stack)), stack[0][0].width, widths.get(name, subject.config.n_embd))
-        for name, full in widths.items():
-            if point.value > full:
-                fail(f"--rank {point.value}: {name} has ranks 1 to {full}")
-
-
-def check_subject(args, name, points, subject, tokenizer, prompt_ids):
-    """The model can read what it is given, and its table can be cut. name: of the model."""
-    if args.window > subject.longest:
-        fail(f"--window {args.window}: {name} reads {subject.longest} tokens at most, lower --window")
-    if args.answer_tokens and not 1 <= (length := len(prompt_ids(tokenizer, args.prompt))) <= subject.longest:
-        fail(f"--prompt has {length} tokens, {name} reads 1 to {subject.longest}: give another, or --answer_tokens 0")
-    of_table = {p.method for p in points if p.of_table}
-    if of_table and not subject.tables:
-        fail(f"--targets wte: {name} has a table that is factorized already: give its dense baseline, or --targets q,k,v")
-    if "joint" in of_table and "head" in subject.tables:
-        fail(f"--method joint needs one table for lookup and head, {name} has two: give --method fisher")
-
-
 def settings_of(args, name, weights, windows, one_text):
     """What the runs that write into one folder must share."""
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
@@ -132,11 +107,12 @@ def main(argv=None):
     import torch
 
     from reports.surgery import write_report
-    from surgery.evaluator import Evaluator, prompt_ids
-    from surgery.layers import find_layers, heights, stacks
-    from surgery.low_rank_model import check_attention
+    from surgery.checks import check_ranks, check_subject
+    from surgery.evaluator import Evaluator
+    from surgery.layers import find_layers
+    from surgery.low_rank_modules import check_attention
     from surgery.moments import calibration
-    from surgery.subject import CodecTokenizer, OwnSubject, choose_model, load_subject
+    from surgery.subject import choose_model, load_subject
     from surgery.surgeon import Surgeon, fingerprint
     from surgery.sweep import add_line, check_writable, prepare_folder, read_records, sweep
     from surgery.texts import one_text, windows_of
@@ -149,10 +125,8 @@ def main(argv=None):
     subject, tokenizer = load_subject(name, args.tokenizer)
     model = subject.to(args.device).model
     layers = find_layers(model) if not all(p.of_table for p in points) else []
-    if args.out and (isinstance(subject, OwnSubject) or isinstance(tokenizer, CodecTokenizer)):
-        fail("--out writes a model and a tokenizer of Hugging Face, and --model or --tokenizer is train.py's: drop --out")
-    check_subject(args, name, points, subject, tokenizer, prompt_ids)
-    check_ranks(points, layers, subject, args.layers_per_group, stacks, heights)
+    check_subject(args, name, points, subject, tokenizer)
+    check_ranks(points, layers, subject, args.layers_per_group)
     windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
     if args.out:
         check_attention(model, layers)

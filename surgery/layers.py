@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from common.cli import fail
-from value_cache.latent_attention import linear
+from common.modules import linear
 
 FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
 

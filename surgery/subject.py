@@ -11,9 +11,8 @@ import torch.nn as nn
 
 from common import checkpoint
 from common.cli import fail
-from common.dataset import find_folder, read_meta
 from common.hugging_face import read, read_model
-from common.tokenizer import read_codec
+from common.texts import codec_of
 from value_cache import generation
 from value_cache.kv_cache import KVCache
 
@@ -112,11 +111,8 @@ def load_tokenizer(name):
 
 def dataset_tokenizer(name):
     """The tokenizer of a dataset, or None where there is no such dataset."""
-    folder = find_folder(name)
-    if folder is None or not (folder / "meta.pkl").is_file():
-        return None
-    meta = read_meta(folder / "meta.pkl")
-    return CodecTokenizer(read_codec(meta, folder / "meta.pkl", hint="give --tokenizer one"), meta["vocab_size"])
+    found = codec_of(name, hint="give --tokenizer one")
+    return found and CodecTokenizer(*found)
 
 
 class CodecTokenizer:

@@ -16,9 +16,9 @@ from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
 from surgery.evaluator import Evaluator, answer
 from surgery.layers import find_layers
-from surgery.low_rank_model import load as load_small
-from surgery.low_rank_model import save as save_small
-from surgery.low_rank_model import shrink
+from surgery.low_rank_folder import load as load_small
+from surgery.low_rank_folder import save as save_small
+from surgery.low_rank_modules import shrink
 from surgery.moments import Moments
 from surgery.points import MODES, Point
 from surgery.subject import OwnSubject, Subject, load_subject

@@ -1,4 +1,4 @@
-"""One token after the other."""
+"""Text, one token after the other."""
 
 import torch
 
@@ -9,8 +9,8 @@ def chooser(temperature, top_k=None, top_p=None, generator=None):
     """
     Returns logits (B, V) -> ids (B,).
 
-    temperature 0 takes the likeliest. top_k keeps that many of the likeliest, top_p the fewest that have this share of the
-    probability together (arXiv:1904.09751), one at the least; both look at the logits after the temperature, top_k first.
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens; top_p keeps the fewest tokens that have this
+    share of the probability together, at least one (arXiv:1904.09751). Both act after the temperature, top_k first.
     """
 
     def choose(logits):
@@ -23,7 +23,7 @@ def chooser(temperature, top_k=None, top_p=None, generator=None):
         probabilities = logits.softmax(-1)
         if top_p is not None:
             falling, order = probabilities.sort(descending=True)
-            falling[falling.cumsum(-1) - falling >= top_p] = 0  # those before it have enough
+            falling[falling.cumsum(-1) - falling >= top_p] = 0  # the likelier ones have the share already
             probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -33,8 +33,10 @@ def chooser(temperature, top_k=None, top_p=None, generator=None):
 @torch.inference_mode()
 def generate(model, idx, steps, choose, end_of_text=None, cache=NO_CACHE):
     """
-    Yield the next token of every row of idx (B, T), ids (B,), at most `steps` times; a row that has ended repeats end_of_text,
-    and when all have it is over. With a KVCache only new tokens are read, without one the whole text each time.
+    Yield the next token of every row of idx (B, T) as ids (B,), at most `steps` times.
+
+    A row that has ended repeats end_of_text; it is over when all rows have ended. With a KVCache each step reads the new token
+    alone, without one it reads the text again. model: a GPT, or a decoder() of one.
     """
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(steps):

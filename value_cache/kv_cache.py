@@ -1,8 +1,8 @@
 """
-The KV cache of sampling: what the model's attention hands to `extend`, kept for every layer in one of several number formats.
+The KV cache of generation: keys and values of every layer, kept in one of several number formats.
 
-Allocated whole, (B, capacity, r) numbers for the keys of a layer and as many for its values, so that its bytes can be counted
-on the tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: the cache then holds the latents.
+It allocates (B, capacity, r) numbers for the keys of a layer, and as many for its values, so its bytes can be counted on its
+tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the cache holds the compressed numbers.
 """
 
 import torch
@@ -11,7 +11,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Floats:
-    """Numbers of one dtype."""
+    """Numbers kept in one floating-point dtype."""
 
     def __init__(self, B, capacity, r, dtype, device):
         self.data = torch.empty(B, capacity, r, dtype=dtype, device=device)
@@ -20,14 +20,14 @@ class Floats:
         self.data[:, start : start + x.shape[1]] = x
 
     def read(self, stop, dtype):
-        return self.data[:, :stop].to(dtype)  # no copy where it is kept as it is read
+        return self.data[:, :stop].to(dtype)  # no copy where the dtype is the same
 
     def tensors(self):
         return [self.data]
 
 
 class Int8:
-    """Whole numbers from -127 to 127 times a float16 scale for each token, the largest of its r numbers / 127."""
+    """Integers from -127 to 127, and a float16 scale for each token: the largest of its r numbers / 127."""
 
     levels = 127
 
@@ -42,8 +42,8 @@ class Int8:
         here = slice(start, start + x.shape[1])
         scale = x.float().abs().amax(-1, keepdim=True) / self.levels
         self.scale[:, here] = scale.clamp(min=torch.finfo(torch.float16).tiny, max=torch.finfo(torch.float16).max)
-        whole = (x / self.scale[:, here].float()).round().clamp(-self.levels, self.levels)
-        self.data[:, here] = self.pack(whole.to(torch.int8))
+        integers = (x / self.scale[:, here].float()).round().clamp(-self.levels, self.levels)
+        self.data[:, here] = self.pack(integers.to(torch.int8))
 
     def read(self, stop, dtype):
         return self.unpack(self.data[:, :stop]) * self.scale[:, :stop].to(dtype)  # one pass, which gives dtype
@@ -51,15 +51,15 @@ class Int8:
     def tensors(self):
         return [self.data, self.scale]
 
-    def pack(self, whole):
-        return whole
+    def pack(self, integers):
+        return integers
 
     def unpack(self, data):
         return data
 
 
 class Int4(Int8):
-    """The same from -7 to 7, two in a byte: number i low and number i + r/2 high."""
+    """The same with integers from -7 to 7, two in a byte: number i in the low half, number i + r/2 in the high half."""
 
     levels = 7
 
@@ -67,8 +67,8 @@ class Int4(Int8):
         self.r = r
         return (r + 1) // 2
 
-    def pack(self, whole):
-        low, high = whole.split((self.r + 1) // 2, dim=-1)
+    def pack(self, integers):
+        low, high = integers.split((self.r + 1) // 2, dim=-1)
         packed = low & 15
         packed[..., : high.shape[-1]] |= high << 4
         return packed
@@ -82,7 +82,7 @@ class LayerCache:
         self.k, self.v, self.length = k, v, 0
 
     def extend(self, k, v):
-        """Keep k (B, T, r_k) and v (B, T, r_v) after what is there -> all of both, as read back (B, S, r)."""
+        """Append k (B, T, r_k) and v (B, T, r_v) -> all keys and all values, as read back (B, S, r)."""
         self.k.write(self.length, k)
         self.v.write(self.length, v)
         self.length += k.shape[1]
@@ -90,7 +90,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The positions that a model has read of B texts. Raises ValueError for a capacity above the model's block_size."""
+    """Keys and values of the positions that a model has read. Raises ValueError for a capacity above its block_size."""
 
     def __init__(self, model, B, capacity, kv_dtype):
         if capacity > model.config.block_size:
@@ -117,7 +117,7 @@ class KVCache:
             layer.length = length
 
     def bytes(self):
-        """Allocated, scales and all."""
+        """Bytes allocated, those of the scales included."""
         tensors = [t for layer in self.layers for store in (layer.k, layer.v) for t in store.tensors()]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 

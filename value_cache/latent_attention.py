@@ -1,56 +1,111 @@
 """
-Attending over what the cache holds of a compressed model, without restoring every position at each step.
+Attention over what the cache holds of a compressed model, without restoring every position at each step.
 
-With values v_j = R c_j + b the answer of a head, sum_j a_j v_j, is R (sum_j a_j c_j) + b, since the weights sum to one. So:
+Notation: c_j is what the cache holds of position j, r numbers; R and b restore it. H heads, n numbers a head, S positions.
 
-    restore   v_restore of all S positions at each step, then as in training
-    late      attend over the r numbers of c_j, and restore the H sums instead of the S positions
-    fold      the same with R multiplied into c_proj beforehand: one matrix [d, H r] and the bias W_o b + b_o
+**Values.** v_j = R c_j + b, and a head weighs them with a_j, which sum to 1. So its output is
 
-Likewise a score q (R k_j + b) is (R^T q) k_j and a number that is the same for all j, which the softmax drops. That serves
-the part of a head that is not rotated. A rotated pair (a, b) at angle t gives the query's (e, f) the score
-cos t (e a + f b) + sin t (f a - e b): two numbers of position j that are linear in k_j, so no key has to be restored. The kept
-numbers are turned by an orthogonal matrix beforehand, so that the rotated part hangs on as few of them as it can.
+    sum_j a_j v_j = R (sum_j a_j c_j) + b
 
-The last two also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They are for single tokens:
-the positions of a prompt are restored once, for all of its queries. All three are exact without dropout (tests: to 1e-4).
+It suffices to restore one sum a head instead of S values. R may also be multiplied into the output projection beforehand.
+
+**Keys.** The score of a query q is q (R c_j + b) = (R^T q) c_j + q b. The second term is the same for all j, and the softmax
+drops it. So no key has to be restored where the head is not rotated. A pair (x, y) of a rotated head at angle t gives the
+query's pair (e, f) the score
+
+    cos t (e x + f y) + sin t (f x - e y)
+
+Both brackets are linear in c_j: two numbers for each pair and position, and still no key is restored. The kept numbers are
+multiplied by an orthogonal matrix beforehand, so that the rotated part depends on as few of them as possible.
+
+Three ways to attend:
+
+    restore   restore all S positions at each step, then attend as in training
+    late      attend over the kept numbers, then restore the sums of the heads
+    fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
+
+late and fold also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They serve single tokens;
+a prompt is restored once for all of its queries. All three give the same output to 1e-4.
 """
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
+from common.modules import linear, shared_copy
 from model import CausalSelfAttention, NoRotary
 from value_cache.kv_cache import KVCache
+from value_cache.timing import by_turns
 
 WAYS = ("restore", "late", "fold")
 
 
+def is_compressed(model):
+    """Whether the model compresses its keys or its values."""
+    return any(is_linear(part) for block in model.transformer.h for part in (block.attn.v_restore, block.attn.k_restore))
+
+
+def is_linear(part):
+    return not isinstance(part, nn.Identity)
+
+
+def restore_sums(sums, up, bias):
+    """
+    The heads' sums over latents -> their outputs, side by side.
+
+    sums (B, H, r); up (G, r, n) of G heads of values, which H / G heads of queries share; bias (G, n) or None -> (B, 1, H n)
+    """
+    y = sums.unflatten(1, (len(up), -1)) @ up  # (B, G, H/G, n)
+    y = y if bias is None else y + bias[:, None]
+    return y.flatten(1)[:, None]
+
+
+@torch.no_grad()
+def decoder(model, way):
+    """
+    A model for inference that attends by one of WAYS. It shares the weights of `model`, which stays as it is.
+    """
+    if way == "restore":
+        return model
+    attention = dict(late=LateAttention, fold=FoldedAttention)[way]
+    blocks = nn.ModuleList(shared_copy(block, attn=attention(block.attn)) for block in model.transformer.h)
+    return shared_copy(model, transformer=shared_copy(model.transformer, h=blocks))
+
+
 @dataclass
 class Restoring:
-    """k_restore and v_restore by head; None where keys or values are plain. n numbers a head, D rotated ones of all heads."""
+    """k_restore and v_restore by head; None where keys or values are plain. D: rotated numbers of all heads together."""
 
     v: torch.Tensor | None = None  # (H, r_v, n)
-    v_bias: torch.Tensor | None = None  # (H, 1, n)
+    v_bias: torch.Tensor | None = None  # (H, n)
     k: torch.Tensor | None = None  # (H, n - D/H, r_k), of what is not rotated
     pairs: tuple = ()  # two (H, D/2H, min(D, r_k) + 1): of a pair's first and second number, the bias last
     turns: torch.Tensor | None = None  # (block_size, D): cosines and sines of each head
 
 
 class LateAttention(CausalSelfAttention):
+    """Attends over the kept numbers. Shares the weights of a CausalSelfAttention, but for what compresses."""
+
+    def __init__(self, attn):
+        nn.Module.__init__(self)
+        self.n_head, self.dropout = attn.n_head, attn.dropout
+        for name, module in (attn._modules | joined(attn)).items():
+            setattr(self, name, module)
+        self.restoring = restoring(self)
+
     def attend(self, q, k, v):
         if q.shape[1] > 1:
             return super().attend(q, k, v)
-        return self.restore_sums(self.sums(q, k, v))
+        sums, R = self.sums(q, k, v), self.restoring
+        return sums.flatten(1)[:, None] if R.v is None else restore_sums(sums, R.v, R.v_bias)
 
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, S, width / H)
 
     def sums(self, q, k, v):
-        """-> (B, H, r_v): what each head's weights make of the kept values, of its own part of them where they are plain."""
+        """-> (B, H, r_v): each head's weighted sum of the kept values; of its own part of them where values are plain."""
         q = self.heads(q)[:, :, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
         weights = self.scores(q, k).softmax(-1)
         if self.restoring.v is None:
@@ -73,16 +128,15 @@ class LateAttention(CausalSelfAttention):
             scores = scores + found.sum(-1).transpose(1, 2)
         return scores
 
-    def restore_sums(self, y):
-        """(B, H, r_v) -> (B, 1, d), heads side by side."""
-        y = y[:, :, None]
-        if self.restoring.v is not None:
-            y = y @ self.restoring.v
-            y = y if self.restoring.v_bias is None else y + self.restoring.v_bias
-        return y.transpose(1, 2).flatten(-2)
-
 
 class FoldedAttention(LateAttention):
+    """The same, with v_restore multiplied into c_proj."""
+
+    def __init__(self, attn):
+        super().__init__(attn)
+        if is_linear(attn.v_restore):
+            self.c_proj = FoldedProjection(attn.c_proj, folded(attn))
+
     def attend(self, q, k, v):
         if q.shape[1] > 1:
             return super().attend(q, k, v)
@@ -90,7 +144,7 @@ class FoldedAttention(LateAttention):
 
 
 class FoldedProjection(nn.Module):
-    """c_proj for a prompt, whose values have been restored, and c_proj after v_restore for a single token."""
+    """c_proj for a prompt, whose values have been restored; c_proj after v_restore for a single token."""
 
     def __init__(self, prompt, token):
         super().__init__()
@@ -100,53 +154,12 @@ class FoldedProjection(nn.Module):
         return self.prompt(y) if y.shape[1] > 1 else self.token(y)
 
 
-ATTENTION = dict(restore=CausalSelfAttention, late=LateAttention, fold=FoldedAttention)
-
-
-def attentions(model):
-    return [block.attn for block in model.transformer.h]
-
-
-def is_compressed(model):
-    return any(is_linear(part) for attn in attentions(model) for part in (attn.v_restore, attn.k_restore))
-
-
-def is_linear(part):
-    return not isinstance(part, nn.Identity)
-
-
-@torch.no_grad()
-def attend_by(model, way):
-    """Make a model attend by one of WAYS from here on, for inference; a checkpoint is saved by "restore" only."""
-    for attn in attentions(model):
-        for name, module in attn.__dict__.pop("as_trained", {}).items():
-            setattr(attn, name, module)
-        attn.__class__ = ATTENTION[way]
-        if way == "restore":
-            continue
-        parts = joined(attn)
-        if way == "fold" and is_linear(attn.v_restore):
-            parts["c_proj"] = FoldedProjection(attn.c_proj, folded(attn))
-        attn.__dict__["as_trained"] = {name: getattr(attn, name) for name in parts}  # not a submodule of the model
-        for name, module in parts.items():
-            setattr(attn, name, module)
-        attn.restoring = restoring(attn)
-
-
 def rotated_dims(attn):
     return 0 if isinstance(attn.rotary, NoRotary) else attn.rotary.dims
 
 
-def linear(weight, bias):
-    out = nn.utils.skip_init(nn.Linear, *weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    out.weight.copy_(weight)
-    if bias is not None:
-        out.bias.copy_(bias)
-    return out
-
-
 def joined(attn):
-    """{name: module}: k_proj and v_proj, where compressed, as one Linear(d, r) with what compresses them; keys in the basis."""
+    """{name: module}: what compresses keys or values, joined with k_proj or v_proj to one Linear(d, r); keys in the basis."""
     parts = {}
     for kind in "kv":
         proj, compress, restore = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress", "restore"))
@@ -180,7 +193,7 @@ def restoring(attn):
     if is_linear(attn.v_restore):
         out.v = attn.v_restore.weight.unflatten(0, (H, -1)).transpose(1, 2).contiguous()
         if attn.v_restore.bias is not None:
-            out.v_bias = attn.v_restore.bias.unflatten(0, (H, 1, -1))
+            out.v_bias = attn.v_restore.bias.unflatten(0, (H, -1))
     if is_linear(attn.k_restore):
         weight, bias = attn.k_restore.weight, attn.k_restore.bias
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
@@ -192,25 +205,32 @@ def restoring(attn):
     return out
 
 
+class Decode:
+    """Reads the same tokens after the same context at every call."""
+
+    def __init__(self, model, cache, tokens):
+        """model: a decoder(). cache: holds the context. tokens (B, steps), read one after the other."""
+        self.model, self.cache, self.tokens, self.context = model, cache, tokens, cache.length
+
+    def prepare(self):
+        self.cache.truncate(self.context)
+
+    @torch.inference_mode()
+    def run(self):
+        for i in range(self.tokens.shape[1]):
+            self.model.logits(self.model.hidden(self.tokens[:, i : i + 1], self.cache)).argmax(-1).tolist()  # waits
+
+
 @torch.inference_mode()
 def fastest(model, B, context, kv_dtype, steps=8):
-    """Time a few steps of each way at a context -> (the name of the fastest, {way: seconds a step}). Leaves the model by it."""
+    """Time a few steps of each way at a context -> (the name of the fastest, {way: seconds a step})."""
     if not is_compressed(model):
         return "restore", {}
     cache, device = KVCache(model, B, context, kv_dtype), model.lm_head.weight.device
     steps = min(steps, context - 1) or 1
-    token = torch.zeros(B, 1, dtype=torch.long, device=device)
-    model.hidden(token.expand(B, context - steps), cache)
-    times = {way: [] for way in WAYS}
-    for _ in range(4):  # the first warms up
-        for way in WAYS:
-            attend_by(model, way)
-            cache.truncate(context - steps)
-            start = time.perf_counter()
-            for _ in range(steps):
-                model.logits(model.hidden(token, cache)).argmax().item()  # waits for the device
-            times[way].append((time.perf_counter() - start) / steps)
-    seconds = {way: statistics.median(t[1:]) for way, t in times.items()}
-    best = min(seconds, key=seconds.get)
-    attend_by(model, best)
-    return best, seconds
+    tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
+    model.hidden(tokens[:, :1].expand(B, context - steps), cache)
+    tasks = {way: Decode(decoder(model, way), cache, tokens) for way in WAYS}
+    found = by_turns({way: (task.prepare, task.run) for way, task in tasks.items()}, rounds=3)
+    seconds = {way: statistics.median(times) / steps for way, times in found.items()}
+    return min(seconds, key=seconds.get), seconds

@@ -1,0 +1,228 @@
+"""
+The modules of a smaller model: low-rank factors in place of q, k, v or the token table, and attention that caches latents.
+
+A plan says what is smaller, in plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table": {"rank": r,
+"mean": bool, "head": the rank of an untied head, or None} or None}. The parts of a stack share what they read: k and v of a
+layer share one latent, neighbouring layers share one set of components.
+
+Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, r a rank.
+"""
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from common.cli import fail
+from common.modules import linear
+from model import rotate
+from surgery.layers import find_layers
+from value_cache.latent_attention import restore_sums
+
+
+class LowRank(nn.Module):
+    """y = up (down x) [+ bias], down [r,in], up [out,r]. Several LowRanks may share one `down`."""
+
+    def __init__(self, down, up):
+        super().__init__()
+        self.down, self.up = down, up
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+class Turns:
+    """The model's own cosines and sines of all positions so far; kept, since every layer reads them at every step."""
+
+    def __init__(self, rotary):
+        self.rotary, self.cos, self.sin = rotary, torch.empty(1, 0, 0), None
+
+    def __call__(self, S, like):
+        """-> cos and sin (1, S, D/2), D rotated numbers a head."""
+        if self.cos.shape[1] < S or self.cos.device != like.device or self.cos.dtype != like.dtype:
+            with torch.inference_mode(False), torch.no_grad():  # a later training may read them too
+                positions = torch.arange(max(64, 2 * S), device=like.device)[None]
+                both = self.rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
+                self.cos, self.sin = (t.chunk(2, -1)[0] for t in both)  # the two halves are the same
+        return self.cos[:, :S], self.sin[:, :S]
+
+
+class LatentAttention(nn.Module):
+    """
+    Attention that caches latents in place of keys and values: r numbers a token where k and v share a latent, r_k + r_v where
+    each has its own, instead of 2 G n. Keys are restored and rotated when they are read. Values are restored for a prompt; for
+    a single token the heads weigh the latents, and H sums are restored instead of S values.
+
+    Scores depend on distances alone. So positions are counted from the first in the cache, and left padding does no harm.
+    """
+
+    def __init__(self, attn, q, k, v, turns):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = q, k, v
+        self.o_proj = attn.o_proj if hasattr(attn, "o_proj") else attn.dense
+        self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+        self.n = attn.head_dim if hasattr(attn, "head_dim") else attn.head_size
+        self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.n))  # (B, T, heads, n)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
+        x, cache = hidden_states, layer_past if past_key_values is None else past_key_values
+        q, c_k = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), self.k_proj.down(x)
+        shared = self.v_proj.down is self.k_proj.down
+        c_v = c_k[..., :0] if shared else self.v_proj.down(x)
+        if getattr(cache, "is_compileable", False):
+            raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
+        if cache is not None:
+            c_k, c_v = (c[:, 0] for c in cache.update(c_k[:, None], c_v[:, None], self.layer_idx))  # (B, S, r)
+        c_v = c_k if shared else c_v
+        k = self.k_norm(self.heads(self.k_proj.up(c_k))).transpose(1, 2)  # (B, G, S, n)
+        (T, S), (cos, sin) = (q.shape[2], k.shape[2]), self.turns(k.shape[2], x)
+        q, k = rotate(q, cos[:, S - T :], sin[:, S - T :]), rotate(k, cos, sin)
+        if T == 1 and isinstance(self.v_proj.up, nn.Linear):
+            y = self.late(q, k, c_v, attention_mask)
+        else:
+            v = self.heads(self.v_proj.up(c_v)).transpose(1, 2)
+            causal = attention_mask is None and T > 1
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
+            )
+            y = y.transpose(1, 2).flatten(-2)  # (B, T, H n)
+        return self.o_proj(y), None
+
+    def late(self, q, k, c, mask):
+        """One query (B, H, 1, n), keys (B, G, S, n), latents of the values (B, S, r) -> (B, 1, H n)"""
+        q = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]  # (B, G, H/G, n)
+        scores = self.scaling * q @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        sums = scores.softmax(-1).flatten(1, 2) @ c  # (B, H, r)
+        up, bias = self.heads(self.v_proj.up.weight.T).permute(1, 0, 2), self.v_proj.up.bias  # (G, r, n)
+        return restore_sums(sums, up, None if bias is None else self.heads(bias))
+
+
+class FactorizedTable(nn.Module):
+    """The lookup: rows of wte [V,k], then scale_up [d,k], whose bias is the mean row of methods that have one."""
+
+    def __init__(self, wte, scale_up):
+        super().__init__()
+        self.wte, self.scale_up = wte, scale_up
+
+    def forward(self, x):
+        return self.scale_up(self.wte(x))
+
+
+class FactorizedHead(nn.Module):
+    """The head: scale_down [k,d], then wte [V,k], the table's own where they are tied. It needs no mean."""
+
+    def __init__(self, wte, scale_down):
+        super().__init__()
+        self.wte, self.scale_down = wte, scale_down
+
+    def forward(self, h):
+        return self.scale_down(h) @ self.wte.weight.T
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def unset(n_in, n_out, bias=None):
+    """A Linear whose weight is to be filled in; bias [out] or None."""
+    return linear(torch.empty(n_out, n_in), bias)
+
+
+def check_attention(hf, layers):
+    """Refuse a model whose attention LatentAttention does not compute."""
+    kind = hf.config.model_type
+    rope = getattr(hf.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        fail(f"--out: the rotary angles of this {kind} change with the length of the text, and latents are rotated anew")
+    for attn in map(hf.get_submodule, [layer.name for layer in layers]):
+        known = all(hasattr(attn, name) for name in ("scaling", "layer_idx")) and (
+            hasattr(attn, "o_proj") or hasattr(attn, "dense")
+        )
+        n = getattr(attn, "head_dim", getattr(attn, "head_size", None))
+        by_head = all(
+            norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
+        )
+        if not (known and by_head and getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb")):
+            fail(f"--out: {type(attn).__name__} attends otherwise than a Llama: give a Llama, Mistral, Qwen or NeoX")
+
+
+def install(hf, plan):
+    """
+    Give a model the modules of a plan, with biases set and factors not -> ([LowRanks of each stack], (table, head) or None).
+
+    Attention that loses k or v, or whose q, k and v are fused, becomes a LatentAttention; of others the one projection changes.
+    """
+    layers = {layer.name: layer for layer in find_layers(hf)} if plan["stacks"] else {}
+    turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []
+    for stack in plan["stacks"]:
+        down = unset(layers[stack["parts"][0][0]].width, stack["rank"])
+        made.append([])
+        for name, target in stack["parts"]:
+            layer = layers[name]
+            part = LowRank(down, unset(stack["rank"], len(layer.rows[target]), layer.bias(target)))
+            by_layer.setdefault(name, {})[target] = part
+            made[-1].append(part)
+    for name, parts in by_layer.items():
+        layer, attn = layers[name], hf.get_submodule(name)
+        if layer.fused or parts.keys() & {"k", "v"}:
+            uncut = {target: LowRank(layer.linear(target), nn.Identity()) for target in "qkv" if target not in parts}
+            parent, last = name.rsplit(".", 1)
+            setattr(hf.get_submodule(parent), last, LatentAttention(attn, *({**parts, **uncut}[t] for t in "qkv"), turns))
+        else:
+            attn.q_proj = parts["q"]
+    return made, install_table(hf, plan["table"]) if plan["table"] else None
+
+
+def install_table(hf, plan):
+    V, d = hf.get_input_embeddings().weight.shape
+    wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"])
+    table = FactorizedTable(wte, unset(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
+    own = wte if plan["head"] is None else nn.utils.skip_init(nn.Embedding, V, plan["head"])
+    head = FactorizedHead(own, unset(d, own.embedding_dim))
+    hf.set_input_embeddings(table)
+    hf.set_output_embeddings(head)
+    return table, head
+
+
+@torch.no_grad()
+def shrink(hf, cuts, tables=None):
+    """
+    Make a model smaller in place -> its plan.
+
+    cuts: [([(layer name, target), ...], Factors), ...]; tables: {"wte": (Z [V,r], P [r,d], mean [d] or None)}
+    and "head" where that is another matrix, or nothing.
+    """
+    folded = [(parts, *narrowed(*factors.folded())) for parts, factors in cuts]
+    plan = dict(stacks=[dict(parts=[list(p) for p in parts], rank=len(right)) for parts, _, right in folded], table=None)
+    if tables:
+        Z, P, mean = tables["wte"]
+        plan["table"] = dict(rank=len(P), mean=mean is not None, head=len(tables["head"][1]) if "head" in tables else None)
+        scale = getattr(hf.get_input_embeddings(), "embed_scale", 1)  # Gemma's, of a looked-up row
+    made, ends = install(hf, plan)
+    for modules, (_, left, right) in zip(made, folded):
+        set_factors(modules, left, right)
+    if ends:
+        ends[0].wte.weight.copy_(Z)
+        ends[0].scale_up.weight.copy_(P.T * scale)
+        if mean is not None:
+            ends[0].scale_up.bias.copy_(mean * scale)
+        Z, P, _ = tables.get("head", tables["wte"])
+        ends[1].wte.weight.copy_(Z)
+        ends[1].scale_down.weight.copy_(P)
+    return plan
+
+
+def narrowed(left, right):
+    """A mean can lift the rank above the number of outputs: then the product itself is the smaller form."""
+    return (left, right) if len(right) <= len(left) else (torch.eye(len(left)), left @ right)
+
+
+@torch.no_grad()
+def set_factors(modules, left, right):
+    """Into the LowRanks of a stack: left [out of them all, r], right [r,in]."""
+    modules[0].down.weight.copy_(right)
+    for module, part in zip(modules, left.split([module.up.out_features for module in modules])):
+        module.up.weight.copy_(part)

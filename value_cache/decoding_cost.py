@@ -1,0 +1,90 @@
+"""What decoding costs: models dense and compressed, the loss through a cache, and tasks that value_cache/timing.py measures."""
+
+import importlib.util
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from common import checkpoint
+from common.cli import fail
+from common.dataset import Dataset
+from common.evaluate import evaluate
+from model import GPT, GPTConfig
+from value_cache.kv_cache import KVCache
+from value_cache.latent_attention import Decode, decoder
+
+# name in the table, folder of the trained model, the parts that compress
+MODELS = (
+    ("dense", "pythia_baseline", ()),
+    ("V {r}/{d}", "vdproj_end_to_end_r*", ("v_proj_dim",)),
+    ("K+V {r}/{d}", "kvdproj_end_to_end_r*", ("v_proj_dim", "k_proj_dim")),
+)
+
+
+def random_models(shape, rank, device):
+    """[(name, model, None)], dense and compressed to `rank` numbers. shape: the fields of GPTConfig, none compressed."""
+    models = []
+    for name, _, parts in MODELS:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**shape | dict.fromkeys(parts, rank))).eval()
+        models.append((name.format(r=rank, d=shape["n_embd"]), checkpoint.move_to(model, device), None))
+    return models
+
+
+def trained_models(runs, device):
+    """[(name, model, its checkpoint)] of the runs that train_vdproj.sh leaves in a folder."""
+    models = []
+    for name, pattern, _ in MODELS:
+        folders = sorted(path for path in Path(runs).glob(pattern) if (path / "summary.json").exists())
+        if not folders:
+            fail(f"--runs {runs} has no finished {pattern}: bash scripts/train_vdproj.sh makes them, OUT/seed_N with SEEDS")
+        for folder in folders:
+            saved = checkpoint.load(folder)
+            model = checkpoint.move_to(checkpoint.build(saved, dropout=0.0).eval(), device)
+            models.append((name.format(r=model.config.v_proj_dim, d=model.config.n_embd), model, saved))
+    return models
+
+
+def loss_through_cache(model, saved, kv_dtype, device):
+    """Loss and perplexity on the windows of the run's own evaluation, keys and values read back from a cache of kv_dtype."""
+
+    def cache_for(B):
+        return KVCache(model, B, model.config.block_size, kv_dtype)
+
+    args = SimpleNamespace(**saved["args"])
+    return evaluate(model, Dataset(args.dataset), args, device, nullcontext(), cache_for=cache_for)
+
+
+@torch.inference_mode()
+def decoding_task(model, kv_dtype, way, B, context, steps, device):
+    """A task that reads `steps` tokens up to the context, with a cache of its own."""
+    cache = KVCache(model, B, context, kv_dtype)
+    idx = torch.randint(model.config.vocab_size, (B, context), device=device)
+    model.hidden(idx[:, : context - steps], cache)
+    return Decode(decoder(model, way), cache, idx[:, context - steps :])
+
+
+class NanoGPT:
+    """The generate() of a nanoGPT checkout at the same shape, as a task. It has no cache, so it makes a few tokens only."""
+
+    def __init__(self, folder, config, B, context, steps, dtype, device):
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
+        self.model = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval().to(device)
+        self.steps = min(steps, 4)
+        self.idx = torch.randint(config.vocab_size, (B, context - self.steps), device=device)
+        self.autocast = torch.autocast(device, dtype) if dtype else nullcontext()
+        self.tokens = self.idx.new_empty(B, self.steps)  # for the count
+
+    def prepare(self):
+        pass
+
+    @torch.inference_mode()
+    def run(self):
+        with self.autocast:
+            self.model.generate(self.idx, self.steps)

@@ -1,0 +1,20 @@
+"""How long things take, measured by turns."""
+
+import time
+
+
+def by_turns(tasks, rounds, after_round=lambda i: None):
+    """
+    Measure tasks by turns, round after round, so that a disturbance meets all of them; one further round warms up first.
+
+    tasks: {name: (prepare, run)}: run() is timed, and must wait for its device. Returns {name: [seconds, one a round]}.
+    """
+    seconds = {name: [] for name in tasks}
+    for i in range(rounds + 1):
+        for name, (prepare, run) in tasks.items():
+            prepare()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+        after_round(i)
+    return {name: found[1:] for name, found in seconds.items()}
