@@ -88,7 +88,7 @@ def rotate(x, cos, sin):
     """
     half = cos.shape[-1]
     a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 class Rotary(nn.Module):
