@@ -1,4 +1,6 @@
-"""The figures of report.py and of the factorization: labelled, readable in grey, PNG and SVG."""
+"""Figures from descriptions: labelled, readable in grey, as PNG and SVG."""
+
+from dataclasses import dataclass
 
 import matplotlib
 
@@ -123,3 +125,25 @@ def lines_plot(path, curves, order, x, y, quantile=1.0):
     ax.grid(alpha=0.3)
     legend_beside(ax, ax.get_legend_handles_labels())
     save(fig, path)
+
+
+@dataclass
+class Figure:
+    """What a figure shows. kind: a key of DRAW. data: what the function of this kind takes beside the path."""
+
+    name: str  # of the files, without a suffix
+    caption: str
+    kind: str
+    data: dict
+
+
+DRAW = dict(series=series_plot, curves=curves_plot, lines=lines_plot, scree=scree_plot)
+
+
+def draw_all(folder, figures, kinds=DRAW):
+    """Draw figures into a folder -> the markdown lines that show them. kinds: {kind: the function that draws it}."""
+    lines = []
+    for figure in figures:
+        kinds[figure.kind](folder / figure.name, **figure.data)
+        lines += [f"![{figure.caption}]({figure.name}.png)", "", f"*{figure.caption}*", ""]
+    return lines

@@ -1,6 +1,4 @@
-"""
-What finished runs left behind: run folders -> rows. A row is one model, with a run for each seed.
-"""
+"""Run folders -> rows. A row is one model, with a run for each seed."""
 
 import json
 import re
@@ -10,50 +8,52 @@ from pathlib import Path
 from common.cli import fail
 from util_factorization import METHODS
 
-# In the order of the tables: label, folder name (k\d+ is the rank, m the method of the factors), series, what it is.
-# {m} is filled in; the seeds call svd pca.
-METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"
-ROWS = (
-    ("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
-    ("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
-    ("C", r"gpt_random_lowrank_k\d+", "random factors, scratch (C)", "random factors, from scratch"),
-    ("2-5", r"gpt_lowrank_scratch_k\d+", "low-rank scratch (2-5)", "random factors, from scratch"),
-    ("6-9", r"gpt_pca_nofinetune_k\d+", "PCA, no training (6-9)", "D, its table factorized by svd, not trained on"),
-    ("10-13", r"gpt_pca_lora_k\d+", "PCA + LoRA (10-13)", "D, its table factorized by svd, adapters trained"),
-    ("{m}", rf"gpt_{METHOD}_nofinetune_k\d+", "{m}, no training", "D, its table factorized by {m}, not trained on"),
-    ("{m}+LoRA", rf"gpt_{METHOD}_lora_k\d+", "{m} + LoRA", "D, its table factorized by {m}, adapters trained"),
-    ("B", r"gpt_pca_finetune_k\d+", "PCA + full fine-tuning (B)", "D, its table factorized by svd, every weight trained on"),
-    (
-        "B {m}",
-        rf"gpt_{METHOD}_finetune_k\d+",
-        "{m} + full fine-tuning",
-        "D, its table factorized by {m}, every weight trained on",
-    ),
-    (
-        "2-5+",
-        r"gpt_lowrank_scratch_more_k\d+",
-        "low-rank scratch, more steps (2-5+)",
-        "2-5, every weight, with as many steps more",
-    ),
-    ("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight, with as many steps more"),
-    ("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many steps more"),
-)
-# Those of the value cache, where \d+ is how many numbers a token and layer are kept.
-CACHE_ROWS = (
-    ("Pythia", r"pythia_baseline", "Pythia (baseline)", "keys and values as they are"),
-    ("end to end", r"vdproj_end_to_end_r\d+", "V-DProj, end to end", "compressed values, their error counted with 0.1"),
-    (
-        "2-phase",
-        r"vdproj_two_phase_r\d+",
-        "V-DProj, 2-phase",
-        "phase 1, then the rest trained with v_compress and v_restore frozen",
-    ),
-    ("2-phase trained", r"vdproj_two_phase_trained_r\d+", "V-DProj, 2-phase from trained", "phase 1 trained, then the same"),
-    ("narrow", r"vdproj_narrow_r\d+", "narrow value heads", "v_proj gives the kept numbers itself, nothing restores them"),
-    ("K+V", r"kvdproj_end_to_end_r\d+", "K and V, end to end", "as end to end, the keys compressed too"),
-    ("phase 1", r"vdproj_phase1_r\d+", "phase 1", "v_compress and v_restore fitted to the values of the random network"),
-    ("phase 1 trained", r"vdproj_phase1_trained_r\d+", "phase 1 from trained", "fitted to those of the trained baseline"),
-)
+METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"  # a method in a folder's name; the seeds call svd pca
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run. {m} stands for the method in the folder's name. To add a kind, add its line to KINDS."""
+
+    label: str
+    folder: str  # a pattern: k\d+ is the rank of the table, r\d+ how many numbers a token and layer the cache keeps
+    series: str  # its line in the figures, its name in words
+    what: str
+    of_cache: bool = False  # about the value cache, not about the token table
+
+
+KINDS = (  # in the order of the tables
+    Kind("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
+    Kind("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
+    Kind("C", r"gpt_random_lowrank_k\d+", "random factors, scratch (C)", "random factors, from scratch"),
+    Kind("2-5", r"gpt_lowrank_scratch_k\d+", "low-rank scratch (2-5)", "random factors, from scratch"),
+    Kind("6-9", r"gpt_pca_nofinetune_k\d+", "PCA, no training (6-9)", "D, its table factorized by svd, not trained on"),
+    Kind("10-13", r"gpt_pca_lora_k\d+", "PCA + LoRA (10-13)", "D, its table factorized by svd, adapters trained"),
+    Kind("{m}", rf"gpt_{METHOD}_nofinetune_k\d+", "{m}, no training", "D, its table factorized by {m}, not trained on"),
+    Kind("{m}+LoRA", rf"gpt_{METHOD}_lora_k\d+", "{m} + LoRA", "D, its table factorized by {m}, adapters trained"),
+    Kind("B", r"gpt_pca_finetune_k\d+", "PCA + full fine-tuning (B)",
+         "D, its table factorized by svd, every weight trained on"),
+    Kind("B {m}", rf"gpt_{METHOD}_finetune_k\d+", "{m} + full fine-tuning",
+         "D, its table factorized by {m}, every weight trained on"),
+    Kind("2-5+", r"gpt_lowrank_scratch_more_k\d+", "low-rank scratch, more steps (2-5+)",
+         "2-5, every weight, with as many steps more"),
+    Kind("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight, with as many steps more"),
+    Kind("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many steps more"),
+    Kind("Pythia", r"pythia_baseline", "Pythia (baseline)", "keys and values as they are", of_cache=True),
+    Kind("end to end", r"vdproj_end_to_end_r\d+", "V-DProj, end to end", "compressed values, their error counted with 0.1",
+         of_cache=True),
+    Kind("2-phase", r"vdproj_two_phase_r\d+", "V-DProj, 2-phase",
+         "phase 1, then the rest trained with v_compress and v_restore frozen", of_cache=True),
+    Kind("2-phase trained", r"vdproj_two_phase_trained_r\d+", "V-DProj, 2-phase from trained", "phase 1 trained, then the same",
+         of_cache=True),
+    Kind("narrow", r"vdproj_narrow_r\d+", "narrow value heads", "v_proj gives the kept numbers itself, nothing restores them",
+         of_cache=True),
+    Kind("K+V", r"kvdproj_end_to_end_r\d+", "K and V, end to end", "as end to end, the keys compressed too", of_cache=True),
+    Kind("phase 1", r"vdproj_phase1_r\d+", "phase 1", "v_compress and v_restore fitted to the values of the random network",
+         of_cache=True),
+    Kind("phase 1 trained", r"vdproj_phase1_trained_r\d+", "phase 1 from trained", "fitted to those of the trained baseline",
+         of_cache=True),
+)  # fmt: skip
 
 
 @dataclass
@@ -67,6 +67,10 @@ class Row:
     summaries: dict  # seed -> summary.json
     folders: dict  # seed -> its folder
     of_cache: bool = False  # whether it is about the value cache, not the token table
+
+    @property
+    def title(self):
+        return f"{self.label} {self.name}".strip()
 
     def values(self, *path):
         """One number for each seed, None where a run has none."""
@@ -124,22 +128,25 @@ def read_rows(root):
             fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
         row.summaries[seed], row.folders[seed] = summary, folder
     rows = []
-    for label, pattern, series, what in ROWS + CACHE_ROWS:
-        matches = [match for name in found if (match := re.fullmatch(pattern, name))]
+    for kind in KINDS:
+        matches = [match for name in found if (match := re.fullmatch(kind.folder, name))]
         for match in matches:
-            found[match.string].of_cache = (label, pattern, series, what) in CACHE_ROWS
-
-        def place(match):
-            return list(METHODS).index(match.groupdict().get("m", "svd")), found[match.string].k or 0
-
-        for match in sorted(matches, key=place):
+            found[match.string].of_cache = kind.of_cache
+        for match in sorted(matches, key=lambda match: place_of(match, found)):
             row = found.pop(match.string)
-            row.label, row.series, row.what = (text.format(**match.groupdict()) for text in (label, series, what))
-            if label == "A" and row.k == row.one("n_embd"):
+            row.label, row.series, row.what = (
+                text.format(**match.groupdict()) for text in (kind.label, kind.series, kind.what)
+            )
+            if kind.label == "A" and row.k == row.one("n_embd"):
                 row.label = row.series = "A full"
-                row.what = "A's control: D's whole table as factors of full rank, the rest from scratch"
+                row.what = "A's control: D's table as factors of full rank, the rest from scratch"
             rows.append(row)
     return rows + list(found.values()), unfinished
+
+
+def place_of(match, found):
+    """The order within a kind: by method, then by rank."""
+    return list(METHODS).index(match.groupdict().get("m", "svd")), found[match.string].k or 0
 
 
 def read_curve(folder):
@@ -177,3 +184,23 @@ def total_seconds(row, rows):
             before = sources[0]["seconds"] if sources else None
         out.append(None if before is None else before + summary["seconds"])
     return out
+
+
+def provenance_lines(rows):
+    """Where the runs of a report come from: data, seeds, hardware, versions, commit, command."""
+    configs = [json.loads((folder / "config.json").read_text()) for row in rows for folder in row.folders.values()]
+
+    def all_of(values):
+        return ", ".join(sorted(set(map(str, values))))
+
+    def over_runs(*path):
+        return all_of(f"{x:,}" if isinstance(x, int) else x for row in rows for x in row.values(*path))
+
+    versions = all_of(f"{name} {version}" for config in configs for name, version in config["versions"].items())
+    seeds = all_of(seed for row in rows for seed in row.summaries)
+    return [
+        f"Dataset {over_runs('dataset')}, {over_runs('tokens_per_step')} tokens a step, evaluated on "
+        f"{over_runs('eval_tokens')} tokens. Seeds: {seeds}.",
+        f"{all_of(config['hardware'] for config in configs)}; {versions}; commit {all_of(c['commit'] for c in configs)}. "
+        f"First command: `{configs[0]['command']}`",
+    ]

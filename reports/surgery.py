@@ -1,4 +1,4 @@
-"""results.jsonl of surgery -> report.md: the table, perplexity against what was kept, ranks by layer, the answers."""
+"""results.jsonl of a sweep -> report.md: the table, perplexity against the share kept, ranks by layer, the answers."""
 
 import json
 import os
@@ -7,21 +7,19 @@ from pathlib import Path
 
 from common.cli import fail
 from reports.markdown import table
-from reports.plots import LINES, MARKERS, legend_beside, plt, save
+from reports.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
 
 READING = (
-    "Perplexity is on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per token, "
-    "top-1 how often both models find the same next token likeliest. Share is that of the components kept, mean over layers; "
-    "error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean over layers. A cache that "
-    "keeps the latents of a shared key and value basis has that share of its size."
+    "Perplexity is measured on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per "
+    "token; top-1 is how often both models find the same next token likeliest. Share is the share of the components kept, mean "
+    "over layers; error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean over layers. A "
+    "cache that keeps the latents of a shared key and value basis has that share of its size."
 )
-
-
 READING_SMALLER = (
-    "Low-rank factors in place of the matrices, read back from disk, where a skeleton saves r^2 numbers a matrix that are "
-    "there again in memory; MB are of float32 weights. The cache is one that a model "
-    "filled, its bytes counted on the tensors. Tokens/s are of greedy decoding of one text after a prompt of a window, both "
-    "models by turns, median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
+    "Low-rank factors in place of the matrices, read back from disk. On disk each matrix is a skeleton, which saves r^2 "
+    "numbers that are there again in memory; MB are of float32 weights. The cache's bytes are counted on the tensors of a "
+    "cache that the model filled. Tokens/s: greedy decoding of one text after a prompt of one window, both models by turns, "
+    "median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
 )
 SOTU = "the State of the Union"
 
@@ -71,17 +69,17 @@ def smaller_table(records):
     lines = []
     for r in records:
         for name, m in r["models"].items():
-            whole = r["models"]["untouched"]
+            untouched = r["models"]["untouched"]
             cells = [r["out"] if name != "untouched" else "", name]
             known = "numbers" in m
             speed = sorted(m["tokens_per_second"])[len(m["tokens_per_second"]) // 2] if known else 0
             cells += [f"{m['numbers']:,}", f"{m['bytes'] / 1e6:.1f}"] if known else ["", ""]
-            cells += [f"{m['cache_bytes']:,.0f}", f"{m['cache_bytes'] / whole['cache_bytes']:.1%}"] if known else ["", ""]
+            cells += [f"{m['cache_bytes']:,.0f}", f"{m['cache_bytes'] / untouched['cache_bytes']:.1%}"] if known else ["", ""]
             cells += [f"{speed:.1f}"] if known else [""]
             cells += [
                 f"{m['loss']:.4f}",
                 f"{m['ppl']:.2f}",
-                f"{m['ppl'] / whole['ppl'] - 1:+.1%}",
+                f"{m['ppl'] / untouched['ppl'] - 1:+.1%}",
                 f"{m['kl']:.4f}",
                 f"{m['top1']:.1%}",
             ]
@@ -102,25 +100,25 @@ def by_series(records):
 
 
 def line_styles(series):
-    """Colour and marker say what was replaced, the line by which method; where that is one thing, all say the method."""
+    """Colour and marker: what was replaced; line: by which method. Where one thing was replaced, all three say the method."""
     whats, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
     styles = {}
     for what, method in series:
         j = methods.index(method)
         i = whats.index(what) if len(whats) > 1 else j
-        how = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
-        styles[what, method] = how | dict(label=f"{what} {method}")
+        style = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
+        styles[what, method] = style | dict(label=f"{what} {method}")
     return styles
 
 
 def perplexity_plot(path, records, x, xlabel, xscale, near):
-    """A line for every choice of targets, mode and method: perplexity over x(record), also up to `near` times the least."""
+    """A line for every choice of targets, mode and method: perplexity over x(record). Right: up to `near` times the least."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
     fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
     series = by_series(records)
     for ax in axes:
-        for key, how in line_styles(series).items():
-            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in series[key])), markersize=5, **how)
+        for key, style in line_styles(series).items():
+            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in series[key])), markersize=5, **style)
         ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
         ax.set(xlabel=xlabel, ylabel="perplexity", xscale=xscale)
         ax.grid(alpha=0.3, which="both")
@@ -146,7 +144,7 @@ def heat_map(path, record):
 
 
 def by_layer(records):
-    """What is shown layer by layer: of each choice the threshold nearest to 0.9, where layers differ most, and every budget."""
+    """The records to show layer by layer: every budget, and of each choice the threshold nearest to 0.9."""
     shown = {}
     for r in records:
         if r["variance"] and r["mode"] != "table":
@@ -162,39 +160,42 @@ def layer_table(record):
     return table(["group" if record["mode"] == "shared_layers" else "layer", *parts], cells)
 
 
-def figures(folder, records):
-    """Write the figures; returns [(caption, file name)]."""
-    made = []
+def figures(records):
+    """The figures, as descriptions."""
     untouched = [r for r in records if r["method"] == "-"]
     of_table = [r for r in records if r["mode"] == "table"]
     of_layers = [r for r in records if r["mode"] not in ("table", "-")]
+    axes = (
+        ("rank", kept, "components kept", "linear"),
+        ("variance", lost, "energy lost, in each method's own metric", "log"),
+    )
+    found = []
     for part, some, near in (("attention", of_layers, 1.5), ("table", of_table, 4)):
-        for name, x, what, scale in (
-            ("rank", kept, "components kept", "linear"),
-            ("variance", lost, "energy lost, in each method's own metric", "log"),
-        ):
-            if some:
-                perplexity_plot(folder / f"{part}_by_{name}", untouched + some, x, f"share of the {what}", scale, near)
-                made.append((f"Perplexity against the share of the {what}, mean over matrices", f"{part}_by_{name}.png"))
+        for name, x, label_of_x, scale in axes if some else ():
+            caption = f"Perplexity against the share of the {label_of_x}, mean over matrices"
+            data = dict(records=untouched + some, x=x, xlabel=f"share of the {label_of_x}", xscale=scale, near=near)
+            found.append(Figure(f"{part}_by_{name}", caption, "perplexity", data))
     for r in by_layer(records):
-        name = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
-        file = "ranks_" + "".join(c for c in name.replace(" ", "_") if c.isalnum() or c == "_")
-        heat_map(folder / file, r)
-        made.append((f"Ranks by layer, {label(r)} at {level(r)}", f"{file}.png"))
-    return made
+        words = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
+        name = "ranks_" + "".join(c for c in words.replace(" ", "_") if c.isalnum() or c == "_")
+        found.append(Figure(name, f"Ranks by layer, {label(r)} at {level(r)}", "heat map", dict(record=r)))
+    return found
+
+
+DRAW = {"perplexity": perplexity_plot, "heat map": heat_map}
 
 
 def answer_table(records):
     answered = [r for r in records if "answer" in r]
     cells = [
-        [f"{label(r) or 'untouched'} {level(r)}", f"{r['ppl']:.1f}", *(told(r[how]) for how in ("answer", "sampled"))]
+        [f"{label(r) or 'untouched'} {level(r)}", f"{r['ppl']:.1f}", *(one_line(r[name]) for name in ("answer", "sampled"))]
         for r in answered
     ]
     lines = ["| | perplexity | greedy | sampled |", "|---|---:|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
     return ["## What it answers", "", *lines, ""] if cells else []
 
 
-def told(answer):
+def one_line(answer):
     """On one line of a table."""
     return " ".join(answer.split()).replace("|", "\\|") or "(nothing)"
 
@@ -220,8 +221,7 @@ def write_report(folder, records, smaller):
         text += ["## Really smaller", "", smaller_table(smaller), "", READING_SMALLER, ""]
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:
-            for caption, name in figures(Path(part), records) if len(records) > 1 else []:
-                text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
+            text += draw_all(Path(part), figures(records) if len(records) > 1 else [], DRAW)
             text += answer_table(records)
             for r in by_layer(records):
                 text += [f"## By layer: {label(r)}, {level(r)}", "", "Components kept, relative error of the weights.", ""]

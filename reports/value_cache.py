@@ -1,19 +1,21 @@
-"""The part of report.py about the value cache: the V-DProj experiment's tables, what holds of it, and its figures."""
+"""The report on the value cache: the V-DProj experiment's tables, what holds of it, and its figures."""
 
 import math
 
-from reports.compare import cache_claims, mean, shown
-from reports.markdown import claim_lines, provenance_lines, table, title
-from reports.rows import read_curve
+from reports.claims import cache_claims, claim_lines
+from reports.compare import mean, shown
+from reports.markdown import table
+from reports.plots import Figure, draw_all
+from reports.rows import provenance_lines, read_curve
 
 READING = (
-    "Losses, perplexities and errors are of the best checkpoint, read back; it is chosen on the same fixed windows that are "
-    "reported. An epoch is {epoch} steps. KV reduction counts the numbers that a cache keeps of a token; bench.py --decode "
-    "measures the bytes that one allocates. Missed is the share of the values' variance over the tokens that v_restore does "
-    "not give back, mean over layers; recon is the experiment's own measure, mean (V - V_restored)^2, which hangs on the scale "
-    "of V. Nothing asks compressed keys to be restored: the cross-entropy alone trains their bottleneck. Tokens are those of "
-    "what a run starts from + its own. ± is the standard deviation over seeds; the p values stand alone, none is corrected for "
-    "the others."
+    "Losses, perplexities and errors are those of the best checkpoint, read back; it is chosen on the same fixed windows "
+    "that are reported. An epoch is {epoch} steps. KV reduction counts the numbers that a cache keeps of a token; bench.py "
+    "--decode measures the bytes that a cache allocates. Missed is the share of the values' variance over the tokens that "
+    "v_restore does not give back, mean over layers; recon is the experiment's own measure, mean (V - V_restored)^2, which "
+    "depends on the scale of V. No loss asks for restored keys: the cross-entropy alone trains their compression. Tokens: "
+    "those of what a run starts from + its own. ± is the standard deviation over seeds. The p values are not corrected for "
+    "the number of comparisons."
 )
 
 
@@ -35,7 +37,7 @@ def main_table(rows):
         restored = "v_error" in row.one("best")
         lines.append(
             [
-                title(row),
+                row.title,
                 shown(row.values("best", "val_ppl"), 1),
                 shown(row.losses, 4),
                 shown(epoch_of(row, "best"), 1),
@@ -66,42 +68,42 @@ def position_table(rows):
     def perplexities(row, bin):
         return [math.exp(losses[bin]) if bin in losses else None for losses in row.values("best", "position_loss")]
 
-    lines = [[title(row), *(shown(perplexities(row, bin), 1) for bin in bins)] for row in rows]
+    lines = [[row.title, *(shown(perplexities(row, bin), 1) for bin in bins)] for row in rows]
     return table(["perplexity at positions", *bins], lines)
 
 
 def error_table(rows):
     rows = [row for row in rows if "v_error" in row.one("best")]
-    lines = [[title(row), *(shown(list(errors), 4) for errors in zip(*row.values("best", "v_error")))] for row in rows]
+    lines = [[row.title, *(shown(list(errors), 4) for errors in zip(*row.values("best", "v_error")))] for row in rows]
     layers = max((len(line) - 1 for line in lines), default=0)
     return table(["share of V's variance missed", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
 
 
-def figures(root, rows):
-    """Write the figures; returns [(caption, file name)]."""
-    from reports.plots import lines_plot, series_plot
-
+def figures(rows):
+    """The figures, as descriptions."""
     order, first = [row.series for row in rows], next(iter(rows[0].folders))
+    loss = "validation loss (nats per token)"
+    points = {row.series: [(sum(row.one("cache_widths")), row.losses)] for row in rows}
+    panels = [(f"best {loss}", points, {})]
+    found = [Figure("loss_against_cache", "Best validation loss against what the cache keeps", "series",
+                    dict(panels=panels, order=order, x="numbers kept a token and layer"))]  # fmt: skip
     curves = {
         row.series: [(step / row.one("epoch_steps"), loss) for step, _, loss in read_curve(row.folders[first])]
         for row in rows
         if first in row.folders and row.one("epoch_steps")
     }
+    if curves:
+        found.append(Figure("epochs", f"Validation loss by epoch, seed {first}", "lines",
+                            dict(curves=curves, order=order, x="epoch", y=loss, quantile=0.9)))  # fmt: skip
     by_position = {}
     for row in rows:
         bins = row.one("best", "position_loss")
         middles = [sum(map(int, bin.split("-"))) / 2 for bin in bins]
         by_position[row.series] = [(x, mean(row.values("best", "position_loss", bin))) for x, bin in zip(middles, bins)]
-    made = []
-    if curves:
-        lines_plot(root / "epochs", curves, order, "epoch", "validation loss (nats per token)", quantile=0.9)
-        made.append((f"Validation loss by epoch, seed {first}", "epochs.png"))
-    lines_plot(root / "positions", by_position, order, "position in the window", "validation loss (nats per token)")
-    made.append(("Loss by position in the window, best checkpoints", "positions.png"))
-    points = {row.series: [(sum(row.one("cache_widths")), row.losses)] for row in rows}
-    panels = [("best validation loss (nats per token)", points, {})]
-    series_plot(root / "loss_against_cache", panels, order, x="numbers kept a token and layer")
-    return [("Best validation loss against what the cache keeps", "loss_against_cache.png"), *made]
+    caption = "Loss by position in the window, best checkpoints"
+    return found + [
+        Figure("positions", caption, "lines", dict(curves=by_position, order=order, x="position in the window", y=loss))
+    ]
 
 
 def section(root, rows):
@@ -110,7 +112,7 @@ def section(root, rows):
     tables = [main_table(rows), "", *([position_table(trained), ""] if trained else []), error_table(rows), ""]
     seeds, ours = cache_claims(rows)
     text = ["# What can the value cache lose?", "", *provenance_lines(rows), "", *tables]
-    text += [*(f"- {title(row)}: {row.what}." for row in rows), ""]
+    text += [*(f"- {row.title}: {row.what}." for row in rows), ""]
     text += [
         READING.format(epoch=shown({steps for row in rows for steps in row.values("epoch_steps")}, 0)),
         "",
@@ -120,6 +122,5 @@ def section(root, rows):
     text += ["Of its authors' claims:", "", *claim_lines(seeds, rows)]
     if ours:
         text += ["Of ours:", "", *claim_lines(ours, rows)]
-    for caption, name in figures(root, trained) if trained else []:
-        text += [f"![{caption}]({name})", "", f"*{caption}*", ""]
-    return tables, text, (seeds, ours)
+    text += draw_all(root, figures(trained)) if trained else []
+    return main_table(rows).splitlines(), text, (seeds, ours)

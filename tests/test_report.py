@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from report import table
-from reports.compare import SEEDS_CLAIMS, Difference, comparison, judge, our_claims, overall, paired_p
+from reports.claims import SEEDS_CLAIMS, judge, our_claims, overall
+from reports.compare import Difference, comparison, paired_p
+from reports.markdown import table
 from reports.rows import read_rows, total_seconds
 
 
@@ -39,12 +40,12 @@ def test_one_seed_is_inconclusive_and_the_words_follow_the_numbers(tmp_path, run
         write_run(tmp_path / name, loss, k)
     result = run_main("report.py", "--runs", tmp_path)
     assert result.status == 0 and result.last["runs"] == 5
-    for text in (result.out, (tmp_path / "report.md").read_text()):
-        assert "A vs C (k=4): the PCA start is 0.120 nats better; one seed, so inconclusive." in text
-        assert "A vs D (k=4): rank 4 of 16 is 0.100 nats better; one seed, so inconclusive." in text
-        assert "B vs D+ (k=4): compressing and fine-tuning is 0.100 nats worse" in text
-        assert "6.5000 nats. D lies 1.500 nats under it." in text
-        assert "2.50x" in text  # 100 / 40
+    text = (tmp_path / "report.md").read_text()
+    assert "A vs C (k=4): the PCA start is 0.120 nats better; one seed, so inconclusive." in text
+    assert "A vs D (k=4): rank 4 of 16 is 0.100 nats better; one seed, so inconclusive." in text
+    assert "B vs D+ (k=4): compressing and fine-tuning is 0.100 nats worse" in text
+    assert "6.5000 nats. D lies 1.500 nats under it." in text
+    assert "2.50x" in text and "2.50x" in result.out  # 100 / 40
     for figure in ("validation_curves", "loss_against_parameters", "loss_against_seconds"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{figure}.svg").read_text() and f"{figure}.png" in (tmp_path / "report.md").read_text()
@@ -56,9 +57,33 @@ def test_seeds_make_one_row_with_spread_and_a_paired_test(tmp_path, run_main):
             jitter = 0.001 * seed if k else 0
             write_run(tmp_path / f"seed_{seed}" / name, base - better + jitter, k, seed)
     out = run_main("report.py", "--runs", tmp_path).out
-    assert "5.0000 ± 0.2000" in out
-    assert "A vs D (k=4): rank 4 of 16 is 0.098 nats better (spread 0.001 over 3 seeds, paired t-test p < 0.0001)" in out
-    assert "A vs C (k=4): the PCA start is 0.100 nats better" in out
+    text = (tmp_path / "report.md").read_text()
+    assert "5.0000 ± 0.2000" in text
+    assert "A vs D (k=4): rank 4 of 16 is 0.098 nats better (spread 0.001 over 3 seeds, paired t-test p < 0.0001)" in text
+    assert "A vs C (k=4): the PCA start is 0.100 nats better" in text
+    words = " ".join(out.split())
+    assert "0.098 nats under the dense baseline (D), p < 0.0001 over 3 seeds, spread 0.001" in words
+    assert "One seed" not in words and "- A PCA start beats a random start, the seeds' way: holds" in out
+
+
+def test_the_terminal_shows_a_table_four_answers_and_how_to_get_three_seeds(tmp_path, run_main):
+    for (name, k), loss in zip(NAMES, (5.0, 4.9, 5.02, 4.8, 4.7), strict=True):
+        write_run(
+            tmp_path / name, loss, k, starts_from=dict(part="all weights", ckpt="x", tokens=1000) if "more" in name else None
+        )
+    *lines, last = run_main("report.py", "--runs", tmp_path).out.splitlines()
+    assert json.loads(last)["runs"] == 5 and all(len(line) <= 100 for line in lines if str(tmp_path) not in line)
+    assert len(lines) < 30 and "inconclusive" not in " ".join(lines)
+    answers = " ".join(lines).split("- ")
+    for question, found in (
+        ("Does a PCA start help?", "0.120 nats under the random start (C)"),
+        ("What does the smaller table cost?", "0.100 nats under the dense baseline (D)"),
+        ("Is fine-tuning better than starting from scratch?", "0.100 nats under the PCA start (A, rank 4)"),
+        ("Does the compressed model reach the baseline?", "with equal tokens, 0.100 nats over the baseline with the same"),
+    ):
+        assert any(question in " ".join(a.split()) and found in " ".join(a.split()) for a in answers), question
+    assert 'SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128' in " ".join(lines)
+    assert f"{tmp_path / 'report.md'}" in lines[-1]
 
 
 def test_a_comparison_says_who_saw_more_text(tmp_path):
@@ -72,8 +97,9 @@ def test_a_comparison_says_who_saw_more_text(tmp_path):
 def test_the_whole_table_as_factors_is_the_control_of_a(tmp_path, run_main):
     for name, k, loss in (("gpt_baseline", None, 5.0), ("gpt_pca_k4", 4, 4.9), ("gpt_pca_k16", 16, 4.85)):
         write_run(tmp_path / name, loss, k)
-    out = run_main("report.py", "--runs", tmp_path).out
-    assert "A vs A full (k=4): rank 4 of 16 is 0.050 nats worse; one seed" in out and out.count("A vs D") == 1
+    run_main("report.py", "--runs", tmp_path)
+    text = (tmp_path / "report.md").read_text().split("## What the comparisons say")[1]
+    assert "A vs A full (k=4): rank 4 of 16 is 0.050 nats worse; one seed" in text and text.count("A vs D") == 1
 
 
 def test_runs_that_cannot_be_compared_say_so(tmp_path):

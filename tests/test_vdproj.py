@@ -17,7 +17,7 @@ from common.dataset import Dataset
 from common.evaluate import Restored, evaluate, position_bins
 from common.train_rules import trained_names
 from model import GPT, GPTConfig
-from reports.compare import cache_claims, judge
+from reports.claims import cache_claims, judge
 from reports.rows import Row, read_rows
 from train_args import PRESETS, TrainArgs, parse_args
 
