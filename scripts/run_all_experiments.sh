@@ -11,11 +11,23 @@ source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
 take_rank "$@"
 root=$OUT
-# A mistake in the flags shows here, not after the baseline has been trained.
-python -c 'import sys, train_args; sys.argv[0] = "train.py"; train_args.parse_args()' \
-  --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"}
+# Steps of a model from scratch, and of one that is trained on. A mistake in the flags shows here, before anything is trained.
+steps_of() { python -c 'import sys, train_args; sys.argv[0] = "train.py"; print(train_args.parse_args()[0].max_iters)' "$@"; }
+scratch=$(steps_of --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"})
+more=$(steps_of --preset "${PRESET}_finetune" ${rest[@]+"${rest[@]}"})
 
 take_cards
+side=$((${#gpus[@]} < 2 ? 1 : 2))  # runs side by side
+read -ra seeds <<< "${SEEDS:-}"
+rounds=$((${#seeds[@]} ? ${#seeds[@]} : 1))
+model=0 models=$((5 * rounds)) left=$((rounds * (scratch + 2 * (scratch + more) / side)))
+
+# announce STEPS WHAT: names the model. JOB_LATER_STEPS, steps after it, lets train.py say the time left of the whole job.
+announce() {
+  model=$((model + 1)) left=$((left - $1))
+  export JOB_LATER_STEPS=$left
+  echo "model $model of $models${seed:+, seed $seed}: $2"
+}
 
 # Runs a script, "NAME [RANK]", with the further flags, on one card where there are cards.
 run() {
@@ -24,12 +36,15 @@ run() {
   ${card:+env CUDA_VISIBLE_DEVICES="$card"} bash scripts/$1 ${flags[@]+"${flags[@]}"}
 }
 
-# Two scripts side by side where there are two cards, one after the other elsewhere.
+# both STEPS WHAT SCRIPT WHAT SCRIPT: two runs side by side where there are two cards, one after the other elsewhere.
 both() {
-  if [ "${#gpus[@]}" -lt 2 ]; then run "$1" && run "$2"; return; fi
-  run "$1" "${gpus[0]}" &
-  local first=$! failed=0
-  run "$2" "${gpus[1]}" || failed=1
+  local steps=$1 failed=0 first
+  if [ "$side" = 1 ]; then announce "$steps" "$2" && run "$3" && announce "$steps" "$4" && run "$5"; return; fi
+  announce $((steps / 2)) "$2"
+  announce $((steps / 2)) "$4"
+  run "$3" "${gpus[0]}" &
+  first=$!
+  run "$5" "${gpus[1]}" || failed=1
   wait "$first" || failed=1
   return "$failed"
 }
@@ -40,9 +55,13 @@ for seed in ${SEEDS:-""}; do
     export OUT=$root/seed_$seed
     flags+=(--seed "$seed")
   fi
+  announce "$scratch" "D, the dense baseline"
   run train_baseline_gpt2.sh
   need_factors
-  both "train_pca_compressed.sh $k" "train_random_lowrank.sh $k"
-  both "train_pca_finetune.sh $k" "train_baseline_more.sh"
+  both "$scratch" "A, the PCA of D's table, the rest from scratch" "train_pca_compressed.sh $k" \
+    "C, random factors, from scratch" "train_random_lowrank.sh $k"
+  both "$more" "B, D with its table cut by PCA, trained on" "train_pca_finetune.sh $k" \
+    "D+, D with the same extra steps" train_baseline_more.sh
 done
+unset JOB_LATER_STEPS
 python report.py --runs "$root"
