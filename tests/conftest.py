@@ -1,13 +1,20 @@
 import json
+import os
+import pickle
 import runpy
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 import torch
 
 from common.dataset import write_dataset
+from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
 
 REPO = Path(__file__).parents[1]
@@ -18,6 +25,13 @@ TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, max_iters=6, warmup_iters=2,
     eval_interval=3, eval_iters=3, log_interval=3, learning_rate=1e-2, dropout=0.1, device="cpu", dtype="float32",
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that run whole programs on models of Hugging Face, or chains of scripts, are slow: --quick leaves them out."""
+    for item in items:
+        if {"copy", "clinic", "own_clinic"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 def as_flags(flags):
@@ -64,6 +78,23 @@ def toy_dataset(tmp_path_factory):
     ids = np.cumsum(steps) % 97
     write_dataset(folder, ids[:5000], ids[5000:], dict(vocab_size=97, tokenizer="none"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """Lets shell.run() start python without importing torch again."""
+    folder = tmp_path_factory.mktemp("warm")
+    server, place, python = REPO / "tests" / "warm_python.py", folder / "socket", folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "{server}" call "{place}" "$@"\n')
+    python.chmod(0o755)
+    process = subprocess.Popen([sys.executable, server, "serve", place], env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not place.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    shell.warm_python = python
+    yield
+    process.kill()
+    process.wait()
 
 
 class Result:
@@ -125,3 +156,72 @@ def assert_one_line_error():
             assert str(word) in result.err, (word, result.err)
 
     return check
+
+
+# -- the scripts' chains ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory, toy_dataset, warm_python):
+    """A copy of the repository whose datasets are the toy one."""
+    folder = tmp_path_factory.mktemp("repo") / "nano pca"  # a space, which shell scripts like to trip over
+    ignored = shutil.ignore_patterns(".git", ".venv", "model_weights", "__pycache__", "*.bin", "meta.pkl", ".*_cache")
+    shutil.copytree(REPO, folder, ignore=ignored)
+    for name in ("sotu", "wikitext103", "pile"):
+        shutil.copytree(toy_dataset, folder / "data" / name, dirs_exist_ok=True)
+    letters = train_bpe(["a"], 257)  # end-of-text, then bytes in the order of their characters: ASCII's lie under the toy's 97
+    meta = dict(vocab_size=97, dtype="uint16", tokenizer="bpe", tokenizer_json=letters.to_str(), end_of_text=0)
+    (folder / "data" / "sotu" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def main_job(copy):
+    """The main job over two cards, which a CPU takes for names: A and C, B and its control run side by side."""
+    return shell.succeed(f"bash scripts/run_all_experiments.sh 128 {shell.TOY}", copy, PRESET="laptop", GPUS="0 1")
+
+
+@pytest.fixture(scope="session")
+def thirteen(copy):
+    """Experiments 1-13 at one rank, with one further method, over two cards that a CPU takes for names."""
+    few = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
+    return few, shell.succeed(f"bash scripts/run_13_experiments.sh {shell.TOY}", copy, **few)
+
+
+@pytest.fixture(scope="session")
+def vdproj(copy):
+    return shell.succeed(f"bash scripts/train_vdproj.sh {shell.TOY_EPOCHS}", copy, PRESET="laptop_pythia", GPUS="0 1")
+
+
+# -- surgery ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def clinic(tmp_path_factory):
+    """A folder with llama/, neox/, gpt2/, calib.txt and eval.txt."""
+    from toys import TEXT, llama, neox, save_tokenizer, transformers
+
+    folder = tmp_path_factory.mktemp("clinic")
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
+    for name, model in dict(llama=llama(), neox=neox(), gpt2=gpt2, biased=llama(attention_bias=True)).items():
+        model.save_pretrained(folder / name)
+        save_tokenizer(folder / name)
+    (folder / "calib.txt").write_text(TEXT[: len(TEXT) // 2])
+    (folder / "eval.txt").write_text(TEXT[len(TEXT) // 2 :])
+    return folder
+
+
+@pytest.fixture
+def operate(clinic, run_main, tmp_path):
+    """operate("--rank", 8, model="neox"): surgery at toy size; its Result also has the lines of results.jsonl."""
+
+    def run(*argv, model="llama", out="out", calib="calib.txt", evaluate="eval.txt"):
+        sizes = ("--window", 32, "--eval_windows", 3, "--calib_tokens", 1024, "--answer_tokens", 3)
+        texts = ("--calib_text", clinic / calib, "--eval_text", clinic / evaluate)
+        places = ("--model", clinic / model, "--out_dir", tmp_path / out)
+        result = run_main("-m", "surgery", *places, *texts, *sizes, *argv)
+        lines = tmp_path / out / "results.jsonl"
+        result.records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        return result
+
+    return run

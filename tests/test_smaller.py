@@ -16,11 +16,10 @@ from surgery.surgeon import Surgeon
 from surgery.write_model import cache_bytes
 from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
 
-transformers = pytest.importorskip("transformers")
-if not transformers.utils.is_torch_available():
-    pytest.skip("this transformers wants a newer torch", allow_module_level=True)
-
-from test_surgery import clinic, llama, neox, operate, redrawn, save_tokenizer  # noqa: E402, F401
+toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
+transformers, llama, neox, redrawn, save_tokenizer = (
+    toys.transformers, toys.llama, toys.neox, toys.redrawn, toys.save_tokenizer
+)  # fmt: skip
 
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
@@ -205,7 +204,7 @@ def test_the_unit_cost_is_what_the_loss_says():
     assert allocate.unit_cost(0.5, 2.0) == 0.125 and allocate.unit_cost(-1e-9, 2.0) == 0
 
 
-def test_budgets_in_a_sweep(operate, clinic):  # noqa: F811
+def test_budgets_in_a_sweep(operate, clinic):
     uneven = llama()
     for i, layer in enumerate(uneven.model.layers):
         layer.self_attn.o_proj.weight.data *= 4**i
@@ -245,7 +244,7 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
         assert attn.k_proj.down is attn.v_proj.down
 
 
-def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_path):  # noqa: F811
+def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_path):
     sharpened(llama()).save_pretrained(clinic / "sharp")
     save_tokenizer(clinic / "sharp")
     out = tmp_path / "smaller"
@@ -264,7 +263,7 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
     assert again.status == 0 and again.last["points"] == 0 and (tmp_path / "second" / "surgery.safetensors").exists()
 
 
-def test_attention_of_another_kind_is_refused_before_anything_is_measured(operate, clinic, tmp_path, assert_one_line_error):  # noqa: F811
+def test_attention_of_another_kind_is_refused_before_anything_is_measured(operate, clinic, tmp_path, assert_one_line_error):
     olmo = transformers.Olmo2ForCausalLM(
         transformers.Olmo2Config(**SHAPE, eos_token_id=0, pad_token_id=0)
     )  # norms over all heads
@@ -293,7 +292,7 @@ def test_one_step_of_healing_moves_the_model():
     assert not torch.equal(small.model.layers[0].mlp.up_proj.weight, before)
 
 
-def test_mistakes_about_smaller_models_are_one_line(operate, tmp_path, assert_one_line_error):  # noqa: F811
+def test_mistakes_about_smaller_models_are_one_line(operate, tmp_path, assert_one_line_error):
     (tmp_path / "there").mkdir()
     for argv, *words in [
         (["--rank", "4", "--out", tmp_path / "there"], "--out", "exists"),

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.tokenizer import train_bpe
 from surgery.layers import find_layers
 from surgery.moments import Moments
 from surgery.points import Point
@@ -15,9 +14,8 @@ from util_factorization import MATRIX_METHODS as METHODS
 from util_factorization.calibrate import calibrate
 from util_factorization.decompose_matrix import decompose, refit, relative_error
 
-transformers = pytest.importorskip("transformers")
-if not transformers.utils.is_torch_available():
-    pytest.skip("this transformers wants a newer torch", allow_module_level=True)
+toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
+transformers, llama, neox, TEXT, save_tokenizer = toys.transformers, toys.llama, toys.neox, toys.TEXT, toys.save_tokenizer
 
 OUT, IN = 20, 32
 
@@ -118,61 +116,6 @@ def test_what_decompose_refuses():
 
 
 # -- the program on tiny models ---------------------------------------------------------------------------------------
-
-TEXT = "".join(f"{i} is {'odd' if i % 2 else 'even'}, and {i * i} is its square; " for i in range(3000))
-
-
-def redrawn(model):
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
-
-
-def llama(**changes):
-    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0)
-    return redrawn(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape | changes)))
-
-
-def neox():
-    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(max_position_embeddings=64, eos_token_id=0, bos_token_id=0)
-    return redrawn(transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)))
-
-
-def save_tokenizer(folder, size=300):
-    bpe = train_bpe([TEXT], size)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def clinic(tmp_path_factory):
-    """A folder with llama/, neox/, gpt2/, calib.txt and eval.txt."""
-    folder = tmp_path_factory.mktemp("clinic")
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
-    for name, model in dict(llama=llama(), neox=neox(), gpt2=gpt2, biased=llama(attention_bias=True)).items():
-        model.save_pretrained(folder / name)
-        save_tokenizer(folder / name)
-    (folder / "calib.txt").write_text(TEXT[: len(TEXT) // 2])
-    (folder / "eval.txt").write_text(TEXT[len(TEXT) // 2 :])
-    return folder
-
-
-@pytest.fixture
-def operate(clinic, run_main, tmp_path):
-    """operate("--rank", 8, model="neox"): surgery at toy size; its Result also has the lines of results.jsonl."""
-
-    def run(*argv, model="llama", out="out", calib="calib.txt", evaluate="eval.txt"):
-        sizes = ("--window", 32, "--eval_windows", 3, "--calib_tokens", 1024, "--answer_tokens", 3)
-        texts = ("--calib_text", clinic / calib, "--eval_text", clinic / evaluate)
-        places = ("--model", clinic / model, "--out_dir", tmp_path / out)
-        result = run_main("-m", "surgery", *places, *texts, *sizes, *argv)
-        lines = tmp_path / out / "results.jsonl"
-        result.records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        return result
-
-    return run
 
 
 @pytest.mark.parametrize("model", ["llama", "neox", "biased"])

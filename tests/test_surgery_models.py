@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_surgery import TEXT, llama, redrawn, save_tokenizer
 from torch.nn import functional as F
 
 from common import checkpoint
@@ -30,7 +29,10 @@ from util_factorization.calibrate import calibrate
 from util_factorization.decompose_table import decompose
 from util_factorization.import_hf import from_hugging_face
 
-transformers, safetensors = pytest.importorskip("transformers"), pytest.importorskip("safetensors.torch")
+toys, safetensors = pytest.importorskip("toys"), pytest.importorskip("safetensors.torch")
+transformers, TEXT, llama, redrawn, save_tokenizer = (
+    toys.transformers, toys.TEXT, toys.llama, toys.redrawn, toys.save_tokenizer
+)  # fmt: skip
 
 SHAPE = dict(
     vocab_size=300, block_size=64, n_layer=2, n_head=4, n_embd=32, mlp_expansion_factor=2, activation="gelu", bias=True,
@@ -76,7 +78,7 @@ def family(name, **changes):
 
 
 @pytest.fixture(scope="module")
-def clinic(tmp_path_factory):
+def own_clinic(tmp_path_factory):
     """A folder with text/, a dataset; run folders of our models that name it; an HF NeoX and the same as our checkpoint."""
     folder = tmp_path_factory.mktemp("clinic")
     bpe = train_bpe([TEXT], 300)
@@ -95,13 +97,13 @@ def clinic(tmp_path_factory):
 
 
 @pytest.fixture
-def operate(clinic, run_main, tmp_path):
+def operate(own_clinic, run_main, tmp_path):
     """operate("--rank", 8, model="gpt"): surgery at toy size; its Result also has the lines of results.jsonl."""
 
     def run(*argv, model="gpt", out="out"):
         sizes = ("--window", 32, "--eval_windows", 2, "--calib_tokens", 512, "--answer_tokens", 3)
-        places = ("--model", clinic / model, "--out_dir", tmp_path / out)
-        texts = ("--calib_text", clinic / "calib.txt", "--eval_text", clinic / "eval.txt")
+        places = ("--model", own_clinic / model, "--out_dir", tmp_path / out)
+        texts = ("--calib_text", own_clinic / "calib.txt", "--eval_text", own_clinic / "eval.txt")
         result = run_main("-m", "surgery", *places, *texts, *sizes, *argv)
         lines = tmp_path / out / "results.jsonl"
         result.records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
@@ -171,9 +173,9 @@ def test_an_imported_pythia_is_cut_as_the_hugging_face_one(operate):
 
 
 @pytest.mark.parametrize("kind", [*OWN, "pythia"])
-def test_the_loss_is_that_of_evaluate(clinic, kind):
-    saved = checkpoint.load(clinic / ("pythia.pt" if kind == "pythia" else kind))
-    model, data = checkpoint.build(saved, dropout=0.0).eval(), Dataset(str(clinic / "text"))
+def test_the_loss_is_that_of_evaluate(own_clinic, kind):
+    saved = checkpoint.load(own_clinic / ("pythia.pt" if kind == "pythia" else kind))
+    model, data = checkpoint.build(saved, dropout=0.0).eval(), Dataset(str(own_clinic / "text"))
     evaluator = Evaluator(
         OwnSubject(model), [tuple(map(torch.from_numpy, xy)) for xy in data.fixed_windows(3, 1, model.config.block_size)]
     )
@@ -182,7 +184,7 @@ def test_the_loss_is_that_of_evaluate(clinic, kind):
     assert found["loss"] == pytest.approx(exact["val_loss"], abs=1e-5) and found["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_an_answer_is_what_the_model_finds_likeliest_up_to_block_size(clinic):
+def test_an_answer_is_what_the_model_finds_likeliest_up_to_block_size(own_clinic):
     subject = OwnSubject(own("compressed"))
     ids = torch.arange(1, 62)
     with torch.no_grad():
@@ -299,57 +301,57 @@ def test_the_gradient_of_the_lookup_is_that_of_the_tables_rows(name):
     torch.testing.assert_close(G, rows.T @ rows / 40, rtol=1e-3, atol=1e-6 * G.abs().max().item())
 
 
-def test_what_does_more_than_a_table_a_trunk_and_a_head_is_refused(operate, clinic, assert_one_line_error):
+def test_what_does_more_than_a_table_a_trunk_and_a_head_is_refused(operate, own_clinic, assert_one_line_error):
     for name, changes, words in (
         ("Gemma2", dict(head_dim=8), "gemma2 is more"),  # logits bent by a softcap
         ("Granite", dict(logits_scaling=8.0), "granite is more"),
         ("Phi3", {}, "qkv_proj"),
     ):
-        redrawn(family(name, **changes)).save_pretrained(clinic / name)
-        save_tokenizer(clinic / name)
+        redrawn(family(name, **changes)).save_pretrained(own_clinic / name)
+        save_tokenizer(own_clinic / name)
         assert_one_line_error(operate("--targets", "q", "--rank", "4", model=name), words, "give a")
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_with_our_own_checkpoints_are_one_line(operate, clinic, tmp_path, assert_one_line_error):
-    (clinic / "broken.pt").write_bytes(b"nothing")
-    save(clinic / "far.pt", own("gpt"), tmp_path / "far")
-    write_dataset(clinic / "mute", np.arange(300), np.arange(300), dict(vocab_size=300, tokenizer="none"))
-    save(clinic / "mute.pt", own("gpt"), clinic / "mute")
+def test_mistakes_with_our_own_checkpoints_are_one_line(operate, own_clinic, tmp_path, assert_one_line_error):
+    (own_clinic / "broken.pt").write_bytes(b"nothing")
+    save(own_clinic / "far.pt", own("gpt"), tmp_path / "far")
+    write_dataset(own_clinic / "mute", np.arange(300), np.arange(300), dict(vocab_size=300, tokenizer="none"))
+    save(own_clinic / "mute.pt", own("gpt"), own_clinic / "mute")
     bpe = train_bpe([TEXT], 400)
     meta = dict(vocab_size=400, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
-    write_dataset(clinic / "wide", np.arange(300), np.arange(300), meta)
+    write_dataset(own_clinic / "wide", np.arange(300), np.arange(300), meta)
     for argv, *words in [
         (["--window", "65"], "--window 65", "64 tokens", "lower"),
         (["--prompt", TEXT], "--prompt", "64", "--answer_tokens 0"),
         (["--prompt", ""], "--prompt has 0 tokens", "give another"),
-        (["--model", clinic / "none.pt"], "none.pt", "--model"),
-        (["--model", clinic / "broken.pt"], "broken.pt", "ckpt.pt"),
-        (["--model", clinic / "far.pt"], "--model", "far", "prepare.py", "--tokenizer"),
-        (["--model", clinic / "mute.pt"], "meta.pkl", "--tokenizer"),
-        (["--tokenizer", clinic / "wide"], "400 tokens", "table of 300", "--tokenizer"),
+        (["--model", own_clinic / "none.pt"], "none.pt", "--model"),
+        (["--model", own_clinic / "broken.pt"], "broken.pt", "ckpt.pt"),
+        (["--model", own_clinic / "far.pt"], "--model", "far", "prepare.py", "--tokenizer"),
+        (["--model", own_clinic / "mute.pt"], "meta.pkl", "--tokenizer"),
+        (["--tokenizer", own_clinic / "wide"], "400 tokens", "table of 300", "--tokenizer"),
         (["--out", tmp_path / "small"], "--out", "drop --out"),
-        (["--tokenizer", clinic / "calib.txt"], "--tokenizer", "calib.txt"),
-        (["--targets", "wte", "--model", clinic / "factorized"], "--targets wte", "factorized already", "q,k,v"),
-        (["--targets", "wte", "--method", "joint", "--model", clinic / "pythia.pt"], "--method joint", "two", "fisher"),
+        (["--tokenizer", own_clinic / "calib.txt"], "--tokenizer", "calib.txt"),
+        (["--targets", "wte", "--model", own_clinic / "factorized"], "--targets wte", "factorized already", "q,k,v"),
+        (["--targets", "wte", "--method", "joint", "--model", own_clinic / "pythia.pt"], "--method joint", "two", "fisher"),
     ]:
         assert_one_line_error(operate("--targets", "q", "--method", "svd", "--rank", "4", *argv), *words)
 
 
-def test_whose_tokenizer_reads_for_our_checkpoint(clinic):
+def test_whose_tokenizer_reads_for_our_checkpoint(own_clinic):
     """Its dataset's own; where that is gone, another dataset's or one of Hugging Face, here all the same."""
-    save(clinic / "gone.pt", own("gpt"), clinic / "gone")
-    choices = [("gpt", ""), ("gone.pt", clinic / "text"), ("gone.pt", clinic / "neox")]
-    loaded = [load_subject(clinic / name, tokenizer and str(tokenizer)) for name, tokenizer in choices]
+    save(own_clinic / "gone.pt", own("gpt"), own_clinic / "gone")
+    choices = [("gpt", ""), ("gone.pt", own_clinic / "text"), ("gone.pt", own_clinic / "neox")]
+    loaded = [load_subject(own_clinic / name, tokenizer and str(tokenizer)) for name, tokenizer in choices]
     ids = [encode(tokenizer, TEXT[:999], 300, "TEXT").tolist() for _, tokenizer in loaded]
     assert ids[0] == ids[1] == ids[2] and len(ids[0]) < 900
     said = [answer(subject, tokenizer, "7 is odd", 9, seed=5) for subject, tokenizer in loaded]
     assert said[0] == said[1] == said[2] and said[0]
 
 
-def test_weights_that_cannot_be_changed_are_refused(operate, clinic, assert_one_line_error, capsys):
+def test_weights_that_cannot_be_changed_are_refused(operate, own_clinic, assert_one_line_error, capsys):
     whole_numbers = torch.nn.Linear(32, 32)
     whole_numbers.weight = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
     for part, words in ((torch.nn.Identity(), "Identity"), (whole_numbers, "Linear")):
@@ -359,14 +361,14 @@ def test_weights_that_cannot_be_changed_are_refused(operate, clinic, assert_one_
             find_layers(model)
         err = capsys.readouterr().err
         assert "layers.1.self_attn.q_proj is a " + words in err and "plain float weights" in err
-    llama().save_pretrained(clinic / "scaled")
-    save_tokenizer(clinic / "scaled")
-    file = clinic / "scaled" / "model.safetensors"
+    llama().save_pretrained(own_clinic / "scaled")
+    save_tokenizer(own_clinic / "scaled")
+    file = own_clinic / "scaled" / "model.safetensors"
     weights, name = safetensors.load_file(file), "model.layers.0.self_attn.q_proj"
     weights[f"{name}.weight"] = (weights[f"{name}.weight"] * 100).to(torch.int8)
     safetensors.save_file(weights | {f"{name}.SCB": torch.ones(32)}, file, metadata=dict(format="pt"))
     assert_one_line_error(operate("--targets", "q", "--rank", "4", model="scaled"), f"{name}.SCB", "float model")
-    config = json.loads((clinic / "scaled" / "config.json").read_text())
+    config = json.loads((own_clinic / "scaled" / "config.json").read_text())
     config["quantization_config"] = dict(quant_method="bitsandbytes", load_in_4bit=True)
-    (clinic / "scaled" / "config.json").write_text(json.dumps(config))
+    (own_clinic / "scaled" / "config.json").write_text(json.dumps(config))
     assert_one_line_error(operate("--targets", "q", "--rank", "4", model="scaled"), "quantised", "float model")

@@ -13,11 +13,7 @@ import time
 import pytest
 from conftest import REPO
 
-transformers = pytest.importorskip("transformers")
-if not transformers.utils.is_torch_available():
-    pytest.skip("this transformers wants a newer torch", allow_module_level=True)
-
-from test_surgery import TEXT, clinic, operate  # noqa: E402, F401
+TEXT = pytest.importorskip("toys", reason="this transformers wants a newer torch").TEXT
 
 # of whoever runs the tests
 CHOICES = ("MODEL", "TEXT", "OUT", "VARIANCE", "K", "KV", "BUDGET", "SMALL", "SMALLWTE", "HEAL", "WTE", "VARIANCE_THRESHOLD",
@@ -46,7 +42,7 @@ def commands_of(tmp_path):
     return run
 
 
-def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic, monkeypatch, tmp_path):  # noqa: F811
+def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic, monkeypatch, tmp_path):
     monkeypatch.setattr("reports.surgery.figures", lambda *_: [])  # half the time
     (clinic / "books.txt").write_text("\f".join(TEXT[i : i + 9000] for i in range(0, 72000, 9000)))
     out = tmp_path / "out"
@@ -99,7 +95,7 @@ def test_make_hands_on_what_it_is_given(commands_of):
 
 
 @needs_make
-def test_make_run(clinic, tmp_path):  # noqa: F811
+def test_make_run(clinic, tmp_path):
     args = f"{TOY} --targets k --out_dir '{tmp_path}' --calib_text '{clinic}/calib.txt' --eval_text '{clinic}/eval.txt'"
 
     def make(variance):
@@ -172,7 +168,7 @@ def room(monkeypatch):
     limit()
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_half_written(operate, room, tmp_path, assert_one_line_error):  # noqa: F811
+def test_a_full_disk_is_one_line_and_nothing_is_half_written(operate, room, tmp_path, assert_one_line_error):
     out, small = tmp_path / "out", tmp_path / "new" / "deep" / "small"
 
     def full(n, *argv):
@@ -197,7 +193,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(operate, room, tmp_
     assert again.status == 0 and again.last["points"] == 0 and (small / "measured.json").is_file()
 
 
-def test_a_smaller_model_that_was_not_measured_is_not_left_there(operate, monkeypatch, tmp_path):  # noqa: F811
+def test_a_smaller_model_that_was_not_measured_is_not_left_there(operate, monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -207,7 +203,7 @@ def test_a_smaller_model_that_was_not_measured_is_not_left_there(operate, monkey
     assert not (tmp_path / "small").exists()
 
 
-def test_mistakes_with_folders_and_texts_are_one_line(operate, clinic, tmp_path, assert_one_line_error):  # noqa: F811
+def test_mistakes_with_folders_and_texts_are_one_line(operate, clinic, tmp_path, assert_one_line_error):
     for name, text in dict(empty="", short="too short", form="\f", model="no model").items():
         (clinic / f"{name}.txt").write_text(text)
     (clinic / "model.gguf").write_text("no model")

@@ -163,6 +163,7 @@ def test_micro_steps_add_up_to_the_whole_batch(train, tmp_path, toy_dataset):
         torch.testing.assert_close(p, start["model"][name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, toy_dataset):
     """torchrun over two processes reads the same text as one, and comes to the same model."""
     flags = TINY | dict(dataset=toy_dataset, compile=False, dropout=0.0)
@@ -268,6 +269,7 @@ def test_bfloat16_trains(train, tmp_path):
     assert train(out_dir=tmp_path / "run", dtype="bfloat16").status == 0
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(train, tmp_path, monkeypatch):
     # The backend that traces forward and backward without generating C++, which takes half a minute on a CPU.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
@@ -278,6 +280,7 @@ def test_compiled_equals_eager(train, tmp_path, monkeypatch):
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
 
 
+@pytest.mark.slow
 def test_tensorboard_and_wandb_which_is_offline_without_a_key(train, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
@@ -518,6 +521,7 @@ def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
     assert train(out_dir=tmp_path / "run", init_from="resume").status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory the Linux way")
 def test_out_of_memory_names_the_flags(toy_dataset, tmp_path):
     flags = TINY | dict(dataset=toy_dataset, compile=False, out_dir=tmp_path / "run", batch_size=20_000)

@@ -328,6 +328,7 @@ def test_every_sequence_of_an_epoch_is_trained_on_and_a_later_run_shuffles_anew(
     assert not keys & {key for key, _ in read}
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_train_as_one(tmp_path, toy_dataset):
     flags = TINY | EPOCHS | SHAPE | dict(dataset=toy_dataset, max_epochs=30, patience=1, learning_rate=1.0, min_lr=1.0,
                                          v_proj_dim=10, v_recon_weight=0.1, compile=False)  # fmt: skip

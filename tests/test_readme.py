@@ -1,0 +1,128 @@
+"""Every command of the README, at toy size, and the tree of its files."""
+
+import json
+import re
+import subprocess
+
+import pytest
+from conftest import REPO
+from shell import TOY, TOY_EPOCHS, succeed
+
+from common.tokenizer import train_bpe
+
+# The clone is the copy, the tests are these, and test_surgery_scripts.py runs surgery's chain and make's targets.
+NOT_RUN = ("git clone", "cd ", "bash scripts/test.sh", "bash scripts/run_surgery.sh", "make ")
+TOY_SURGERY = (
+    "--model tiny --calib_text text/long.txt --eval_text text/other.txt --window 32 --eval_windows 2 --calib_tokens 1024 "
+    "--answer_tokens 2 --rank 4"
+)
+TRAINS = r"train\.py|scripts/train_|scripts/run_all"
+FEW = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [c for c in commands if not c.startswith(NOT_RUN)]
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) > 20
+
+
+@pytest.fixture(scope="module")
+def prepared(copy, main_job, thirteen, vdproj):
+    """The copy, with the runs, folders and texts that the README's commands name."""
+    toys = pytest.importorskip("toys")
+    (copy / "path" / "to" / "wikitext").mkdir(parents=True)
+    for split in ("train", "valid"):
+        text = " = Title = \n \n Some words of an article . \n" * 40
+        (copy / "path" / "to" / "wikitext" / f"wiki.{split}.raw").write_text(text)
+    (copy / "text").mkdir()
+    (copy / "text" / "some.txt").write_text("<|endoftext|>".join(["Some words, " * 40] * 4))
+    train_bpe(["Some words"], 257).save(str(copy / "tokenizer.json"))
+    toys.llama().save_pretrained(copy / "tiny")
+    toys.save_tokenizer(copy / "tiny")
+    (copy / "text" / "long.txt").write_text(toys.TEXT)
+    (copy / "text" / "other.txt").write_text(toys.TEXT[::-1])
+    return copy
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_readme_command_runs(prepared, command):
+    succeed(f"{command} {toy_flags(command)}", prepared, **environment_of(command))
+
+
+def toy_flags(command):
+    if "bench.py" in command:
+        size = " --vocab_size 97" if "--shape" in command else ""
+        return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + size
+    if "-m surgery" in command:
+        steps = " --heal_steps 2" if "--heal_steps" in command else ""
+        return TOY_SURGERY + steps
+    if "data/pile" in command:
+        return "--samples 20 --sequence_length 16 --out_dir pile"
+    if "wikitext103" in command:
+        return "--out_dir wikitext"
+    if "vdproj" in command and "scripts" in command:
+        return TOY_EPOCHS
+    return TOY if re.search(TRAINS, command) else ""
+
+
+def environment_of(command):
+    """What stands before a command on the page wins; at toy size 1-13 have one rank and one further method."""
+    if "13" in command or "lowrank" in command or "_lora" in command:
+        return {name: value for name, value in FEW.items() if f"{name}=" not in command}
+    if "vdproj" in command:
+        return dict(PRESET="laptop_pythia")
+    return {} if "PRESET" in command else dict(PRESET="laptop")
+
+
+FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml)|Makefile|LICENSE|\.gitignore|\.ci/run"
+
+
+def tree_files(readme):
+    """
+    The paths in the README's tree. A line names files, then its gloss; "folder/" before them holds for the lines below that
+    begin deeper, too.
+    """
+    tree = re.search(r"```\nnanopca/\n(.*?)```", readme, flags=re.S).group(1)
+    found, folder = [], ""
+    for line in tree.splitlines():
+        start = re.match(r"  (\w+/)  ", line)
+        if start or not line.startswith("   "):
+            folder = start.group(1) if start else ""
+        rest = line[start.end() :] if start else line
+        found += [folder + name for name in re.findall(rf"(?<![\w/])(?:{FILE})(?!\w)", rest)]
+    return found
+
+
+def test_the_tree_of_the_readme_has_every_file_and_no_other():
+    """All tracked files but those of tests/ and results/, each once, at its path."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
+    there = sorted(path for path in tracked if not path.startswith(("tests/", "results/")) and (REPO / path).exists())
+    assert sorted(tree_files((REPO / "README.md").read_text())) == there
+
+
+def test_a_file_that_the_tree_lacks_is_noticed():
+    readme = (REPO / "README.md").read_text()
+    files = tree_files(readme)
+    assert "model.py" in files and "common/cli.py" in files and "data/pile/prepare.py" in files
+    assert "model.py" not in tree_files(readme.replace("  model.py ", "  "))
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in [REPO / "README.md", REPO / "results" / "README.md", *(REPO / "results").glob("*/README.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_the_numbers_of_the_first_figure_are_those_of_the_studies():
+    """Every number of headline.json stands in the page that it names as its source."""
+    for panel in json.loads((REPO / "results" / "headline.json").read_text()).values():
+        page = (REPO / "results" / panel["source"]).read_text()
+        for value in (value for name, value in panel.items() if name != "source"):
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, str):
+                    assert number in page, (number, panel["source"])
