@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
-from sample import KV_DTYPES
 from train_args import PRESETS, ModelArgs
+from value_cache import KV_DTYPES
 
 
 @dataclass

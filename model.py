@@ -29,8 +29,8 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     """
-    The shape of a model. train_args.ModelArgs has the same fields as flags, with their defaults and help: that file must not
-    import torch. A default here means a model without the optional part, so that older checkpoints still load.
+    The shape of a model. train_args.ModelArgs has the same fields as flags, since that file must not import torch. A default
+    here means a model without the optional part, so that older checkpoints still load.
     """
 
     vocab_size: int
@@ -66,7 +66,7 @@ ACTIVATIONS = {
 
 
 class NoCache:
-    """Stands for the KV cache where there is none: all positions are computed at once, and nothing is kept."""
+    """Stands for the KV cache where there is none: all positions are computed at once."""
 
     length = 0
 
@@ -310,21 +310,20 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         d, k = config.n_embd, config.n_embd_wte
-        # A dense table passes through identities, which hold no weights: forward() is the same for both.
+        # a dense table passes through identities: forward() is the same for both
         scale_up = nn.Identity() if k is None else nn.Linear(k, d, bias=config.n_embd_wte_mean)
         scale_down = nn.Identity() if k is None else ScaleDown(k, d, bias=False)
         block = BLOCKS[config.parallel_residual, config.norms_per_layer]
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, k or d),
-                scale_up=scale_up,
-                wpe=NoPositions() if config.rotary_pct else nn.Embedding(config.block_size, d),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(d, bias=config.bias),
-                scale_down=scale_down,
-            )
+        parts = dict(
+            wte=nn.Embedding(config.vocab_size, k or d),
+            scale_up=scale_up,
+            wpe=NoPositions() if config.rotary_pct else nn.Embedding(config.block_size, d),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(d, bias=config.bias),
+            scale_down=scale_down,
         )
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(k or d, config.vocab_size, bias=False)
         if config.tie_head:
             self.lm_head.weight = self.transformer.wte.weight
@@ -333,8 +332,6 @@ class GPT(nn.Module):
         self.init_weights()
         if config.lora_rank is not None:
             self.add_lora()
-
-    # -- initialisation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_weights(self):
@@ -379,14 +376,8 @@ class GPT(nn.Module):
         table = table @ effective_weight(self.transformer.scale_down).T
         return table + self.transformer.scale_up.bias if self.config.n_embd_wte_mean else table
 
-    # -- LoRA ---------------------------------------------------------------------------------------------------------
-
     def add_lora(self):
-        """
-        Give every target's weight an adapter; modules that share a weight share its adapter, so merging keeps the tie.
-
-        Raises ValueError for a target that names no matrix, and for a rank above a target's.
-        """
+        """Adapt the targets' weights. Raises ValueError for a target that names no matrix, or has a side below the rank."""
         modules = [(name.split(".")[-1], module) for name, module in self.named_modules() if type(module) in ADAPTED]
         targets = set(self.config.lora_targets.split(","))
         names = {name for name, _ in modules} - {"lm_head", "wpe"}  # the head has wte's adapter
@@ -399,8 +390,6 @@ class GPT(nn.Module):
         """Add every adapter to its weight, once, and leave a plain model."""
         merge_adapters(self)
         self.config = replace(self.config, lora_rank=None, lora_alpha=0.0, lora_dropout=0.0, lora_targets="")
-
-    # -- forward ------------------------------------------------------------------------------------------------------
 
     def lookup(self, idx):
         """Token ids (B, T) -> rows of the token table (B, T, d), through (B, T, k) if factorized."""
@@ -429,23 +418,16 @@ class GPT(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    # -- what it costs ------------------------------------------------------------------------------------------------
-
     def count_parameters(self):
         """Stored numbers by group, and their total. A tied tensor counts once. Adapters are a group: merging removes them."""
-        group_of = dict(wte="token_table", scale_up="token_table", scale_down="token_table", wpe="positions")
-        group_of |= dict(attn="attention", mlp="mlp", lm_head="head")
+        group_of = dict(lora="adapters", k_compress="kv_compression", k_restore="kv_compression", v_compress="kv_compression")
+        group_of |= dict(v_restore="kv_compression", wte="token_table", scale_up="token_table", scale_down="token_table")
+        group_of |= dict(lm_head="head", wpe="positions", attn="attention", mlp="mlp")  # the first that fits
         groups = ("token_table", "head", "positions", "attention", "kv_compression", "mlp", "norms", "adapters")
         counts = dict.fromkeys(groups, 0)
         for name, p in self.named_parameters():  # yields a tied tensor once
             parts = name.split(".")
-            if "lora" in parts:
-                group = "adapters"
-            elif any(part.endswith(("_compress", "_restore")) for part in parts):
-                group = "kv_compression"
-            else:
-                group = next((group_of[part] for part in parts if part in group_of), "norms")
-            counts[group] += p.numel()
+            counts[next((group for part, group in group_of.items() if part in parts), "norms")] += p.numel()
         return counts | dict(total=sum(counts.values()))
 
     def cache_widths(self):
@@ -455,11 +437,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """Forward FLOPs a token (a multiply-add is two) at context T, by part."""
-        c, t = self.config, self.transformer
+        c, t, values_width = self.config, self.transformer, self.transformer.h[0].attn.c_proj.in_features
         scale = 0 if c.n_embd_wte is None else 2 * t.scale_up.weight.numel()
         linear = [m for m in t.h.modules() if isinstance(m, nn.Linear)]
-        adapted = [module for module in self.modules() if type(module) in PLAIN]
-        values_width = t.h[0].attn.c_proj.in_features
+        adapted = [m for m in self.modules() if type(m) in PLAIN]
         parts = dict(
             lookup=scale,
             blocks=sum(2 * m.weight.numel() for m in linear),

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 from common.texts import codec_of
-
-KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+from value_cache import KV_DTYPES
 
 
 @dataclass

@@ -5,18 +5,18 @@ Factor files, in the layout that other programs read:
     scale_mats_pca_k{k}.npz   scale_up, scale_down, each [k,d]; mean [d] where the method centres
     factors_pca_k{k}.json     method, V, d, k, source checkpoint, its SHA-256 and tokens, energy kept, errors, spectrum
 
-Methods other than the seeds' own svd replace `pca` in the names. Note that the scale matrices are [k,d] here and
-[d,k], their transpose, as weights of the model's Linear(k, d).
+Methods other than svd, the seeds' PCA, put their name in place of `pca`. The scale matrices are [k,d] here; as weights of
+the model's Linear(k, d) they are [d,k].
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import fail
+from common.files import written_whole
 
 
 def method_in_names(method):
@@ -33,28 +33,17 @@ def write_factors(wte_npy, scale_npz, Z, P, mean, facts):
     """
     Write the three files of one rank: Z [V,k], P [k,d], mean [d] or None; facts goes into the JSON, with the files' hashes.
 
-    Each is written whole or not at all, wte is there last: where it is, the others are.
+    Each is written whole or not at all, and wte comes last: where it is, the others are.
     """
-    centre = {} if mean is None else dict(mean=np.asarray(mean))
-    part = _write(wte_npy, lambda f: np.save(f, np.asarray(Z)), finish=False)
-    _write(scale_npz, lambda f: np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre))
-    facts = facts | dict(sha256=dict(wte=sha256(part), scale_mats=sha256(scale_npz)))
-    _write(json_beside(wte_npy), lambda f: f.write((json.dumps(facts, indent=1) + "\n").encode()))
-    os.replace(part, wte_npy)
-
-
-def _write(path, write, finish=True):
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:  # an open file, since numpy appends a suffix to names that lack it
-            write(f)
-        if finish:
-            os.replace(part, path)
-    except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror}): give another name, or make room")
-    return part
+    hint, centre = "give another name, or make room", {} if mean is None else dict(mean=np.asarray(mean))
+    with written_whole(wte_npy, hint) as wte_part:
+        with open(wte_part, "wb") as f:  # an open file, since numpy appends a suffix to names that lack it
+            np.save(f, np.asarray(Z))
+        with written_whole(scale_npz, hint) as part, open(part, "wb") as f:
+            np.savez(f, scale_up=np.asarray(P), scale_down=np.asarray(P), **centre)
+        facts = facts | dict(sha256=dict(wte=sha256(wte_part), scale_mats=sha256(scale_npz)))
+        with written_whole(json_beside(wte_npy), hint) as part:
+            part.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def sha256(path):
@@ -67,7 +56,8 @@ def sha256(path):
 
 def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
     """
-    Returns dict(wte [V,k], scale_up [k,d], scale_down [k,d], mean [d] or None), float32. tied: the two must be equal.
+    Returns dict(wte [V,k], scale_up [k,d], scale_down [k,d], mean [d] or None), float32. tied: scale_up and scale_down must be
+    equal.
 
     Every shape is checked, since at k = d a transposed matrix would load in silence.
     """
@@ -85,7 +75,7 @@ def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
     if mean is not None:
         _check(scale_npz, "mean", mean, (d,))
     if tied and not np.array_equal(scale["scale_up"], scale["scale_down"]):
-        fail(f"{scale_npz}: scale_up and scale_down differ, one tensor cannot hold both: leave out --n_embd_wte_scale_tying")
+        fail(f"{scale_npz}: scale_up and scale_down differ, one tensor cannot hold both: drop --n_embd_wte_scale_tying")
     hashes = read_facts(wte_npy).get("sha256")
     if hashes and hashes != dict(wte=sha256(wte_npy), scale_mats=sha256(scale_npz)):
         fail(
@@ -114,7 +104,7 @@ def _load(path, flag):
 def _check(path, name, array, expected):
     if array.shape == expected:
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            fail(f"{path}: {name} holds something else than finite floating-point numbers: factorize the checkpoint again")
+            fail(f"{path}: {name} holds numbers that are not finite floats: factorize the checkpoint again")
         return
     if name == "wte":
         found_rank = array.shape[1] if array.ndim == 2 else None

@@ -13,7 +13,6 @@ With --out and flags that give one point, the smaller model is written to a fold
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +113,9 @@ def main(argv=None):
     from surgery.moments import calibration
     from surgery.subject import choose_model, load_subject
     from surgery.surgeon import Surgeon, fingerprint
-    from surgery.sweep import add_line, check_writable, prepare_folder, read_records, sweep
+    from surgery.sweep import check_writable, prepare_folder, read_records, sweep
     from surgery.texts import one_text, windows_of
-    from surgery.write_model import make_smaller
+    from surgery.write_model import write_smaller
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
@@ -147,13 +146,7 @@ def main(argv=None):
         practice = windows_of(args, "calib_text", tokenizer, subject, args.heal_steps)[0] if args.heal_steps else []
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
-            try:
-                record = make_smaller(args, points[0], surgeon, evaluator, tokenizer, practice)
-                for file in (Path(args.out) / "measured.json", folder / "smaller.jsonl"):
-                    add_line(file, record)
-            except BaseException:  # a model that was not measured to its end is not left there
-                shutil.rmtree(args.out, ignore_errors=True)
-                raise
+            write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
     records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point measured again, to answer, counts once
     print(write_report(folder, records, smaller))

@@ -1,6 +1,7 @@
 """A point of surgery made into a smaller model on disk: healed where asked, read back, measured beside the untouched one."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +12,19 @@ from surgery.low_rank_folder import load, save
 from surgery.low_rank_modules import shrink
 from surgery.subject import Subject
 from surgery.surgeon import check_changes, fingerprint
+from surgery.sweep import add_line
 from value_cache.timing import by_turns
+
+
+def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, folder):
+    """make_smaller(), and its record in both folders. A model that was not measured to its end is removed."""
+    try:
+        record = make_smaller(args, point, surgeon, evaluator, tokenizer, windows)
+        for file in (Path(args.out) / "measured.json", folder / "smaller.jsonl"):
+            add_line(file, record)
+    except BaseException:
+        shutil.rmtree(args.out, ignore_errors=True)
+        raise
 
 
 def make_smaller(args, point, surgeon, evaluator, tokenizer, windows):

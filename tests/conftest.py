@@ -71,7 +71,7 @@ def tiny_model(tiny_config):
 
 @pytest.fixture(scope="session")
 def toy_dataset(tmp_path_factory):
-    """A folder with text that can be learnt: a walk over 97 ids in which the next id hangs on the last."""
+    """A folder with text that can be learnt: a walk over 97 ids in which the next id depends on the last."""
     folder = tmp_path_factory.mktemp("toy")
     rng = np.random.default_rng(0)
     steps = rng.integers(1, 4, size=6000)
@@ -117,6 +117,29 @@ def train(toy_dataset, monkeypatch, capsys):
         return run_path("train.py", capsys)
 
     return run
+
+
+@pytest.fixture
+def baseline(train, tmp_path):
+    result = train(out_dir=tmp_path / "base")
+    assert result.status == 0, result.err
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def factors(baseline, run_main):
+    """factors(k, method): the two flags that import the baseline's table at rank k."""
+
+    def make(k, method="svd"):
+        result = run_main(
+            "util_factorization/pca_factorize_wte.py", "--ckpt_path", baseline, "--rank_k", k, "--method", method,
+            "--out_wte_npy", baseline / "wte_{method}_k{k}.npy", "--out_scale_npz", baseline / "scale_{method}_k{k}.npz",
+        )  # fmt: skip
+        assert result.status == 0, result.err
+        row = result.last["ranks"][0]
+        return dict(n_embd_wte=k, import_wte_npy=row["wte_npy"], import_scale_matrices_npz=row["scale_npz"])
+
+    return make
 
 
 @pytest.fixture

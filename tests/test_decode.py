@@ -153,7 +153,7 @@ def test_a_cache_beyond_the_block_size_is_refused(tiny_model):
 def test_top_k_and_top_p_keep_what_they_say():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     logits = p.log().expand(4000, 4)
-    draw = lambda **how: set(chooser(1.0, **how, generator=torch.Generator().manual_seed(0))(logits).tolist())  # noqa: E731
+    draw = lambda **options: set(chooser(1.0, **options, generator=torch.Generator().manual_seed(0))(logits).tolist())  # noqa: E731
     assert draw() == {0, 1, 2, 3} and draw(top_k=2) == {0, 1} and draw(top_k=9) == {0, 1, 2, 3}
     assert draw(top_p=0.4) == {0} and draw(top_p=0.6) == {0, 1} and draw(top_p=0.96) == {0, 1, 2, 3}
     assert draw(top_k=3, top_p=0.84) == {0, 1} and draw(top_p=1.0) == {0, 1, 2, 3}

@@ -69,11 +69,11 @@ def oracle(table, method, counts):
 def test_every_rank_has_the_factors_of_numpys_svd(table, counts, method):
     p, mu, blocks = oracle(table, method, counts)
     U, S, _ = np.linalg.svd(blocks, full_matrices=False)
-    whole = decomposed(table, method, counts)
-    np.testing.assert_allclose(whole.S, S, rtol=1e-4, atol=1e-7 * S[0])
+    complete = decomposed(table, method, counts)
+    np.testing.assert_allclose(complete.S, S, rtol=1e-4, atol=1e-7 * S[0])
     X = table - mu
     for k in (1, 5, 23):
-        Z, P, mean = (None if f is None else f.double().numpy() for f in whole.factors(k))
+        Z, P, mean = (None if f is None else f.double().numpy() for f in complete.factors(k))
         assert Z.shape == (V, k) and P.shape == (k, d) and (mean is None) == (method == "svd")
         weighted = np.sqrt(p)[:, None] * Z
         signs = np.sign((weighted * U[:, :k]).sum(0))
@@ -81,8 +81,8 @@ def test_every_rank_has_the_factors_of_numpys_svd(table, counts, method):
         best = np.linalg.lstsq(weighted, np.sqrt(p)[:, None] * X, rcond=None)[0]  # numpy's least squares
         np.testing.assert_allclose(P, best, atol=2e-4 * np.abs(best).max())
         optimum = np.sqrt((S[k:] ** 2).sum())
-        assert whole.tail(k) == pytest.approx(optimum, rel=1e-4)
-        assert whole.energy(k) == pytest.approx((S[:k] ** 2).sum() / (S**2).sum(), rel=1e-7)
+        assert complete.tail(k) == pytest.approx(optimum, rel=1e-4)
+        assert complete.energy(k) == pytest.approx((S[:k] ** 2).sum() / (S**2).sum(), rel=1e-7)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "joint"])  # whose two uses weigh rows apart
@@ -118,11 +118,11 @@ def test_full_rank_is_the_table_but_for_joint(table, counts, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_relative_errors_are_those_of_the_rebuilt_table(table, counts, method):
     ranks = [2, 9, d]
-    whole = decomposed(table, method, counts)
+    complete = decomposed(table, method, counts)
     for weights in (None, counts):
         p = np.ones(V) if weights is None else weights
-        for k, error in zip(ranks, whole.relative_errors(ranks, weights), strict=True):
-            Z, P, mean = whole.factors(k)
+        for k, error in zip(ranks, complete.relative_errors(ranks, weights), strict=True):
+            Z, P, mean = complete.factors(k)
             rebuilt = (Z @ P + (0 if mean is None else mean)).numpy()
             direct = np.sqrt((p * ((table - rebuilt) ** 2).sum(1)).sum() / (p * (table**2).sum(1)).sum())
             assert error == pytest.approx(direct, rel=1e-3, abs=2e-5)
@@ -136,20 +136,20 @@ def test_freq_is_better_per_token_and_svd_per_row(table, counts):
 
 
 def test_rank_for_is_the_smallest_rank_with_that_energy(table):
-    whole = decompose(table)
+    complete = decompose(table)
     for share in (0.5, 0.9, 0.999):
-        k = whole.rank_for(share)
-        assert whole.energy(k) >= share > whole.energy(k - 1)
-    assert whole.rank_for(1.0) == d
+        k = complete.rank_for(share)
+        assert complete.energy(k) >= share > complete.energy(k - 1)
+    assert complete.rank_for(1.0) == d
 
 
 def test_a_table_of_lower_rank_is_found_out():
     rng = np.random.default_rng(3)
     table = (rng.normal(size=(300, 4)) @ rng.normal(size=(4, 40))).astype(np.float32)
-    whole = decompose(table)
-    Z, P, _ = whole.factors(4)
+    complete = decompose(table)
+    Z, P, _ = complete.factors(4)
     np.testing.assert_allclose((Z @ P).numpy(), table, atol=1e-5)
-    assert whole.rank_for(0.9999) <= 4
+    assert complete.rank_for(0.9999) <= 4
 
 
 def test_torch_and_numpy_tables_give_the_same(table):

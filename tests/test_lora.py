@@ -231,8 +231,8 @@ def test_checkpoints_with_adapters_only_need_their_base_and_no_other(train, tmp_
     saved = torch.load(out / "ckpt.pt", weights_only=True)
     assert all(checkpoint.is_adapter(name) for name in saved["model"])
     assert (out / "ckpt.pt").stat().st_size < (start["prev_run_ckpt"] / "ckpt.pt").stat().st_size
-    whole = checkpoint.load(out)  # completed by its base
-    checkpoint.build(whole)
+    complete = checkpoint.load(out)  # completed by its base
+    checkpoint.build(complete)
 
     evaluate = dict(out_dir=out, init_from="resume", eval_only=True, dataset=None, max_iters=None) | NOT_GIVEN
     first = train(**evaluate)

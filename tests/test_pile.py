@@ -65,9 +65,9 @@ def test_order_split_and_boundaries(prepare, tokenizer, tmp_path):
     used = result.last["documents"]
     texts = iter(TEXTS)
     for split, ids in (("train", data.train), ("val", data.val)):  # documents in their order, the last of a file cut short
-        whole, rest = split_at(ids, end)
-        assert len(whole) + bool(rest) == used[split]
-        for document in whole:
+        complete, rest = split_at(ids, end)
+        assert len(complete) + bool(rest) == used[split]
+        for document in complete:
             assert bpe.decode(document) == next(texts)
         if rest:
             assert next(texts).startswith(bpe.decode(rest))
@@ -86,12 +86,12 @@ def test_meta_holds_the_tokenizer_and_the_padded_vocabulary(prepare, tokenizer, 
 
 
 def test_a_text_that_says_end_of_text_does_not_end_there(prepare, tokenizer, tmp_path):
-    said = [f"{text} {END_OF_TEXT} and goes on" for text in TEXTS]
-    write_jsonl(tmp_path / "text" / "00.jsonl", said)
+    words = [f"{text} {END_OF_TEXT} and goes on" for text in TEXTS]
+    write_jsonl(tmp_path / "text" / "00.jsonl", words)
     assert prepare(tmp_path / "text").status == 0
     data = Dataset(tmp_path / "out")
-    whole, _ = split_at(data.train, data.meta["end_of_text"])
-    assert [tokenizer[1].decode(document) for document in whole] == said[: len(whole)]
+    complete, _ = split_at(data.train, data.meta["end_of_text"])
+    assert [tokenizer[1].decode(document) for document in complete] == words[: len(complete)]
 
 
 def test_every_kind_of_file_gives_the_same(prepare, tmp_path):

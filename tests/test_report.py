@@ -90,8 +90,10 @@ def test_a_comparison_says_who_saw_more_text(tmp_path):
     write_run(tmp_path / "gpt_baseline", 5.0)
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, starts_from=dict(part="token table", ckpt="x", tokens=1000))
     d, a = read_rows(tmp_path)[0]
-    said = "A vs D (k=4): it is 0.100 nats better, with 1,000 training tokens more, counting what each starts from; one seed"
-    assert comparison(a, d, "it").startswith(said)
+    expected = (
+        "A vs D (k=4): it is 0.100 nats better, with 1,000 training tokens more, counting what each starts from; one seed"
+    )
+    assert comparison(a, d, "it").startswith(expected)
 
 
 def test_the_whole_table_as_factors_is_the_control_of_a(tmp_path, run_main):
@@ -186,13 +188,13 @@ def test_thirteen_rows_by_rank_and_what_holds(tmp_path, run_main):
     assert lines["val loss"] == ["dense", "k=2", "k=8"]
     assert lines["low-rank scratch (2-5)"] == ["-", "5.400 ± 0.100", "5.100 ± 0.100"]
     assert lines["baseline"] == ["5.000 ± 0.100", "-", "-"]
-    for said in (
+    for expected in (
         "**Fine-tuning reaches the baseline: does not hold**",  # at rank 2
         "**A PCA start beats a random start, the seeds' way: holds**",
         "**joint is below whiten below freq below svd, without training: does not hold**",
         "**fisher + LoRA is below the seeds' PCA + LoRA: holds**",
     ):
-        assert said in report
+        assert expected in report
     assert "| 10-13 vs D (k=8) |    -0.0500 |" in report
     for figure in ("loss_by_rank", "loss_against_parameters", "loss_against_seconds", "ln_f_cosine", "validation_curves"):
         for kind in ("png", "svg"):

@@ -76,8 +76,8 @@ def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
     padding[0, :5] = 0
     assert (model(IDS).logits - untouched).abs().max() > 0.01
     torch.testing.assert_close(small(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
-    how = dict(attention_mask=padding, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    ours, theirs = (m.generate(IDS, pad_token_id=0, **how) for m in (small, model))
+    options = dict(attention_mask=padding, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    ours, theirs = (m.generate(IDS, pad_token_id=0, **options) for m in (small, model))
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.sequences, theirs.sequences)
 
@@ -85,8 +85,8 @@ def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
 def test_the_cache_holds_what_it_says():
     """Bytes counted on the tensors: r numbers a token and layer, float32, instead of 2 G n."""
     layers, G, n = 3, 2, 8
-    whole, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
-    assert cache_bytes(whole, IDS[0]) == layers * 2 * G * n * 4
+    complete, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
+    assert cache_bytes(complete, IDS[0]) == layers * 2 * G * n * 4
     assert cache_bytes(small, IDS[0]) == layers * 10 * 4
     _, apart, _ = cut(llama(), mode="separate", targets="k,v", rank=5)
     assert cache_bytes(apart, IDS[0]) == layers * (5 + 5) * 4
@@ -106,13 +106,13 @@ def test_a_skeleton_is_the_same_matrix_with_unit_rows():
 
 
 def test_parameters_are_those_of_the_factors():
-    whole, small, _ = cut(llama(), mode="separate", targets="q,k,v", rank=4)
+    complete, small, _ = cut(llama(), mode="separate", targets="q,k,v", rank=4)
     dense, factors = 32 * 32 + 2 * 16 * 32, 4 * (32 + 32) + 2 * 4 * (32 + 16)
-    assert parameters(small) == parameters(whole) - 3 * (dense - factors)
-    whole, shared, _ = cut(llama(), mode="shared_layers", targets="q", rank=4)  # of three layers two share, one is alone
-    assert parameters(shared) == parameters(whole) - 3 * 32 * 32 + 3 * 4 * 32 + 2 * 4 * 32
-    whole, table, _ = cut(llama(), mode="table", targets="wte", rank=4)
-    assert parameters(table) == parameters(whole) - 300 * 32 + 300 * 4 + 2 * 4 * 32
+    assert parameters(small) == parameters(complete) - 3 * (dense - factors)
+    complete, shared, _ = cut(llama(), mode="shared_layers", targets="q", rank=4)  # of three layers two share, one is alone
+    assert parameters(shared) == parameters(complete) - 3 * 32 * 32 + 3 * 4 * 32 + 2 * 4 * 32
+    complete, table, _ = cut(llama(), mode="table", targets="wte", rank=4)
+    assert parameters(table) == parameters(complete) - 300 * 32 + 300 * 4 + 2 * 4 * 32
 
 
 @pytest.mark.parametrize("method", ["svd", "centered"])
@@ -147,9 +147,9 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path, capsys):
     save_tokenizer(tmp_path / "tokenizer")
     save(tmp_path / "small", small, transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), plan)
     file = str(tmp_path / "small" / "surgery.safetensors")
-    whole = load_file(file)
+    complete = load_file(file)
     for name in ("model.norm.weight", "stacks.1.rest"):
-        save_file({k: t for k, t in whole.items() if k != name}, file)
+        save_file({k: t for k, t in complete.items() if k != name}, file)
         with pytest.raises(SystemExit):
             load(tmp_path / "small")
         assert name in capsys.readouterr().err
@@ -166,8 +166,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     _, small, plan = cut(llama(), mode="shared_kv", targets="k,v", rank=8)
     with pytest.raises(SystemExit) as stop:
         save(tmp_path / "smaller", small, None, plan)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "--out" in said and "No space left" in said and said.count("\n") == 1
+    words = capsys.readouterr().err
+    assert stop.value.code == 2 and "--out" in words and "No space left" in words and words.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -181,12 +181,12 @@ def spectra(*scales):
 
 def test_a_budget_is_spent_where_it_saves_most():
     """Against every choice of ranks."""
-    wholes, costs = spectra(1, 2, 1), (1.0, 0.5, 3.0)
-    ranks = allocate.spend(wholes, costs, 0.5)
+    decompositions, costs = spectra(1, 2, 1), (1.0, 0.5, 3.0)
+    ranks = allocate.spend(decompositions, costs, 0.5)
     assert sum(ranks) == 9
 
     def lost(ranks):
-        return sum(a * whole.tail(k) ** 2 for a, whole, k in zip(costs, wholes, ranks))
+        return sum(a * complete.tail(k) ** 2 for a, complete, k in zip(costs, decompositions, ranks))
 
     choices = [(i, j, 9 - i - j) for i in range(1, 7) for j in range(1, 7) if 1 <= 9 - i - j <= 6]
     assert lost(ranks) == pytest.approx(min(map(lost, choices))) and lost(ranks) < 0.95 * lost((3, 3, 3))
@@ -220,7 +220,7 @@ def test_budgets_in_a_sweep(operate, clinic):
         assert sum(ranks) == share * 3 * 32 and len(set(ranks)) > 1 and record["budget"] == share
     assert uniform["parts"]["kv"]["ranks"] == [16] * 3
     alone = operate(*point, "0.5", out="alone", model="uneven")
-    assert alone.records[-1]["parts"] == half["parts"]  # no point hangs on those before it
+    assert alone.records[-1]["parts"] == half["parts"]  # no point depends on those before it
 
 
 # -- healing ----------------------------------------------------------------------------------------------------------
@@ -278,10 +278,10 @@ def test_attention_of_another_kind_is_refused_before_anything_is_measured(operat
 
 def test_a_static_cache_is_refused_and_beams_are_not():
     model, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
-    how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(small.generate(IDS, num_beams=3, **how), model.generate(IDS, num_beams=3, **how))
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(small.generate(IDS, num_beams=3, **options), model.generate(IDS, num_beams=3, **options))
     with pytest.raises(NotImplementedError, match="static"):
-        small.generate(IDS, cache_implementation="static", **how)
+        small.generate(IDS, cache_implementation="static", **options)
 
 
 def test_one_step_of_healing_moves_the_model():

@@ -52,29 +52,29 @@ def test_pca_is_numpys(tall):
     samples = (M.T if tall else M).double().numpy()
     mean = samples.mean(0)
     _, S, Vh = np.linalg.svd(samples - mean, full_matrices=False)
-    whole = decompose(M, "pca")
-    np.testing.assert_allclose(whole.S, S, atol=1e-9)
+    complete = decompose(M, "pca")
+    np.testing.assert_allclose(complete.S, S, atol=1e-9)
     share = (S**2).cumsum() / (S**2).sum()
     for k in (1, 7, OUT):
         rebuilt = (samples - mean) @ Vh[:k].T @ Vh[:k] + mean
-        np.testing.assert_allclose(whole.factors(k).matrix(), rebuilt.T if tall else rebuilt, atol=1e-5)
-        assert whole.energy(k) == pytest.approx(share[k - 1])
-    assert whole.rank_for(share[4] - 1e-9) == 5 and whole.rank_for(share[4] + 1e-9) == 6
+        np.testing.assert_allclose(complete.factors(k).matrix(), rebuilt.T if tall else rebuilt, atol=1e-5)
+        assert complete.energy(k) == pytest.approx(share[k - 1])
+    assert complete.rank_for(share[4] - 1e-9) == 5 and complete.rank_for(share[4] + 1e-9) == 6
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_kept_is_the_identity(method):
     for M, metric_of_rows in ((W, G), (W.T.contiguous(), second_moment(5, IN))):
-        whole = decompose(M, method, second_moment(1, M.shape[1]), metric_of_rows)
-        assert whole.rank_for(1.0) == whole.full == OUT
-        assert relative_error(M, whole.factors(whole.full).matrix()) < 1e-5
+        complete = decompose(M, method, second_moment(1, M.shape[1]), metric_of_rows)
+        assert complete.rank_for(1.0) == complete.full == OUT
+        assert relative_error(M, complete.factors(complete.full).matrix()) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_is_the_singular_value_tail_in_the_methods_metric(method):
-    whole = decompose(W, method, C, G)
+    complete = decompose(W, method, C, G)
     for k in (1, 5, OUT - 2):
-        assert metric(W - whole.factors(k).matrix(), method) == pytest.approx(whole.tail(k), rel=1e-3)
+        assert metric(W - complete.factors(k).matrix(), method) == pytest.approx(complete.tail(k), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["whiten", "fisher"])
@@ -103,8 +103,8 @@ def test_refitting_a_stack_lowers_the_error_under_each_input():
     assert better.right is factors.right
     for (M, own), before, after in zip(parts, factors.matrix().split(8), better.matrix().split(8)):
         assert relative_error(M, after, own) < relative_error(M, before, own)
-    whole = decompose(stacked, "whiten", mean_C).factors(16)
-    torch.testing.assert_close(refit(whole, parts).matrix(), stacked, atol=1e-4, rtol=1e-4)
+    complete = decompose(stacked, "whiten", mean_C).factors(16)
+    torch.testing.assert_close(refit(complete, parts).matrix(), stacked, atol=1e-4, rtol=1e-4)
 
 
 def test_what_decompose_refuses():
@@ -131,10 +131,10 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
     )
     assert untouched["ppl"] == pytest.approx(math.exp(untouched["loss"]))
     for r in points:
-        whole = r["variance"] == 1
-        assert (abs(r["loss"] - untouched["loss"]) < 1e-3 and r["kl"] < 1e-4) == whole, r
+        complete = r["variance"] == 1
+        assert (abs(r["loss"] - untouched["loss"]) < 1e-3 and r["kl"] < 1e-4) == complete, r
         for part in r["parts"].values():
-            assert (part["ranks"] == part["full"]) == whole and (max(part["errors"]) < 1e-4) == whole
+            assert (part["ranks"] == part["full"]) == complete and (max(part["errors"]) < 1e-4) == complete
         assert set(r["parts"]) == ({"q", "kv"} if r["mode"] == "shared_kv" else {"q", "k", "v"})
         layers = 2 if model == "neox" else 3
         assert {len(p["ranks"]) for p in r["parts"].values()} == {-(-layers // 2) if r["mode"] == "shared_layers" else layers}
@@ -154,8 +154,8 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
 def test_the_table_of_a_real_model(operate, method):
     result = operate("--targets", "wte", "--method", method, "--rank", "8,32")
     assert result.status == 0, result.err
-    untouched, cut, whole = result.records
-    assert cut["kl"] > 0.001 and (method == "joint" or whole["kl"] < 1e-5)
+    untouched, cut, complete = result.records
+    assert cut["kl"] > 0.001 and (method == "joint" or complete["kl"] < 1e-5)
     assert cut["parts"]["wte"]["ranks"] == [8]
 
 
@@ -221,18 +221,18 @@ def cut(model, mode, targets, rank):
 @pytest.mark.parametrize("make", [llama, neox])
 def test_only_what_was_asked_for_changes(make):
     model = make()
-    whole = {name: p.clone() for name, p in model.named_parameters()}
+    complete = {name: p.clone() for name, p in model.named_parameters()}
     layers, done, before = cut(model, "separate", ("k",), 3)
     check_changes(before, model, *done.parameters())
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, whole[name])}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, complete[name])}
     part = "query_key_value" if make is neox else "k_proj"
-    assert changed == {name for name in whole if name.endswith(f"{part}.weight")}
+    assert changed == {name for name in complete if name.endswith(f"{part}.weight")}
     for layer in layers:
         assert torch.linalg.matrix_rank(layer.weight("k"), rtol=1e-4) == 3
         assert torch.linalg.matrix_rank(layer.weight("v"), rtol=1e-4) > 3
     if make is neox:  # of the fused matrix the rows of k alone
         for name in changed:
-            now, old = (p.unflatten(0, (4, 3, 8)) for p in (dict(model.named_parameters())[name], whole[name]))
+            now, old = (p.unflatten(0, (4, 3, 8)) for p in (dict(model.named_parameters())[name], complete[name]))
             assert torch.equal(now[:, [0, 2]], old[:, [0, 2]]) and not torch.equal(now[:, 1], old[:, 1])
     with pytest.raises(RuntimeError, match="unasked"):
         check_changes(before, model)
@@ -240,7 +240,7 @@ def test_only_what_was_asked_for_changes(make):
     check_changes(before, model)
     with pytest.raises(RuntimeError, match="did not"):
         check_changes(before, model, changed, changed)
-    assert all(torch.equal(p, whole[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, complete[name]) for name, p in model.named_parameters())
 
 
 def test_k_and_v_share_a_basis():

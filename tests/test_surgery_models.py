@@ -218,10 +218,10 @@ def cut_table(model, method, rank):
 
 def test_table_and_head_are_cut_to_the_rank_and_nothing_else_changes():
     model = untied()
-    whole, before = {name: p.clone() for name, p in model.named_parameters()}, fingerprint(model)
+    complete, before = {name: p.clone() for name, p in model.named_parameters()}, fingerprint(model)
     cut = cut_table(model, "svd", 5)
     assert list(cut.facts) == ["wte", "head"]
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, whole[name])}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, complete[name])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
     check_changes(before, model, *cut.parameters())
     with pytest.raises(RuntimeError, match="unasked"):
@@ -347,8 +347,8 @@ def test_whose_tokenizer_reads_for_our_checkpoint(own_clinic):
     loaded = [load_subject(own_clinic / name, tokenizer and str(tokenizer)) for name, tokenizer in choices]
     ids = [encode(tokenizer, TEXT[:999], 300, "TEXT").tolist() for _, tokenizer in loaded]
     assert ids[0] == ids[1] == ids[2] and len(ids[0]) < 900
-    said = [answer(subject, tokenizer, "7 is odd", 9, seed=5) for subject, tokenizer in loaded]
-    assert said[0] == said[1] == said[2] and said[0]
+    words = [answer(subject, tokenizer, "7 is odd", 9, seed=5) for subject, tokenizer in loaded]
+    assert words[0] == words[1] == words[2] and words[0]
 
 
 def test_weights_that_cannot_be_changed_are_refused(operate, own_clinic, assert_one_line_error, capsys):

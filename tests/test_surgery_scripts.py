@@ -134,8 +134,8 @@ def test_make_watch_runs_again_and_ends_the_run_before(tmp_path):
         folder.mkdir(parents=True)
     program.write_text("import os, time\nopen('log', 'a').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n")
     command = ["make", "watch", "MODEL=m"]
-    how = dict(start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    watch, end = subprocess.Popen(command, cwd=tmp_path, env=environment(), **how), time.time() + 120
+    options = dict(start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    watch, end = subprocess.Popen(command, cwd=tmp_path, env=environment(), **options), time.time() + 120
     try:
         runs = []
         while len(runs) < 2 and time.time() < end:
@@ -181,12 +181,12 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(operate, room, tmp_
     assert_one_line_error(full(40, "--rank", "4"), "config.json", "too large")
     assert not list(out.iterdir())
     assert operate("--targets", "k", "--rank", "4").status == 0
-    whole = {file.name: file.read_bytes() for file in out.iterdir()}
+    complete = {file.name: file.read_bytes() for file in out.iterdir()}
     # a line of results.jsonl, then the figures, the moments and the smaller model
-    assert_one_line_error(full(len(whole["results.jsonl"]) + 20, "--rank", "4,5"), "results.jsonl", "too large")
-    assert_one_line_error(full(len(whole["results.jsonl"]) + 20, "--rank", "4"), "report.md", "too large")
+    assert_one_line_error(full(len(complete["results.jsonl"]) + 20, "--rank", "4,5"), "results.jsonl", "too large")
+    assert_one_line_error(full(len(complete["results.jsonl"]) + 20, "--rank", "4"), "report.md", "too large")
     assert_one_line_error(full(3000, "--rank", "4", "--method", "whiten"), "calibration.pt")
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == whole
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == complete
     assert_one_line_error(full(30000, "--rank", "4", "--out", small), "--out", "small")
     assert not list(small.parent.iterdir())
     again = operate("--targets", "k", "--rank", "4", "--out", small)

@@ -138,9 +138,9 @@ def test_phase_1_moves_its_own_parameters_and_no_other(train, tmp_path):
     for name in one:
         frozen = ".v_compress." in name or ".v_restore." in name
         assert torch.equal(one[name], two[name]) == frozen, name
-    said = summary(tmp_path / "two")
-    assert said["starts_from"]["tokens"] == (6 + 60) * 4 * 2 * 16 and said["cache_widths"] == [16, 10]
-    assert said["parameters_trained"] == said["parameters"]["total"] - said["parameters"]["kv_compression"]
+    found = summary(tmp_path / "two")
+    assert found["starts_from"]["tokens"] == (6 + 60) * 4 * 2 * 16 and found["cache_widths"] == [16, 10]
+    assert found["parameters_trained"] == found["parameters"]["total"] - found["parameters"]["kv_compression"]
 
 
 def test_the_weight_of_the_reconstruction_counts(train, tmp_path):
@@ -191,24 +191,24 @@ def test_an_epoch_reads_every_sequence_once_in_another_order_each_time(toy_datas
 
 
 def test_epochs_resume_as_if_uninterrupted_and_evaluate_after_each(train, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(out_dir=whole, **EPOCHS)
+    complete, parts = tmp_path / "whole", tmp_path / "parts"
+    train(out_dir=complete, **EPOCHS)
     train(out_dir=parts, **EPOCHS | dict(max_epochs=2, lr_decay_iters=15))
     train(out_dir=parts, init_from="resume", **EPOCHS | dict(lr_decay_iters=15))
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole, "last.pt").values(), weights(parts, "last.pt").values()))
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.equal(a, b) for a, b in zip(weights(complete, "last.pt").values(), weights(parts, "last.pt").values()))
+    lines = [json.loads(line) for line in (complete / "metrics.jsonl").read_text().splitlines()]
     assert [line["iter"] for line in lines if "val_loss" in line] == [0, 5, 10, 15]  # 40 sequences, 8 a step
-    assert summary(whole)["epoch_steps"] == 5 and summary(whole)["tokens"] == 15 * 8 * 16
+    assert summary(complete)["epoch_steps"] == 5 and summary(complete)["tokens"] == 15 * 8 * 16
 
 
 def test_patience_stops_and_the_best_is_read_back(train, tmp_path):
     out = tmp_path / "run"
     result = train(out_dir=out, **EPOCHS | dict(max_epochs=30, patience=2, learning_rate=3.0, min_lr=3.0))
-    said = summary(out)
-    assert said["last"]["iter"] == said["best"]["iter"] + 2 * 5 < 30 * 5
-    assert said["final"] == said["best"] and result.last["val_loss"] == said["best"]["val_loss"] < said["last"]["val_loss"]
+    found = summary(out)
+    assert found["last"]["iter"] == found["best"]["iter"] + 2 * 5 < 30 * 5
+    assert found["final"] == found["best"] and result.last["val_loss"] == found["best"]["val_loss"] < found["last"]["val_loss"]
     again = train(out_dir=out, init_from="resume", **EPOCHS | dict(max_epochs=30, learning_rate=3.0, min_lr=3.0))
-    assert again.status == 0 and summary(out)["last"]["iter"] == said["last"]["iter"]
+    assert again.status == 0 and summary(out)["last"]["iter"] == found["last"]["iter"]
 
 
 def test_a_previous_run_gets_a_bottleneck_and_keeps_the_rest(train, tmp_path, assert_one_line_error):
@@ -339,9 +339,9 @@ def test_two_processes_stop_together_and_train_as_one(tmp_path, toy_dataset):
         env = os.environ | dict(OMP_NUM_THREADS="1")
         done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
-        said = summary(tmp_path / name)
-        assert said["last"]["iter"] == said["best"]["iter"] + 5 < 150
-        losses.append(said["best"]["val_loss"])
+        found = summary(tmp_path / name)
+        assert found["last"]["iter"] == found["best"]["iter"] + 5 < 150
+        losses.append(found["best"]["val_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

@@ -83,14 +83,14 @@ class Decomposition(Spectrum):
     def relative_errors(self, ranks, counts=None):
         """||W - W_k|| / ||W|| for each rank, every row counting alike, or counts [V] times."""
         weights = row_weights(counts, len(self.table), self.P)
-        whole, cut, like = 0.0, [0.0] * len(ranks), self.P.float()
+        complete, cut, like = 0.0, [0.0] * len(ranks), self.P.float()
         for rows in row_slices(self.table):
-            whole += weights[rows] @ self.table[rows].to(self.P).square().sum(1)
+            complete += weights[rows] @ self.table[rows].to(self.P).square().sum(1)
             block, Z = self._coordinates(rows, max(ranks), like)
             for i, k in enumerate(ranks):
                 residual = torch.addmm(block, Z[:, :k], like[:k], alpha=-1)
                 cut[i] += weights[rows] @ residual.square().sum(1).double()
-        return [(error / whole).sqrt().item() for error in cut]
+        return [(error / complete).sqrt().item() for error in cut]
 
 
 def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_lambda=JOINT_LAMBDA, device="cpu"):

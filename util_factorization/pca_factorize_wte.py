@@ -30,8 +30,8 @@ class Args:
         "", "token counts of all methods but svd and centered; left out, the checkpoint's own dataset, if it is there"
     )
     calib_dataset: str = flag("", "training text that whiten, joint and fisher read; left out, the dataset of the token counts")
-    calib_tokens: int | None = flag(None, f"how much of it, in windows evenly spread over it; left out, {CALIB_TOKENS}, or all")
-    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint")
+    calib_tokens: int | None = flag(None, f"tokens of it, in windows evenly spread; left out, {CALIB_TOKENS}, or all", low=1)
+    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint", low=1e-12, high=1e9)
     device: str = flag("cpu", "where calibration and decomposition run: cpu or cuda")
 
 
@@ -66,7 +66,7 @@ def check_names(args, given, n_ranks):
 
 
 def calibration(args, checkpoint, dataset):
-    """(C, G or None) of the checkpoint's model on the calibration text, see calibrate.py, and what to note about the text."""
+    """C and G (or None) of the checkpoint's model, see calibrate.py, and facts about the calibration text."""
     from common import checkpoint as ckpt
     from common.dataset import Dataset
     from util_factorization.calibrate import calibrate
@@ -93,7 +93,7 @@ def calibration(args, checkpoint, dataset):
 
 
 def read_dense(ckpt_path):
-    """(The file, its checkpoint), refused where the token table is not dense or not whole without adapters."""
+    """(The file, its checkpoint); an error unless the token table is dense, tied and without adapters."""
     from common import checkpoint as ckpt
 
     path = Path(ckpt_path)
@@ -104,14 +104,12 @@ def read_dense(ckpt_path):
     if checkpoint["config"]["n_embd_wte"] is not None:
         fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
     if not checkpoint["config"].get("tie_head", True):
-        fail(
-            f"--ckpt_path {path} has a head of its own, and a factorized table is its own head: give a tied model's checkpoint"
-        )
+        fail(f"--ckpt_path {path} has a head of its own, and factors serve a tied table: give a tied model's checkpoint")
     return path, checkpoint
 
 
 def token_counts(args, checkpoint):
-    """(The dataset or None, counts [V] or None); an error where the method needs them and they are not to be had."""
+    """(The dataset or None, counts [V] or None); an error where the method needs counts and there are none."""
     import torch
 
     from common.dataset import Dataset, find_folder
@@ -131,15 +129,11 @@ def token_counts(args, checkpoint):
 def check_method(args, given):
     """Refuse flags that the method does not read."""
     if args.method not in CALIBRATED and not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
-        fail(f"--method {args.method} reads no calibration text: leave --calib_dataset and --calib_tokens out")
+        fail(f"--method {args.method} reads no calibration text: drop --calib_dataset and --calib_tokens")
     if args.method != "joint" and "joint_lambda" in given:
-        fail(f"--joint_lambda weighs nothing in --method {args.method}: give --method joint, or leave it out")
-    if not 0 < args.joint_lambda <= 1e9:
-        fail(f"--joint_lambda {args.joint_lambda}: give a number above 0, at most 1e9")
+        fail(f"--joint_lambda has no effect in --method {args.method}: give --method joint, or drop it")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         fail(f"--device {args.device}: give cpu or cuda")
-    if args.calib_tokens is not None and args.calib_tokens < 1:
-        fail(f"--calib_tokens {args.calib_tokens}: give 1 or more")
 
 
 def main(argv=None):
@@ -162,24 +156,24 @@ def main(argv=None):
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     dataset, counts = token_counts(args, checkpoint)
     C, G, source = calibration(args, checkpoint, dataset) if args.method in CALIBRATED else (None, None, {})
-    whole = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)
+    decomposition = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)
 
-    ranks = [rank if isinstance(rank, int) else whole.rank_for(rank) for rank in asked]
-    per_row = whole.relative_errors(ranks)
-    per_token = [None] * len(ranks) if counts is None else whole.relative_errors(ranks, counts)
+    ranks = [rank if isinstance(rank, int) else decomposition.rank_for(rank) for rank in asked]
+    per_row = decomposition.relative_errors(ranks)
+    per_token = [None] * len(ranks) if counts is None else decomposition.relative_errors(ranks, counts)
     source |= dict(
         method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha256(path), ckpt_tokens=checkpoint["tokens"]
     )
     source |= dict(versions=dict(torch=torch.__version__, numpy=np.__version__))
-    source |= dict(singular_values=[float(f"{s:.6g}") for s in whole.S[:d]])
+    source |= dict(singular_values=[float(f"{s:.6g}") for s in decomposition.S[:d]])
     print(f"{path}: table {V} x {d}, method {args.method}")
     print(f"{'rank':>6} {'energy':>8} {'error/row':>10} {'error/token':>12} {'parameters':>12} {'compression':>12}")
     rows = []
     for k, row_error, token_error in zip(ranks, per_row, per_token, strict=True):
-        Z, P, mean = whole.factors(k)
+        Z, P, mean = decomposition.factors(k)
         parameters = V * k + 2 * k * d + (0 if mean is None else d)
         errors = dict(relative_error=row_error, relative_error_per_token=token_error)
-        facts = dict(k=k, energy=whole.energy(k), **errors, parameters=parameters, compression=V * d / parameters)
+        facts = dict(k=k, energy=decomposition.energy(k), **errors, parameters=parameters, compression=V * d / parameters)
         names = dict(k=k, method=method_in_names(args.method))
         wte_npy, scale_npz = args.out_wte_npy.format(**names), args.out_scale_npz.format(**names)
         write_factors(wte_npy, scale_npz, Z, P, mean, source | facts)
@@ -189,7 +183,7 @@ def main(argv=None):
         print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {shown:>12} {cost}")
 
     figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}")
-    scree_plot(figure, {args.method: whole.S[:d].tolist()}, ranks)
+    scree_plot(figure, {args.method: decomposition.S[:d].tolist()}, ranks)
     finish(method=args.method, V=V, d=d, scree=f"{figure}.png", ranks=rows)
 
 

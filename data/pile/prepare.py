@@ -32,8 +32,8 @@ PADDING = 128  # a GPT-NeoX table has a multiple of it in rows: Pythia's 50,277 
 
 @dataclass
 class Args:
-    samples: int = flag(10000, "sequences, of both files together")
-    sequence_length: int = flag(128, "tokens of a sequence, a run's --block_size")
+    samples: int = flag(10000, "sequences, of both files together", low=1)
+    sequence_length: int = flag(128, "tokens of a sequence, a run's --block_size", low=1)
     val_share: float = flag(0.1, "share of the sequences that goes into val.bin")
     tokenizer: str = flag("EleutherAI/pythia-70m", "a hub id, or a tokenizer.json, with <|endoftext|>")
     local_dir: str = flag("", "folder of " + ", ".join(KINDS) + " files; left out, the hub")
@@ -97,12 +97,12 @@ def unpacked(file):
     return opened(file, "rt", encoding="utf-8")
 
 
-def zst_open(file, *how, **more):
+def zst_open(file, *options, **more):
     try:
         import zstandard
     except ImportError:
         fail(f"--local_dir: {file} needs the package zstandard: pip install zstandard, or unpack it")
-    return zstandard.open(file, *how, **more)
+    return zstandard.open(file, *options, **more)
 
 
 def read_tokenizer(name):
@@ -149,9 +149,6 @@ def take(stream, wanted, split):
 
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
-    for name in ("samples", "sequence_length"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
     if not 0 < args.val_share < 1:
         fail(f"--val_share {args.val_share}: give a share between 0 and 1")
     n_val = round(args.val_share * args.samples)
