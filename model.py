@@ -7,8 +7,7 @@ V = vocab_size, H heads, r = a rank: lora_rank, k_proj_dim, v_proj_dim.
     dense       wte [V,d]                                          logits = h @ wte^T
     factorized  wte [V,k], scale_up [d,k], scale_down [d,k]        logits = (h @ scale_down) @ wte^T
 
-with h = ln_f(...) of shape (B, T, d). wte and lm_head are one tensor. scale_up and scale_down have one shape, so that
-n_embd_wte_scale_tying can make them one tensor too.
+with h = ln_f(...), (B, T, d). wte and lm_head are one tensor; n_embd_wte_scale_tying makes the scale matrices one, too.
 
 An adapter belongs to a weight: W' = W + s B A wherever W is used. The adapter of a tied table acts in the lookup and the head.
 

@@ -7,7 +7,7 @@ The README's first figure: what is kept, and what it costs, in the three places.
 import json
 from pathlib import Path
 
-from reports.plots import plt, save
+from common.plots import plt, save
 
 RESULTS = Path(__file__).parents[1] / "results"
 LESS, MORE = "#1f5fa8", "#c8541c"  # little was cut, much was cut

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from common.cli import fail
+from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
 from reports.markdown import table
-from reports.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
 
 READING = (
     "Perplexity is measured on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per "

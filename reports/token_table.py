@@ -2,10 +2,10 @@
 
 import textwrap
 
+from common.plots import Figure, draw_all
 from reports.claims import SEEDS_CLAIMS, claim_lines, our_claims
 from reports.compare import comparisons, difference, mean, pairs, shown, shown_p, spread
 from reports.markdown import table
-from reports.plots import Figure, draw_all
 from reports.rows import provenance_lines, read_curve, read_factors, total_seconds
 
 READING = (

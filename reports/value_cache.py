@@ -2,10 +2,10 @@
 
 import math
 
+from common.plots import Figure, draw_all
 from reports.claims import cache_claims, claim_lines
 from reports.compare import mean, shown
 from reports.markdown import table
-from reports.plots import Figure, draw_all
 from reports.rows import provenance_lines, read_curve
 
 READING = (

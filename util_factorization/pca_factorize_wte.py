@@ -149,7 +149,7 @@ def main(argv=None):
     import torch
 
     from common.factor_files import method_in_names, sha256, write_factors
-    from reports.plots import scree_plot
+    from common.plots import scree_plot
     from util_factorization.decompose_table import decompose
 
     if args.device != "cpu" and not torch.cuda.is_available():
