@@ -137,7 +137,7 @@ class CausalSelfAttention(nn.Module):
 
     @staticmethod
     def bottleneck(d, r, bias):
-        """A map to r numbers and one back; without r, two that change nothing."""
+        """A map to r numbers and a map back; identities where r is None."""
         if r is None:
             return nn.Identity(), nn.Identity()
         return nn.Linear(d, r, bias=bias), nn.Linear(r, d, bias=bias)
@@ -255,7 +255,7 @@ class Adapter(nn.Module):
         return self.scale * self.dropout(x) @ self.B @ self.A
 
     def rows(self, idx):
-        """ids (...) -> rows of s B A (..., in); an id cannot be dropped out."""
+        """ids (...) -> rows of s B A (..., in); dropout has nothing to act on here."""
         return self.scale * F.embedding(idx, self.B) @ self.A
 
 

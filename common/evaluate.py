@@ -1,4 +1,4 @@
-"""What a model is measured by: the same fixed windows of the validation file, for every model."""
+"""Evaluation: the same fixed windows of the validation file for every model."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 from model import NO_CACHE, effective_weight
 
-# Where in a window the loss is looked at: these positions, then twice as far each time.
+# The loss is reported by ranges of positions: between these edges, then up to twice the last edge, and so on.
 EDGES = (0, 16, 32, 64, 96, 128)
 
 
 class Restored:
-    """Watches what v_compress loses: what went into it and came out of v_restore in the last forward pass, of each layer."""
+    """Watches each layer's values before v_compress and after v_restore, in the last forward pass."""
 
     def __init__(self, model):
         self.before, self.after = {}, {}  # layer -> (B, T, d)
@@ -25,14 +25,11 @@ class Restored:
         return [(self.before[layer].float(), self.after[layer].float()) for layer in sorted(self.before)]
 
     def loss(self):
-        """
-        Mean squared error over elements and layers. V has a gradient too, so v_restore also feels what it does to the values
-        of the layers above.
-        """
+        """Mean squared error over elements and layers. Gradients flow through V too, to the layers below."""
         return torch.stack([F.mse_loss(after, before) for before, after in self.pairs()]).mean()
 
     def sums(self):
-        """(layers, 2 + d) float64: the squared errors' sum, the squares' sum, the sum of each of the d numbers."""
+        """(layers, 2 + d) float64: the sum of squared errors, the sum of squares, and the sums of the d numbers."""
         return torch.stack([sums_of(before, after) for before, after in self.pairs()]).cpu().double()
 
 
@@ -45,8 +42,8 @@ def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=la
     """
     Evaluate a GPT on the dataset's first args.eval_iters batches of args.batch_size fixed windows, (B, T) each.
 
-    restored: what watches its values, a Restored(model). cache_for: batch size -> the KV cache that keys and values pass
-    through, to see what its number format costs.
+    restored: a Restored(model), or None. cache_for: batch size -> a KV cache; keys and values pass through it, which shows what
+    its number format costs.
 
     Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss) and, of restored
     values, v_recon and v_error.

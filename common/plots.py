@@ -33,7 +33,7 @@ def save(fig, path):
 
 
 def scree_plot(path, spectra, ranks):
-    """spectra: name -> singular values, falling. ranks: those that were cut to, marked."""
+    """spectra: name -> singular values, falling. ranks: the ranks to mark."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for (name, S), line in zip(spectra.items(), LINES):
         energy = [s * s for s in S]
@@ -56,8 +56,8 @@ def series_plot(path, panels, order, x, ranks=False, front=False):
     """
     panels: (y label, {series: [(x, [y of each seed])]}, {series: y of a horizontal rule}), drawn side by side.
 
-    order: all series, which gives each its style. ranks: x is a rank, its ticks are those that were run. front: a step line
-    through the points than which none has both less x and less y (Pareto). Bars show the range over seeds.
+    order: all series; it gives each its style. ranks: x is a rank, with a tick for every rank that was run. front: draw the
+    Pareto front, a step line through the points that no other point beats in both x and y. Bars show the range over seeds.
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
     handles = {}
@@ -93,7 +93,7 @@ def curves_plot(path, curves, order, unigram):
     """
     curves: (series, rank or None) -> [(tokens, loss)], a panel for each rank, with the dense models in every one.
 
-    unigram: the entropy that a model without context can reach, as a rule.
+    unigram: the loss that a model without context can reach; a horizontal line.
     """
     ranks = sorted({k for _, k in curves if k}) or [None]
     fig, axes = plt.subplots(1, len(ranks), figsize=(4 * len(ranks) + 4, 4.4), layout="constrained", sharey=True, squeeze=False)
@@ -114,7 +114,7 @@ def curves_plot(path, curves, order, unigram):
 
 
 def lines_plot(path, curves, order, x, y, quantile=1.0):
-    """curves: series -> [(x, y)]. quantile: the axis ends above this share of the ys, which the first steps would stretch."""
+    """curves: series -> [(x, y)]. quantile: the y axis ends above this share of the values; the first steps are far off."""
     fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for name, points in curves.items():
         ax.plot(*zip(*points), markersize=5, label=name, **style(order, name))

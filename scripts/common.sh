@@ -48,7 +48,7 @@ mistake() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
 need_preset() { case " $* " in *" $PRESET "*) ;; *) mistake "PRESET=$PRESET is not for this script: give one of $*" ;; esac; }
 
-# start_from FOLDER SCRIPT: the run that the next one starts from has to be done, or it would start from half of it
+# start_from FOLDER SCRIPT: refuses to start from a run that is not trained to its end
 start_from() {
   source_run=$OUT/$1
   [ -f "$source_run/summary.json" ] || mistake "Checkpoint not found, or not trained to its end: $source_run: run scripts/$2 first"
@@ -71,8 +71,8 @@ train_run() {
   python train.py --dataset "$DATASET" --out_dir "$out" --wandb_run_name "$name" "$@"
 }
 
-# The scripts' first argument is the rank; where it is a flag of train.py or missing, 128, of laptop13's width of 128 32, and of
-# pythia's width five eighths.
+# The scripts' first argument is the rank. Where it is missing or a flag of train.py, the rank is 128; 32 with laptop13; five
+# eighths of the width with Pythia's presets.
 take_rank() {
   case ${1:-} in
     "" | --*)
@@ -84,8 +84,8 @@ take_rank() {
   esac
 }
 
-# The table's factors by $METHOD at ranks $1, or at rank $k, made where they are missing or older than the baseline. Sets
-# method, svd's being pca in the seeds' names, and from_factors, the flags that start from the baseline with the last rank's.
+# Makes the table's factors by $METHOD at ranks $1, or at rank $k, where they are missing or older than the baseline. Sets
+# method (pca for svd, as in the seeds' names) and from_factors, the flags that start from the baseline with these factors.
 need_factors() {
   local rank wte_npy scale_npz missing=""
   start_from gpt_baseline train_baseline_gpt2.sh
@@ -99,7 +99,7 @@ need_factors() {
   [ -z "$missing" ] || bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
 }
 
-# The adapters' rank, which the seeds put into a run's name: LORA's, or the preset's.
+# The adapters' rank, by LORA or by the preset: the seeds put it into a run's name.
 lora_rank() {
   local lora=" ${LORA:-} "
   case $lora in
@@ -120,7 +120,7 @@ take_cards() {
   read -ra gpus <<< "${GPUS:-}"
 }
 
-# Before share_out: a card's number waits here until a run takes it, and $failed gathers what went wrong.
+# Called before share_out. A card's number waits in a pipe until a run takes it; the file $failed names the runs that failed.
 open_queue() {
   local cards
   failed=$(mktemp) cards=$(mktemp -u)
@@ -131,7 +131,7 @@ open_queue() {
   if [ ${#gpus[@]} -eq 0 ]; then echo >&3; else printf '%s\n' "${gpus[@]}" >&3; fi
 }
 
-# Each argument, "[VAR=value] SCRIPT [RANK]", is a run; as many go side by side as there are cards. flags: for every run
+# Each argument, "[VAR=value] SCRIPT [RANK]", is a run. One run a card goes at a time. flags: for every run
 share_out() {
   local run card
   for run; do

@@ -1,9 +1,9 @@
 """
 Healing: a short run of LoRA that wins back what surgery lost.
 
-The teacher is the untouched model, the loss KL(untouched | healed) at every position: a whole distribution teaches more than
-one next token, and what comes back is what was lost, not a taste for the text: the untouched model is where this loss ends.
-Every linear layer gets an adapter, a factor too; merged, the model keeps its size.
+The teacher is the untouched model; the loss is KL(untouched | healed) at every position. A distribution teaches more than one
+next token. The loss is 0 at the untouched model, so healing brings back what was lost and does not fit the text. Every linear
+layer gets an adapter, low-rank factors too. Merged, the model keeps its size.
 """
 
 import math
@@ -22,9 +22,9 @@ WARMUP = 0.1  # of the steps
 
 def heal(student, teacher, windows, steps, rank, lr, seed, log):
     """
-    Train adapters on windows of tokens, a list of (x (1, T), y), one a step in a random order; leaves them merged.
+    Train adapters on windows of tokens, a list of (x (1, T), y), and merge them. Each step reads one window, in random order.
 
-    log(kl) is called after each step. Returns dict(steps, tokens, seconds, training_kl: over the last tenth of the steps).
+    log(kl) is called after each step. Returns dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
     """
     torch.manual_seed(seed)
     linears = [m for m in student.model.modules() if type(m) is nn.Linear and m is not student.head]

@@ -138,7 +138,7 @@ def documents(texts, bpe, end):
 
 
 def take(stream, wanted, split):
-    """The next `wanted` ids of a stream of documents and how many of these they are; the rest of the last is dropped."""
+    """(The next `wanted` ids of a stream of documents, the number of documents read). The rest of the last one is dropped."""
     ids = []
     for used, document in enumerate(stream, 1):
         ids += document

@@ -29,7 +29,7 @@ class Args:
 
 
 def local_lines(folder, split):
-    """The lines of a split, from whichever of its two kinds of file the folder has."""
+    """The lines of a split. The folder has a .raw file for it, or parquet files."""
     raw, parquet = SPLITS[split]
     if (folder / raw).is_file():
         with open(folder / raw, encoding="utf-8") as f:
