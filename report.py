@@ -31,7 +31,7 @@ def verdict_lines(judged):
 
 def seeds_line(rows):
     """What one seed cannot tell, and the command that repeats the main job with three."""
-    main_job = any(row.label == "B" for row in rows)
+    main_job = any(row.label == "A" for row in rows)
     hint = SEEDS_COMMAND if main_job else 'SEEDS="1 2 3" before the same command'
     return ["One seed cannot be tested: a difference of a few hundredths may be chance. For three seeds:", f"  {hint}"]
 

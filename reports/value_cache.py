@@ -55,6 +55,15 @@ def main_table(rows):
     return table(header, lines)
 
 
+def short_table(rows):
+    """Few columns, for the terminal."""
+    lines = [
+        [row.series, f"{1 - kv_reduction(row):.2%}", f"{mean(row.losses):.3f}", f"{mean(row.values('best', 'val_ppl')):.1f}"]
+        for row in rows
+    ]
+    return table(["model", "cache kept", "val loss", "perplexity"], lines)
+
+
 def bins_of(rows):
     """Every range of positions that a run was evaluated at, in order."""
     bins = {bin for row in rows for losses in row.values("best", "position_loss") for bin in losses}
@@ -123,4 +132,4 @@ def section(root, rows):
     if ours:
         text += ["Of ours:", "", *claim_lines(ours, rows)]
     text += draw_all(root, figures(trained)) if trained else []
-    return main_table(rows).splitlines(), text, (seeds, ours)
+    return short_table(trained or rows).splitlines(), text, (seeds, ours)
