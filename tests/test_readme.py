@@ -32,9 +32,10 @@ def test_the_readme_has_commands():
 
 
 @pytest.fixture(scope="module")
-def prepared(copy, main_job, thirteen, vdproj):
-    """The copy, with the runs, folders and texts that the README's commands name."""
+def prepared(copy, main_job, thirteen, vdproj, tmp_path_factory):
+    """Another copy, since the commands leave runs behind, with the runs, folders and texts that they name."""
     toys = pytest.importorskip("toys")
+    copy = shutil.copytree(copy, tmp_path_factory.mktemp("readme") / "nano pca")
     (copy / "path" / "to" / "wikitext").mkdir(parents=True)
     for split in ("train", "valid"):
         text = " = Title = \n \n Some words of an article . \n" * 40
