@@ -1,0 +1,114 @@
+"""
+Codes of b bits a number: a trellis, and as its special case a scalar quantiser.
+
+A stream of numbers is stored as a stream of bits, b for each number. Number t is read from a *window* of L >= b bits. The window
+ends with the number's own b bits and begins with bits of the numbers before it. The value is levels[window].
+
+With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max). With L > b the numbers choose among 2^L
+levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded quantisation, Marcellin and
+Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). On Gaussian numbers of variance 1 at 2 bits the squared error
+is 0.118 with L = 2 and 0.081 with L = 8; no code of 2 bits can reach less than 0.0625. Both codes are read alike: one look-up a
+number, at any place of the stream.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+WINDOW = 8  # bits; 11 lowers the error by another tenth and takes ten times as long to encode
+MOST_BITS = 8  # of a number
+STREAMS_AT_ONCE = 2**11  # times 2^(8 - L): encoding keeps a number for each stream and each window
+
+
+@dataclass
+class Code:
+    """bits: b of a number; levels [2^L]: the value of each window; error: mean squared, on Gaussian numbers of variance 1."""
+
+    bits: int
+    levels: torch.Tensor
+    error: float
+
+    @property
+    def window(self):
+        return len(self.levels).bit_length() - 1
+
+
+@lru_cache
+def gaussian_code(bits, window=WINDOW):
+    """A Code whose levels are fitted to Gaussian numbers; the same in every run."""
+    window = max(bits, window)
+    starts = [spread_levels(bits, window)]
+    if window > bits:
+        draw = torch.Generator().manual_seed(bits)
+        starts.append(torch.randn(2**window, generator=draw) * math.sqrt(1 - 4.0**-bits))
+    return min((fitted(Code(bits, levels, 0.0)) for levels in starts), key=lambda code: code.error)
+
+
+def gaussian_codes():
+    """The Codes of 1 to MOST_BITS bits."""
+    return [gaussian_code(bits) for bits in range(1, MOST_BITS + 1)]
+
+
+def distortion(codes):
+    """[1, error at 1 bit, error at 2 bits, ...], what bits.spend() reads."""
+    return [1.0, *(code.error for code in codes)]
+
+
+def spread_levels(bits, window):
+    """
+    Levels at the quantiles of the best density for Gaussian numbers (Panter and Dite 1951: a Gaussian of variance 3).
+
+    The new bits of a window choose the coarse place, the bits that it shares with its neighbour shift it a little.
+    """
+    places = torch.arange(2**window)
+    rank = (places % 2**bits << (window - bits)) + (places >> bits)
+    return math.sqrt(6) * torch.erfinv(2 * (rank + 0.5) / 2**window - 1)
+
+
+def fitted(code, rounds=12, streams=512):
+    """Lloyd's algorithm on drawn numbers: the best windows for the levels, then the best levels for the windows."""
+    draw, levels, shrink = torch.Generator().manual_seed(1), code.levels, 2
+    for _ in range(40 if code.window == code.bits else rounds):
+        x = torch.randn(streams, 2**15 // streams, generator=draw)
+        chosen = encode(x, Code(code.bits, levels, 0.0)).flatten()
+        sums = torch.zeros(len(levels)).scatter_add_(0, chosen, x.flatten())
+        counts = torch.bincount(chosen, minlength=len(levels))
+        levels = (sums + shrink * levels) / (counts + shrink)  # a level that few numbers choose moves little
+        levels = levels.sort().values if code.window == code.bits else levels
+    levels = levels.half().float()  # as they are stored
+    x = torch.randn(streams, 256, generator=draw)
+    chosen = encode(x, Code(code.bits, levels, 0.0))
+    return Code(code.bits, levels, (x - levels[chosen]).square().mean().item())
+
+
+def encode(x, code):
+    """x [streams, n], of variance 1 -> the windows [streams, n] whose values are nearest to x."""
+    if code.window == code.bits:
+        return torch.bucketize(x.contiguous(), (code.levels[1:] + code.levels[:-1]) / 2)
+    at_once = max(1, STREAMS_AT_ONCE * 2**8 >> code.window)
+    return torch.cat([viterbi(part, code) for part in x.split(at_once)])
+
+
+def viterbi(x, code):
+    """
+    The stream of least squared error. After window w comes (w << b | new bits) mod 2^L: the low L - b bits of w stay.
+
+    Of the 2^b windows that share their low bits, only the best one can go on. `oldest` remembers its high bits.
+    """
+    (streams, n), kept = x.shape, 2 ** (code.window - code.bits)  # kept: values of the bits that two neighbours share
+    oldest = torch.empty(n, streams, kept, dtype=torch.uint8)
+    cost = (x[:, :1] - code.levels).square()
+    for t in range(1, n):
+        best, oldest[t] = cost.view(streams, -1, kept).min(1)
+        here = (x[:, t : t + 1] - code.levels).square_().view(streams, kept, -1)
+        cost = here.add_(best[:, :, None]).flatten(1)
+    windows = torch.empty(streams, n, dtype=torch.long)
+    window = cost.argmin(1)
+    for t in range(n - 1, -1, -1):
+        windows[:, t] = window
+        if t:
+            shared = window >> code.bits
+            window = oldest[t].gather(1, shared[:, None])[:, 0].long() * kept + shared
+    return windows
