@@ -10,7 +10,7 @@ scale, and a stream of codes over the group's rows (trellis.py).
 **Error feedback.** Within a group the errors of two components are not quite independent: the tokens of a group meet hidden
 states of their own. With the group's metric M = U D U^T, U unit upper triangular, an error e costs sum_j D_j (e_j + what the
 errors before j give, through U)^2. So component j is rounded after the errors before it have been added to it, and its worth is
-D_j times its variance (LDLQ, as in QuIP, arXiv:2307.13304). That is done in blocks of columns, whose errors are fed on together.
+D_j times its variance (LDLQ, as in QuIP, arXiv:2307.13304). Errors are fed on in blocks of columns.
 
 **Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, bits, levels, the place of each token,
 and the streams. lookup() and logits() read them in blocks; the table is never whole in float, unless one asks for matrix().

@@ -1,8 +1,8 @@
 """
 Codes of b bits a number: a trellis, and as its special case a scalar quantiser.
 
-A stream of numbers is stored as a stream of bits, b for each number. Number t is read from a *window* of L >= b bits. The window
-ends with the number's own b bits and begins with bits of the numbers before it. The value is levels[window].
+A stream of numbers is stored as a stream of bits, b for each number. Number t is read from a *window* of L >= b bits: the
+number's own b bits, and before them bits of the numbers before it. The value is levels[window].
 
 With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max). With L > b the numbers choose among 2^L
 levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded quantisation, Marcellin and
