@@ -30,10 +30,10 @@ def verdict_lines(judged):
 
 
 def seeds_line(rows):
-    """What one seed cannot tell, and the command that repeats the main job with three."""
+    """That one seed is not enough, and the command that repeats the main job with three."""
     main_job = any(row.label == "A" for row in rows)
     hint = SEEDS_COMMAND if main_job else 'SEEDS="1 2 3" before the same command'
-    return ["One seed cannot be tested: a difference of a few hundredths may be chance. For three seeds:", f"  {hint}"]
+    return [f"One seed cannot be tested, three can: {hint}"]
 
 
 def main(argv=None):
@@ -61,7 +61,7 @@ def main(argv=None):
         written = samples([row for row in some if row.label in ("D", "B")])
         if written:
             short += ["", f'To the prompt "{written[0][1]}"']
-            short += [f"  {row.label} wrote: {line}" for row, _, line in written]
+            short += [f"  {row.label}{f' (k={row.k})' if row.k else ''} wrote: {line}" for row, _, line in written]
             lines += ["## What the models write", "", f"To the prompt *{written[0][1]}*, the same draw for all:", ""]
             lines += [*(f"- {row.title}: {line}" for row, _, line in written), ""]
         print("\n".join(["", *short]))

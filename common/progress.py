@@ -7,6 +7,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+BAR = "{desc} |{bar}| {percentage:.0f}%{postfix}"  # short: a long name and the words fit into 80 columns
+
 
 class Progress:
     """
@@ -23,12 +25,15 @@ class Progress:
         self.started = time.time() - seconds  # every pause moves it on, so time.time() - started is training alone
         self.later_steps = int(os.environ.get("JOB_LATER_STEPS") or 0)
         hidden = args.eval_only or not (shown and sys.stderr.isatty())
-        self.bar = tqdm(total=last, initial=first, desc=os.path.basename(args.out_dir), unit="step", disable=hidden)
+        name = os.path.basename(args.out_dir)
+        self.bar = tqdm(total=last, initial=first, desc=name, bar_format=BAR, disable=hidden)
 
     def say(self, text, file=None):
-        """A line that the bar does not disturb."""
+        """A line that the bar does not disturb. It appears at once, in a file too."""
         if self.shown:
-            tqdm.write(text, file=file or sys.stdout)
+            file = file or sys.stdout
+            tqdm.write(text, file=file)
+            file.flush()
 
     @property
     def seconds(self):
@@ -45,16 +50,23 @@ class Progress:
         speed = rate * self.tokens_per_step
         self.logged_step, self.logged_seconds = step, seconds
         share = peak_share(speed)
-        words = [f"loss {loss:.4f}", f"{speed:,.0f} tokens/s"]
-        words += [f"{share:.0%} of the peak"] if share else []
-        left = [f"{time_of(self.last - step, rate)} left"]
-        left += [f"{time_of(self.last - step + self.later_steps, rate)} of the whole job"] if self.later_steps else []
+        left, left_of_job = (time_of(steps, rate) for steps in (self.last - step, self.last - step + self.later_steps))
+        of_peak = [f"{share:.0%} of the peak"] if share else []
         if self.bar.disable:
-            self.say(f"step {step}/{self.last}: {', '.join(words + left)}")
+            job = [f"{left_of_job} left of the whole job"] if self.later_steps else []
+            words = [f"loss {loss:.4f}", f"{speed:,.0f} tokens/s", *of_peak, f"{left} left", *job]
+            self.say(f"step {step}/{self.last}: {', '.join(words)}")
         else:
-            self.bar.set_postfix_str(", ".join(words + left[1:]), refresh=False)
+            job = [f"job {short(left_of_job)}"] if self.later_steps else []
+            words = [f"loss {loss:.2f}", f"{speed / 1000:,.1f}k tok/s", f"left {short(left)}", *job, *of_peak]
+            self.bar.set_postfix_str(", ".join(words), refresh=False)
         return dict(train_loss=loss, tokens_per_second=speed) | (dict(peak_share=share) if share else {})
 
 
 def time_of(steps, rate):
     return timedelta(seconds=round(steps / rate))
+
+
+def short(time):
+    """0:02:10 -> 02:10"""
+    return str(time).removeprefix("0:")

@@ -1,5 +1,7 @@
 """What models write to the same prompt: one line each, from their checkpoints."""
 
+import textwrap
+
 import torch
 
 from common import checkpoint
@@ -8,7 +10,8 @@ from common.texts import codec_of
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache
 
-PROMPT_TOKENS, NEW_TOKENS, WIDTH = 8, 40, 96
+PROMPT_TOKENS, NEW_TOKENS = 8, 40
+WIDTH = 80  # of a line in characters: "  B (k=128) wrote: " stands before it
 
 
 def samples(rows):
@@ -20,7 +23,7 @@ def samples(rows):
         if codec is None or not (folder / "ckpt.pt").is_file():
             return []
         prompt = opening(dataset, codec[0])
-        found.append((row, codec[0].decode(prompt), written(folder, prompt, codec[0])))
+        found.append((row, " ".join(codec[0].decode(prompt).split()), written(folder, prompt, codec[0])))
     return found
 
 
@@ -40,9 +43,5 @@ def written(folder, prompt, codec):
     choose = chooser(0.7, top_p=0.9, generator=torch.Generator().manual_seed(1337))
     cache = KVCache(model, 1, len(prompt) + steps, "float32")
     ids = [int(i) for i in generate(model, torch.tensor([prompt]), steps, choose, codec.end_of_text, cache)]
-    return one_line(codec.decode([i for i in ids if i != codec.end_of_text]))
-
-
-def one_line(text):
-    text = " ".join(text.split())
-    return text if len(text) <= WIDTH else text[:WIDTH].rsplit(" ", 1)[0] + " ..."
+    text = codec.decode([i for i in ids if i != codec.end_of_text])
+    return textwrap.shorten(text, WIDTH, placeholder=" ...")

@@ -26,6 +26,8 @@ def test_the_main_job_makes_the_seeds_folders_and_the_report(copy, main_job):
     for figure in re.findall(r"\((\w+\.png)\)", report):
         assert (out / figure).is_file()
     assert "preset laptop, dataset sotu" in main_job.stdout and "PRESET=" in main_job.stdout
+    written = [line for line in main_job.stdout.splitlines() if " wrote: " in line]
+    assert [line.split(" wrote: ")[0] for line in written] == ["  D", "  B (k=128)"] and max(map(len, written)) <= 100
     assert json.loads(main_job.stdout.strip().splitlines()[-1])["runs"] == 5
 
 
