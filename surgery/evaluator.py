@@ -2,37 +2,74 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 
+@dataclass
+class Measured:
+    """Sums over the tokens of a window. before: the untouched model's loss; same: tokens that both models find likeliest."""
+
+    loss: float
+    before: float
+    kl: float
+    same: int
+    tokens: int
+
+
 class Evaluator:
     """
-    Measures what a change costs on fixed windows: loss, perplexity, KL(untouched | changed), and how often both models find the
-    same next token likeliest.
+    Measures what a change costs on fixed windows of some texts: loss, perplexity, KL(untouched | changed), and how often both
+    models find the same next token likeliest.
 
     It keeps the untouched model's last hidden states and a copy of its head: V / d times smaller than its log-probabilities.
     """
 
     def __init__(self, model, windows):
-        self.model, self.windows, self.head = model, list(windows), copy.deepcopy(model.head)  # surgery may change the head
+        """windows: {name of a text: [(x [1,T], y [1,T]), ...]}"""
+        self.model, self.windows, self.head = model, windows, copy.deepcopy(model.head)  # surgery may change the head
         with torch.inference_mode():
-            self.hidden = [model.trunk(model.lookup(x)) for x, _ in self.windows]
+            self.hidden = {name: [model.trunk(model.lookup(x)) for x, _ in some] for name, some in windows.items()}
 
     @torch.inference_mode()
     def measure(self, model=None):
-        """The model as it is now, or another one -> dict(loss, ppl, kl, top1), nats per token."""
-        model, loss, kl, same, tokens = model or self.model, 0, 0, 0, 0
-        for (x, y), hidden in zip(self.windows, self.hidden):
-            before = self.head(hidden)[0].log_softmax(-1)  # (T, V)
-            after = model.logits(model.trunk(model.lookup(x)))[0].log_softmax(-1)
-            loss += F.nll_loss(after, y[0].to(after.device), reduction="sum").item()
-            same += (after.argmax(-1) == before.argmax(-1)).sum().item()
-            kl += F.kl_div(after, before, reduction="sum", log_target=True).item()
-            tokens += y.numel()
-        loss = loss / tokens
-        return dict(loss=loss, ppl=math.exp(min(loss, 700)), kl=kl / tokens, top1=same / tokens)
+        """
+        The model as it is now, or another one -> dict(loss, ppl, kl, top1, texts), nats per token.
+
+        texts: {name: the same four of this text alone, and nats and nats_se: what was lost, see paired()}
+        """
+        model = model or self.model
+        texts = {
+            name: [self.window(model, *xy, hidden) for xy, hidden in zip(some, self.hidden[name])]
+            for name, some in self.windows.items()
+        }
+        everything = summary(sum(texts.values(), []))
+        return everything | dict(texts={name: summary(found) | paired(found) for name, found in texts.items()})
+
+    def window(self, model, x, y, hidden):
+        before = self.head(hidden)[0].log_softmax(-1)  # (T, V)
+        after = model.logits(model.trunk(model.lookup(x)))[0].log_softmax(-1)
+        labels = y[0].to(after.device)
+        losses = [F.nll_loss(found, labels, reduction="sum").item() for found in (after, before)]
+        kl = F.kl_div(after, before, reduction="sum", log_target=True).item()
+        return Measured(*losses, kl, (after.argmax(-1) == before.argmax(-1)).sum().item(), y.numel())
+
+
+def summary(windows):
+    """Means over all tokens of a list of Measured."""
+    loss, kl, same, tokens = (sum(getattr(w, name) for w in windows) for name in ("loss", "kl", "same", "tokens"))
+    loss = loss / tokens
+    return dict(loss=loss, ppl=math.exp(min(loss, 700)), kl=kl / tokens, top1=same / tokens)
+
+
+def paired(windows):
+    """Nats per token over the untouched model: mean over windows, and its standard error; None where one window has none."""
+    lost = np.array([(w.loss - w.before) / w.tokens for w in windows])
+    error = float(lost.std(ddof=1) / len(lost) ** 0.5) if len(lost) > 1 else math.nan
+    return dict(nats=float(lost.mean()), nats_se=error if math.isfinite(error) else None)
 
 
 def prompt_ids(tokenizer, prompt):

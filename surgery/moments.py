@@ -5,7 +5,6 @@ from tqdm import tqdm
 
 from common.files import written_whole
 from surgery.layers import heights
-from surgery.texts import windows_of
 from util_factorization import MATRIX_METHODS, METHODS
 from util_factorization.calibrate import calibrate
 
@@ -67,22 +66,22 @@ class Moments:
         return C, torch.block_diag(*parts)
 
 
-def calibration(args, points, subject, layers, tokenizer, file):
+def calibration(args, points, subject, layers, texts, file):
     """
     (Moments of q, k and v or None, a dict of what decompose_table needs): as far as the points need them.
 
-    file: keeps the moments, which depend on the folder's settings alone, for a sweep that goes on.
+    texts: a TextReader. file: keeps the moments, which depend on the folder's settings alone, for a sweep that goes on.
     """
     table_needs = set().union(*(METHODS[p.method] for p in points if p.of_table))
     matrix_needs = set().union(*(MATRIX_METHODS[p.method] for p in points if p.method and not p.of_table))
     if not table_needs and not matrix_needs:
         return None, {}
-    V, widest = len(subject.table.weight), subject.config.n_embd
+    widest = subject.config.n_embd
     for layer in layers:
         widest = max(widest, sum(heights([(layer, "k"), (layer, "v")])))
     count = -(-args.calib_tokens // args.window)
-    windows, ids = windows_of(args, "calib_text", tokenizer, subject, count, 2 * widest)
-    moments, table = Moments(layers if matrix_needs else []), dict(counts=torch.bincount(ids, minlength=V))
+    windows, counts = texts.calibration_windows(count, 2 * widest)
+    moments, table = Moments(layers if matrix_needs else []), dict(counts=counts)
     if matrix_needs or "head" in table_needs:
         gradients = "G" in matrix_needs or "lookup" in table_needs
         kept = torch.load(file, weights_only=True) if file.exists() else dict(C={}, head=None, lookup=None)

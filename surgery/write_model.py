@@ -31,7 +31,7 @@ def make_smaller(args, point, surgeon, evaluator, tokenizer, windows):
     """
     Write the point's model to --out -> its record: a dict of measures for each of untouched, smaller and healed.
 
-    windows: of calibration text, for healing. Raises RuntimeError where the smaller model is not the one that the sweep
+    windows: for healing. Raises RuntimeError where the smaller model is not the one that the sweep
     measured.
     """
     subject = surgeon.subject
@@ -45,12 +45,12 @@ def make_smaller(args, point, surgeon, evaluator, tokenizer, windows):
     found = dict(untouched=evaluator.measure(), smaller=evaluator.measure(small))
     if max(abs(found["smaller"][name] - measured[name]) for name in ("loss", "kl")) > 1e-4:
         raise RuntimeError(f"the factors lose {found['smaller']['loss']}, their products {measured['loss']}")
-    training = heal_with_bar(args, small, subject, windows) if args.heal_steps else None
+    training = heal_with_bar(args, small, subject, windows) | dict(text=args.heal_text) if args.heal_steps else None
     stored = save(args.out, hf, tokenizer, plan)
     read, _ = load(args.out, args.device)
     last = "healed" if training else "smaller"
     found[last] = evaluator.measure(Subject(read)) | (training or {})
-    prompt = evaluator.windows[0][0][0]
+    prompt = next(iter(evaluator.windows.values()))[0][0][0]
     speeds = decode_speeds([subject.model, read], prompt)
     numbers = sum(p.numel() for p in subject.model.parameters())
     rows = (("untouched", subject.model, (numbers, 4 * numbers), speeds[0]), (last, read, stored, speeds[1]))

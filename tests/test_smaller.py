@@ -1,5 +1,7 @@
 import copy
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -230,7 +232,7 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
     model, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
     untouched = Subject(sharpened(llama()))
     windows = [(x[None, :-1], x[None, 1:]) for x in IDS.repeat(1, 5)]  # longer than what Subject's check has cached
-    evaluator, student = Evaluator(untouched, windows), Subject(small)
+    evaluator, student = Evaluator(untouched, dict(text=windows)), Subject(small)
     before, size, names = evaluator.measure(student), parameters(small), set(small.state_dict())
     teacher = {name: p.clone() for name, p in untouched.model.named_parameters()}
     seen = []
@@ -249,8 +251,14 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
     save_tokenizer(clinic / "sharp")
     out = tmp_path / "smaller"
     point = ("--targets", "k,v", "--mode", "shared_kv", "--method", "fisher", "--rank", "8")
-    result = operate(*point, "--out", out, "--heal_steps", "12", "--heal_rank", "2", model="sharp")
+    (clinic / "pages.txt").write_text("\f".join(toys.TEXT[i : i + 9000] for i in range(0, 72000, 9000)))
+    texts = ("--calib_text", clinic / "pages.txt", "--eval_text", f"{clinic}/pages.txt,{clinic}/eval.txt")
+    heal = ("--heal_text", clinic / "calib.txt", "--heal_steps", "12", "--heal_rank", "2")
+    result = operate(*point, *texts, *heal, "--out", out, model="sharp")
     assert result.status == 0, result.err
+    for words in ("calibrated on: {0}/pages.txt (even documents)\n", "healed on: {0}/calib.txt\n",
+                  "evaluated on: {0}/pages.txt (odd documents), {0}/eval.txt\n"):  # fmt: skip
+        assert words.format(clinic) in result.out
     measured = json.loads((out / "measured.json").read_text())["models"]
     assert measured["smaller"]["loss"] == pytest.approx(result.records[-1]["loss"], abs=1e-4)
     assert measured["healed"]["cache_bytes"] == measured["untouched"]["cache_bytes"] / 4
@@ -258,8 +266,16 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
     assert measured["healed"]["kl"] != measured["healed"]["training_kl"] and measured["smaller"]["kl"] > 0
     assert measured["healed"]["steps"] == 12 and len(measured["healed"]["tokens_per_second"]) == 3
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## Really smaller" in report and "healed" in report
-    again = operate(*point, "--out", tmp_path / "second", model="sharp")
+    assert "## Really smaller" in report and f"12 on {clinic}/calib.txt" in report
+    for part in report.split("## Really smaller"):  # each text has its columns, with what calibration has to do with it
+        assert "perplexity, pages.txt (other documents)" in part and "perplexity, eval.txt (not calibrated on)" in part
+    for name, found in measured["healed"]["texts"].items():
+        of_untouched, change = measured["untouched"]["texts"][name], math.expm1(found["nats"])
+        assert found["ppl"] / of_untouched["ppl"] - 1 == pytest.approx(change, abs=1e-6) and of_untouched["nats"] == 0
+        assert f"{found['ppl']:.2f} | {change:+.1%} ± {math.exp(found['nats']) * found['nats_se']:.1%} |" in re.sub(
+            " +", " ", report
+        )
+    again = operate(*point, *texts, "--out", tmp_path / "second", model="sharp")
     assert again.status == 0 and again.last["points"] == 0 and (tmp_path / "second" / "surgery.safetensors").exists()
 
 

@@ -134,7 +134,7 @@ def test_everything_kept_is_the_identity_and_only_what_is_asked_for_changes(name
     with Moments(layers) as moments:
         head, lookup = calibrate(subject, [(x.numpy(), x.roll(-1, 1).numpy())], gradients=True)
     surgeon = Surgeon(subject, layers, 2, moments, dict(counts=x.flatten().bincount(minlength=300), head=head, lookup=lookup))
-    evaluator, before = Evaluator(subject, [(x[:1], x[1:2])]), fingerprint(model)
+    evaluator, before = Evaluator(subject, dict(text=[(x[:1], x[1:2])])), fingerprint(model)
     assert evaluator.measure()["kl"] == pytest.approx(0, abs=1e-6) and len(layers) == 2
     for point in points(levels=(("variance", 1.0), ("rank", 5))):
         if point.of_table and (not subject.tables or (point.method == "joint" and "head" in subject.tables)):
@@ -176,10 +176,8 @@ def test_an_imported_pythia_is_cut_as_the_hugging_face_one(operate):
 def test_the_loss_is_that_of_evaluate(own_clinic, kind):
     saved = checkpoint.load(own_clinic / ("pythia.pt" if kind == "pythia" else kind))
     model, data = checkpoint.build(saved, dropout=0.0).eval(), Dataset(str(own_clinic / "text"))
-    evaluator = Evaluator(
-        OwnSubject(model), [tuple(map(torch.from_numpy, xy)) for xy in data.fixed_windows(3, 1, model.config.block_size)]
-    )
-    found = evaluator.measure()
+    windows = [tuple(map(torch.from_numpy, xy)) for xy in data.fixed_windows(3, 1, model.config.block_size)]
+    found = Evaluator(OwnSubject(model), dict(text=windows)).measure()
     exact = evaluate(model, data, SimpleNamespace(eval_iters=3, batch_size=1), "cpu", torch.no_grad())
     assert found["loss"] == pytest.approx(exact["val_loss"], abs=1e-5) and found["kl"] == pytest.approx(0, abs=1e-6)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import lzma
 import os
 import resource
 import shutil
@@ -16,8 +17,8 @@ from conftest import REPO
 TEXT = pytest.importorskip("toys", reason="this transformers wants a newer torch").TEXT
 
 # of whoever runs the tests
-CHOICES = ("MODEL", "TEXT", "OUT", "VARIANCE", "K", "KV", "BUDGET", "SMALL", "SMALLWTE", "HEAL", "WTE", "VARIANCE_THRESHOLD",
-           "ARGS", "SETUP_PYTHON", "MAKEFLAGS", "MAKELEVEL")  # fmt: skip
+CHOICES = ("MODEL", "TEXT", "EVAL", "HEALTEXT", "OUT", "VARIANCE", "K", "KV", "BUDGET", "SMALL", "SMALLWTE", "HEAL", "WTE",
+           "VARIANCE_THRESHOLD", "ARGS", "SETUP_PYTHON", "MAKEFLAGS", "MAKELEVEL")  # fmt: skip
 TOY = "--window 32 --eval_windows 2 --calib_tokens 1024 --answer_tokens 0"
 
 
@@ -66,10 +67,17 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
 
 
 def test_the_sweeps_folder_has_the_texts_name(commands_of):
-    folders = [
-        {c[c.index("--out_dir") + 1] for c in commands_of("bash scripts/run_surgery.sh", TEXT=t)} for t in ("", "a/b.txt")
-    ]
-    assert folders == [{"model_weights/surgery"}, {"model_weights/surgery_b"}]
+    for text, name in {"": "surgery", "a/b.txt": "surgery_b", "a/b.c.txt,sotu,d e.txt": "surgery_b.c_sotu_d e"}.items():
+        commands = commands_of("bash scripts/run_surgery.sh", TEXT=text, HEALTEXT="h.txt")
+        assert {c[c.index("--out_dir") + 1] for c in commands} == {f"model_weights/{name}"}
+        assert {c[c.index("--eval_text") + 1] for c in commands if text} <= {text}
+        assert ["h.txt"] * 2 == [c[c.index("--heal_text") + 1] for c in commands if "--heal_text" in c]
+
+
+def test_a_text_to_evaluate_on_beside_that_of_calibration(commands_of):
+    for command in commands_of("bash scripts/run_surgery.sh", TEXT="a.txt", EVAL="a.txt,b.txt"):
+        assert command[command.index("--calib_text") + 1] == "a.txt"
+        assert command[command.index("--eval_text") + 1] == "a.txt,b.txt"
 
 
 # -- make -------------------------------------------------------------------------------------------------------------
@@ -207,6 +215,8 @@ def test_mistakes_with_folders_and_texts_are_one_line(operate, clinic, tmp_path,
     for name, text in dict(empty="", short="too short", form="\f", model="no model").items():
         (clinic / f"{name}.txt").write_text(text)
     (clinic / "model.gguf").write_text("no model")
+    (clinic / "broken.txt.xz").write_text("no xz")
+    (clinic / "half.txt.xz").write_bytes(lzma.compress(TEXT.encode())[:200])
     config, small = (clinic / "llama" / "config.json").read_bytes(), tmp_path / "small"
     to_file, heal = clinic / "calib.txt" / "folder", ("--out", small, "--heal_steps", "2")
     for argv, texts, *words in [
@@ -219,6 +229,14 @@ def test_mistakes_with_folders_and_texts_are_one_line(operate, clinic, tmp_path,
         ([], dict(evaluate="form.txt"), "--eval_text", "form.txt"),
         ([], dict(evaluate="empty.txt", calib="empty.txt"), "--eval_text", "empty.txt"),
         ([], dict(evaluate="llama"), "--eval_text", "text file"),
+        (["--eval_text", f"{clinic}/eval.txt,{clinic}/none.txt"], {}, "--eval_text", "none.txt", "is not there"),
+        (["--eval_text", ","], {}, "--eval_text ,", "names no text"),
+        (["--eval_text", f"{clinic}/eval.txt,{clinic}/short.txt"], {}, "--eval_text", "short.txt", "window of 32"),
+        ([], dict(evaluate="broken.txt.xz"), "--eval_text", "broken.txt.xz", "LZMAError"),
+        ([], dict(evaluate="half.txt.xz"), "--eval_text", "half.txt.xz", "EOFError"),
+        (["--heal_text", clinic / "eval.txt"], {}, "--heal_text", "--heal_steps"),
+        ([*heal, "--heal_text", clinic / "none.txt"], {}, "--heal_text", "none.txt"),
+        ([*heal, "--heal_text", clinic / "eval.txt"], {}, "--eval_text", "one document", "--heal_text"),
         (["--model", clinic / "model.txt"], {}, "--model", "model.txt"),
         (["--model", clinic / "model.gguf"], {}, "--model"),
         (["--model", clinic / "llama" / "config.json"], {}, "--model"),
