@@ -1,8 +1,11 @@
 """pca_factorize_wte.py on the main job's baseline."""
 
+import pytest
 import torch
 
 from common.dataset import write_dataset
+from util_factorization import METHODS, decompose_table
+from util_factorization.spectrum import root
 
 
 def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error, tmp_path, tmp_path_factory):
@@ -65,3 +68,18 @@ def test_pca_factorize_by_share_of_energy(copy, main_job, run_main, tmp_path):
     k = by_share["k"]
     for name in (f"wte_freq_k{k}.npy", f"scale_mats_freq_k{k}.npz", f"factors_freq_k{k}.json", "scree_freq.png"):
         assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize("needs", [("lookup",), ("counts", "lookup"), ("head",), ("head", "lookup")])
+def test_a_new_method_gets_what_it_says_it_needs(baseline, run_main, tmp_path, monkeypatch, needs):
+    """The README's recipe: a line in METHODS, and its cost in blocks_of()."""
+
+    def blocks_of(method, table, mean, p, head, lookup, joint_lambda, like):
+        given = dict(head=head, lookup=lookup)
+        return [(None, root(sum(given[name] for name in needs if name != "counts").to(like)))]
+
+    monkeypatch.setitem(METHODS, "new", needs)
+    monkeypatch.setattr(decompose_table, "blocks_of", blocks_of)
+    to = ("--out_wte_npy", tmp_path / "wte_{method}_k{k}.npy", "--out_scale_npz", tmp_path / "scale_mats_{method}_k{k}.npz")
+    result = run_main("util_factorization/pca_factorize_wte.py", "--ckpt_path", baseline, "--rank_k", 8, "--method", "new", *to)
+    assert result.status == 0 and result.last["ranks"][0]["k"] == 8, result.err

@@ -1,11 +1,11 @@
 """
-The methods of factorization: their names, and what each has to know. Here, where --help reads them without importing torch.
+The methods of factorization: their names, and what each needs. They stand here so that --help need not import torch.
 
 To add a method, add its line here and its cost in decompose_table.py (or decompose_matrix.py).
 """
 
-# of a token table: counts, how often each token occurs; head, C of what the head reads; lookup, G of the loss's gradient at the
-# looked-up row
+# Of a token table. counts: how often each token occurs; head: C of what the head reads; lookup: G of the loss's gradient at
+# the looked-up row.
 METHODS = dict(
     svd=(),
     centered=(),
@@ -14,11 +14,16 @@ METHODS = dict(
     joint=("counts", "head"),
     fisher=("counts", "head", "lookup"),
 )
-CALIBRATED = tuple(method for method, needs in METHODS.items() if "head" in needs)  # these read calibration text
+MOMENTS = {"head", "lookup"}  # what has to be measured on calibration text
 JOINT_LAMBDA = 0.3
 
-# of a matrix y = W x: C of its input, G of the loss's gradient at its output
+# Of a matrix, y = W x. C: of its input; G: of the loss's gradient at its output.
 MATRIX_METHODS = dict(pca=(), svd=(), whiten=("C",), fisher=("C", "G"))
+
+
+def reads_text(method):
+    """Whether a method of a token table needs calibration text."""
+    return not MOMENTS.isdisjoint(METHODS[method])
 
 
 def check_needs(method, methods, **given):

@@ -13,10 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
-from util_factorization import CALIBRATED, JOINT_LAMBDA, METHODS
+from util_factorization import JOINT_LAMBDA, METHODS, MOMENTS, reads_text
 
 FOLDER = "model_weights/pca_factorized"
 CALIB_TOKENS = 131072  # 8,192 already give the same losses to 0.01 on the laptop's model
+
+
+def methods_with(*needs):
+    """The methods that need one of these, for --help."""
+    return ", ".join(method for method in METHODS if not set(needs).isdisjoint(METHODS[method]))
 
 
 @dataclass
@@ -27,9 +32,11 @@ class Args:
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
     method: str = flag("svd", "svd is the seeds' PCA; see decompose_table.py", choices=tuple(METHODS))
     dataset: str = flag(
-        "", "token counts of all methods but svd and centered; left out, the checkpoint's own dataset, if it is there"
+        "", f"token counts for {methods_with('counts')}; left out, the checkpoint's own dataset, if it is there"
     )
-    calib_dataset: str = flag("", "training text that whiten, joint and fisher read; left out, the dataset of the token counts")
+    calib_dataset: str = flag(
+        "", f"training text that {methods_with(*MOMENTS)} read; left out, the dataset of the token counts"
+    )
     calib_tokens: int | None = flag(None, f"tokens of it, in windows evenly spread; left out, {CALIB_TOKENS}, or all", low=1)
     joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint", low=1e-12, high=1e9)
     device: str = flag("cpu", "where calibration and decomposition run: cpu or cuda")
@@ -115,7 +122,8 @@ def token_counts(args, checkpoint):
     from common.dataset import Dataset, find_folder
 
     V, name = checkpoint["config"]["vocab_size"], args.dataset or checkpoint["args"]["dataset"]
-    required, folder = bool(args.dataset) or "counts" in METHODS[args.method], find_folder(name)
+    calibrated = reads_text(args.method) and not args.calib_dataset
+    required, folder = bool(args.dataset) or calibrated or "counts" in METHODS[args.method], find_folder(name)
     if not required and not (folder and (folder / "meta.pkl").is_file()):
         return None, None
     dataset = Dataset(name)
@@ -128,7 +136,7 @@ def token_counts(args, checkpoint):
 
 def check_method(args, given):
     """Refuse flags that the method does not read."""
-    if args.method not in CALIBRATED and not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
+    if not reads_text(args.method) and not {"calib_dataset", "calib_tokens"}.isdisjoint(given):
         fail(f"--method {args.method} reads no calibration text: drop --calib_dataset and --calib_tokens")
     if args.method != "joint" and "joint_lambda" in given:
         fail(f"--joint_lambda has no effect in --method {args.method}: give --method joint, or drop it")
@@ -155,7 +163,7 @@ def main(argv=None):
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
     dataset, counts = token_counts(args, checkpoint)
-    C, G, source = calibration(args, checkpoint, dataset) if args.method in CALIBRATED else (None, None, {})
+    C, G, source = calibration(args, checkpoint, dataset) if reads_text(args.method) else (None, None, {})
     decomposition = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)
 
     ranks = [rank if isinstance(rank, int) else decomposition.rank_for(rank) for rank in asked]
