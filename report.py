@@ -19,9 +19,6 @@ class Args:
     runs: str = flag("model_weights", "folder with run folders, or with seed_N folders of them; report.md goes there")
 
 
-SEEDS_COMMAND = 'SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128'
-
-
 def verdict_lines(judged):
     """The decided claims, and how many are not."""
     decided = [f"- {claim.text}: {verdict}" for claim, verdict, _ in judged if verdict != "inconclusive"]
@@ -31,8 +28,9 @@ def verdict_lines(judged):
 
 def seeds_line(rows):
     """That one seed is not enough, and the command that repeats the main job with three."""
-    main_job = any(row.label == "A" for row in rows)
-    hint = SEEDS_COMMAND if main_job else 'SEEDS="1 2 3" before the same command'
+    rank = next((row.k for row in rows if row.label == "A"), None)
+    main_job = f'SEEDS="1 2 3" bash scripts/run_all_experiments.sh {rank}'
+    hint = main_job if rank else 'SEEDS="1 2 3" before the same command'
     return [f"One seed cannot be tested, three can: {hint}"]
 
 

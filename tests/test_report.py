@@ -82,7 +82,7 @@ def test_the_terminal_shows_a_table_four_answers_and_how_to_get_three_seeds(tmp_
         ("Does the compressed model reach the baseline?", "with equal tokens, 0.100 nats over the baseline with the same"),
     ):
         assert any(question in " ".join(a.split()) and found in " ".join(a.split()) for a in answers), question
-    assert 'One seed cannot be tested, three can: SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128' in lines
+    assert 'One seed cannot be tested, three can: SEEDS="1 2 3" bash scripts/run_all_experiments.sh 4' in lines
     assert f"{tmp_path / 'report.md'}" in lines[-1]
 
 
