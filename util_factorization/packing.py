@@ -1,4 +1,10 @@
-"""Streams of b-bit codes in bytes; the windows of L bits overlap (trellis.py), and a number is read at any place."""
+"""
+Streams of b-bit codes in bytes; the windows of L bits overlap (trellis.py), and a number is read at any place.
+
+pack() stores many numbers of one depth in a stream. pack_rows() stores rows whose numbers have depths of their own.
+"""
+
+import math
 
 import torch
 
@@ -31,3 +37,45 @@ def unpack(packed, window, starts):
     at = starts >> 3
     three = packed[at].int() << 16 | packed[at + 1].int() << 8 | packed[at + 2].int()
     return three >> (24 - window - (starts & 7)) & (2**window - 1)
+
+
+def row_bytes(bits):
+    """Bytes of a row of pack_rows()."""
+    return -(-sum(bits) // 8)
+
+
+def pack_rows(windows, bits):
+    """
+    windows [N,K] of numbers with bits [K], a list -> uint8 [N, row_bytes()]: the low b bits of each number, side by side.
+
+    A window is these bits and the ones before it; before the first number they are 0.
+    """
+    depth = torch.tensor(bits, dtype=torch.long)
+    number = torch.repeat_interleave(torch.arange(len(bits)), depth)  # of each bit of a row
+    shift = depth.cumsum(0)[number] - 1 - torch.arange(len(number))
+    stream = (windows[:, number] >> shift & 1).to(torch.uint8)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (stream << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_rows(packed, bits, window):
+    """The inverse: uint8 [N, row_bytes()] -> windows [N,K], int32."""
+    padded = torch.nn.functional.pad(packed, (3, 2)).int()
+    starts = 24 + torch.tensor(bits, dtype=torch.long).cumsum(0) - window
+    at = starts >> 3
+    three = padded[:, at] << 16 | padded[:, at + 1] << 8 | padded[:, at + 2]
+    return three >> (24 - window - (starts & 7)).int() & (2**window - 1)
+
+
+def unpack_all(packed, streams, n, bits, window):
+    """The windows of whole streams, int32 [streams, n]: as unpack(), by shifts of whole rows of bytes."""
+    rows = packed[:-2].view(streams, -1)
+    rows = torch.nn.functional.pad(rows, (0, 2)).int()
+    three = rows[:, :-2] << 16 | rows[:, 1:-1] << 8 | rows[:, 2:]
+    period = 8 // math.gcd(bits, 8)  # numbers after which a window begins at the first bit of a byte again
+    step = period * bits // 8
+    found = torch.empty(streams, -(-n // period), period, dtype=torch.int32)
+    for r in range(period):
+        part = three[:, r * bits >> 3 :: step][:, : found.shape[1]]
+        found[:, : part.shape[1], r] = part >> (24 - window - (r * bits & 7)) & (2**window - 1)
+    return found.flatten(1)[:, :n]

@@ -1,0 +1,179 @@
+import copy
+
+import pytest
+import torch
+
+from surgery.subject import Subject
+from surgery.write_model import cache_bytes
+from util_factorization.packing import pack_rows, row_bytes, unpack_rows
+from util_factorization.trellis import WINDOW, gaussian_codes
+from value_cache.coded_cache import WHOLE, encode_rows, fit, known_of
+
+toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
+modules = pytest.importorskip("surgery.coded_attention")
+
+IDS = torch.randint(300, (6, 40), generator=torch.Generator().manual_seed(0))
+WINDOWS = [(ids[None], ids[None]) for ids in torch.randint(300, (12, 48), generator=torch.Generator().manual_seed(1))]
+
+
+def levels():
+    return torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in gaussian_codes())])
+
+
+def coded(share):
+    """(the untouched toy, the toy with a coded cache, its codes)"""
+    torch.manual_seed(0)
+    untouched = toys.llama()
+    model = copy.deepcopy(untouched)
+    return untouched, model, modules.code_cache(Subject(model), WINDOWS, share)
+
+
+@pytest.fixture(scope="module")
+def at_quarter():
+    return coded(0.25)
+
+
+# -- the mathematics --------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_many_depths_are_packed_and_read_again():
+    bits = [8, 5, 3, 3, 2, 1, 1]
+    windows = encode_rows(torch.randn(50, len(bits)), bits, levels())
+    packed = pack_rows(windows, bits)
+    assert packed.shape == (50, row_bytes(bits)) == (50, 3)
+    assert torch.equal(unpack_rows(packed, bits, WINDOW), windows.int())
+
+
+def test_the_stream_of_least_error_is_found():
+    """Against all 2^8 streams of three numbers."""
+    bits, table, z = [3, 3, 2], levels(), torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    streams = torch.arange(2**8)
+    every = torch.stack([streams >> 5, streams >> 2, streams], 1)  # the window of each number: L = 8 bits of the stream
+    values = torch.stack([table[b][w] for b, w in zip(bits, every.T)], 1)
+    least = (z[:, None] - values).square().sum(-1).amin(1)
+    found = torch.stack([table[b][w] for b, w in zip(bits, encode_rows(z, bits, table).T)], 1)
+    torch.testing.assert_close((z - found).square().sum(-1), least)
+
+
+@pytest.mark.parametrize("b", [1, 2, 4])
+def test_the_error_is_that_of_the_trellis(b):
+    z = torch.randn(100, 400, generator=torch.Generator().manual_seed(0))
+    error = (z - levels()[b][encode_rows(z, [b] * 400, levels())]).square()
+    error = error[:, WINDOW:].mean().item()  # a stream's first numbers have less choice
+    assert error == pytest.approx(gaussian_codes()[b - 1].error, rel=0.05)
+
+
+def texts(layers=3, D=6, d=5, B=40, T=24):
+    """Layers that follow one another closely, and metrics."""
+    draw = torch.Generator().manual_seed(0)
+    e, x = torch.randn(B, T, d, generator=draw), []
+    for i in range(layers):
+        before = known_of(x[-1] if x else None, e)
+        new = 0.3 * torch.randn(B, T, D, generator=draw) if i else 0
+        x.append(before @ torch.randn(before.shape[-1], D, generator=draw) + new)
+    G = [torch.diag(10.0 ** -torch.arange(D)) for _ in x]
+    return x, e, G
+
+
+def read_back(codes, x, e, forecasts=True):
+    read, out = None, []
+    for code, now in zip(codes, x):
+        known = (known_of(read, e) if forecasts else e[..., :0]).flatten(0, 1)
+        windows = code.unpack(code.pack(code.encode(now.flatten(0, 1), known)))
+        read = code.decode(windows, known).view_as(now)
+        out.append(read)
+    return out
+
+
+def loss(G, x, read):
+    """In the metric, mean over the tokens that are coded."""
+    return sum(((a - b)[:, WHOLE:] @ g.sqrt()).square().sum(-1).mean().item() for g, a, b in zip(G, x, read))
+
+
+def test_bits_are_spent_within_the_budget_and_forecasts_and_the_metric_pay():
+    x, e, G = texts()
+    codes = fit(x, e, G, 24)
+    assert sum(sum(code.bits) for code in codes) == 24
+    assert codes[0].bits == []  # the first layer is a function of e
+    plain = fit(x, e, G, 24, forecasts=False)
+    blind = fit(x, e, [torch.eye(6)] * 3, 24)
+    best = loss(G, x, read_back(codes, x, e))
+    assert best < 0.2 * loss(G, x, read_back(plain, x, e, forecasts=False))
+    assert best < 0.5 * loss(G, x, read_back(blind, x, e))
+
+
+def test_many_bits_give_the_numbers_back():
+    x, e, G = texts()
+    for now, read in zip(x, read_back(fit(x, e, G, 8 * 18), x, e)):
+        assert (now - read)[:, WHOLE:].square().mean() < 1e-4 * now.square().mean()
+
+
+def test_no_bits_and_short_texts_are_refused():
+    x, e, G = texts()
+    with pytest.raises(ValueError, match="pays for no component"):
+        fit(x, e, G, 0.5)
+    with pytest.raises(ValueError, match="give longer ones"):
+        fit([now[:, :WHOLE] for now in x], e[:, :WHOLE], G, 24)
+
+
+# -- in a model of Hugging Face ---------------------------------------------------------------------------------------
+
+
+def test_with_all_bits_it_is_the_untouched_model():
+    untouched, model, _ = coded(0.5)  # 8 bits of each number, the most there are
+    tenth = coded(0.1)[1]
+    with torch.no_grad():
+        before, after, less = (m(IDS).logits for m in (untouched, model, tenth))
+    assert (after - before).square().mean() < 2e-3 * before.var()
+    assert (less - before).square().mean() > 10 * (after - before).square().mean()
+
+
+@torch.no_grad()
+def test_chunks_and_single_tokens_read_the_same(at_quarter):
+    model = copy.deepcopy(at_quarter[1]).double()  # a number on the edge of two codes would be rounded otherwise in float32
+    whole = model(IDS).logits
+    for sizes in ([1] * 40, [2, 3, 30, 5], [40]):
+        cache, found = None, []
+        for part in IDS.split(sizes, 1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+        torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_bytes_that_are_allocated_are_those_that_were_paid(at_quarter):
+    untouched, model, codes = at_quarter
+    D = 2 * 2 * 8
+    assert sum(sum(code.bits) for code in codes) <= 0.25 * 16 * 3 * D
+    expected = 2 + sum(code.bytes_per_token for code in codes) + 3 * 2 * D * WHOLE / 40
+    assert cache_bytes(model, IDS[0]) == expected
+    assert expected < 0.45 * cache_bytes(untouched, IDS[0]) / 2  # float32 there
+
+
+@torch.no_grad()
+def test_generate_with_left_padding_is_that_of_single_texts(at_quarter):
+    model = copy.deepcopy(at_quarter[1]).double()
+    lengths, options = (20, 13, 2), dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    padded, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        padded[i, 20 - n :], mask[i, 20 - n :] = IDS[i, :n], 1
+    together = model.generate(padded, attention_mask=mask, **options)[:, 20:]
+    for i, n in enumerate(lengths):
+        alone = model.generate(IDS[i : i + 1, :n], attention_mask=torch.ones(1, n, dtype=torch.long), **options)
+        assert torch.equal(alone[0, n:], together[i])
+
+
+def test_gradients_pass_and_rows_without_ids_are_refused(at_quarter):
+    model = copy.deepcopy(at_quarter[1])
+    model.requires_grad_(True)
+    model(IDS).logits.square().mean().backward()
+    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+    with pytest.raises(ValueError, match="give the model input_ids"):
+        model(inputs_embeds=torch.randn(1, 7, 32))
+
+
+def test_a_fused_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        modules.install(toys.neox(), [])
+    assert "give a Llama" in capsys.readouterr().err
