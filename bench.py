@@ -25,8 +25,10 @@ class Args:
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
     shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
     vocab_size: int = flag(50257, "ids of that model", low=1)
-    rank: int | None = flag(None, "numbers that its compressed keys and values have; left out, five eighths of its width")
-    context: int | None = flag(None, "positions in the cache when the last token is read; left out, the block_size")
+    rank: int | None = flag(
+        None, "numbers that its compressed keys and values have; left out, five eighths of its width", low=1
+    )
+    context: int | None = flag(None, "positions in the cache when the last token is read; left out, the block_size", low=1)
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
     batch_size: int = flag(1, "texts side by side", low=1)
     steps: int = flag(24, "tokens of one measurement", low=1)

@@ -26,9 +26,11 @@ class Args:
     prompt_ids: str | None = flag(None, "token ids, comma-separated, instead of text")
     num_samples: int = flag(1, "texts, side by side in one batch; a single one streams", low=1)
     max_new_tokens: int = flag(100, "tokens of each text after the prompt", low=1)
-    temperature: float = flag(0.8, "the logits are divided by it; 0 takes the likeliest token")
+    temperature: float = flag(0.8, "the logits are divided by it; 0 takes the likeliest token", low=0)
     top_k: int | None = flag(None, "draw from this many of the likeliest tokens", low=1)
-    top_p: float | None = flag(None, "draw from the fewest tokens that have this share of the probability together")
+    top_p: float | None = flag(
+        None, "draw from the fewest tokens that have this share of the probability together", above=0, high=1
+    )
     seed: int = flag(1337, "of the draws", low=0, high=2**63 - 1)
     kv_cache: bool = flag(True, "keep keys and values; without, every token reads the whole text again")
     kv_dtype: str | None = flag(None, "what the cache keeps; left out, the model's own dtype", choices=KV_DTYPES)
@@ -46,10 +48,8 @@ def check(args, given):
     prompts = [f"--{name}" for name in ("prompt", "prompt_file", "prompt_ids") if name in given]
     if len(prompts) > 1:
         fail(f"{prompts[0]} and {prompts[1]} are two prompts: drop one")
-    if args.temperature and not 1e-6 <= args.temperature < float("inf"):
+    if 0 < args.temperature < 1e-6:  # the logits would grow beyond float32
         fail(f"--temperature {args.temperature}: give 0 for the likeliest token, or a number from 1e-6 on")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: give a share above 0, up to 1")
     if args.temperature == 0 and (args.top_k or args.top_p):
         fail("--temperature 0 takes the likeliest token, --top_k and --top_p have no effect: drop them")
     if not args.kv_cache and (args.kv_dtype or args.attend != "auto"):

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from common.cli import flag, parse
 from common.train_rules import LORA_TARGETS, check, check_given
 
-LARGE = 10**9
-ALMOST_1 = 0.999999
-
 # -- the flags, one dataclass per concern -----------------------------------------------------------------------------
 
 
@@ -19,17 +16,15 @@ ALMOST_1 = 0.999999
 class ModelArgs:
     """The shape of the model: model.GPTConfig again, with help. That file needs torch, and this one must not import it."""
 
-    block_size: int = flag(2048, "context length in tokens", low=1, high=LARGE)
-    n_layer: int = flag(12, "transformer blocks", low=1, high=LARGE)
-    n_head: int = flag(12, "attention heads of each block", low=1, high=LARGE)
-    n_embd: int = flag(768, "width d of the residual stream", low=1, high=LARGE)
-    mlp_expansion_factor: int = flag(4, "width of the MLP in units of n_embd", low=1, high=LARGE)
+    block_size: int = flag(2048, "context length in tokens", low=1)
+    n_layer: int = flag(12, "transformer blocks", low=1)
+    n_head: int = flag(12, "attention heads of each block", low=1)
+    n_embd: int = flag(768, "width d of the residual stream", low=1)
+    mlp_expansion_factor: int = flag(4, "width of the MLP in units of n_embd", low=1)
     activation: str = flag("gelu", "gelu is exact, gelu_tanh is what OpenAI's GPT-2 uses", choices=("gelu", "gelu_tanh"))
     bias: bool = flag(True, "biases in linear layers and LayerNorms")
-    dropout: float = flag(0.1, "dropout while training; evaluation uses none", low=0, high=ALMOST_1)
-    n_embd_wte: int | None = flag(
-        None, "rank k of a factorized token table [V,k] x [k,d]; left out, the table is dense", low=1, high=LARGE
-    )
+    dropout: float = flag(0.1, "dropout while training; evaluation uses none", low=0, below=1)
+    n_embd_wte: int | None = flag(None, "rank k of a factorized token table [V,k] x [k,d]; left out, the table is dense", low=1)
     n_embd_wte_scale_tying: bool = flag(False, "scale_up and scale_down are one matrix")
     factor_init: str = flag(
         "matched",
@@ -42,12 +37,8 @@ class ModelArgs:
     parallel_residual: bool = flag(False, "attention and MLP of a block read the same stream, as in Pythia")
     norms_per_layer: int = flag(2, "LayerNorms of a block; 1 is shared, with --parallel_residual", choices=(1, 2))
     tie_head: bool = flag(True, "the head is the token table")
-    v_proj_dim: int | None = flag(
-        None, "numbers a token that the cache holds for the values; left out, n_embd of them", low=1, high=LARGE
-    )
-    k_proj_dim: int | None = flag(
-        None, "numbers a token that the cache holds for the keys, before they are rotated", low=1, high=LARGE
-    )
+    v_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the values; left out, n_embd of them", low=1)
+    k_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the keys, before they are rotated", low=1)
     v_proj_narrow: bool = flag(False, "v_proj gives --v_proj_dim numbers itself, and nothing restores them")
 
 
@@ -56,18 +47,16 @@ class ObjectiveArgs:
     objective: str = flag(
         "lm", "lm: cross-entropy; v_recon: mean (V - V_restored)^2 over elements and layers", choices=("lm", "v_recon")
     )
-    v_recon_weight: float = flag(0.0, "what that error counts beside the cross-entropy, with --v_proj_dim", low=0, high=LARGE)
+    v_recon_weight: float = flag(0.0, "weight of the reconstruction error in the loss; needs --v_proj_dim", low=0)
     train_only: str = flag("", "whole parts of parameter names (attn, h.0, v_proj.bias), comma-separated: all else stays")
     freeze: str = flag("", "whole parts of parameter names, comma-separated: these stay as they are")
 
 
 @dataclass
 class LoraArgs:
-    lora_rank: int | None = flag(
-        None, "train adapters of this rank and nothing else; left out, there are none", low=1, high=LARGE
-    )
-    lora_alpha: float = flag(64.0, "an adapter's scale is lora_alpha / lora_rank", low=1e-12, high=LARGE)
-    lora_dropout: float = flag(0.1, "dropout of what an adapter reads; evaluation uses none", low=0, high=ALMOST_1)
+    lora_rank: int | None = flag(None, "train adapters of this rank and nothing else; left out, there are none", low=1)
+    lora_alpha: float = flag(64.0, "an adapter's scale is lora_alpha / lora_rank", above=0)
+    lora_dropout: float = flag(0.1, "dropout of what an adapter reads; evaluation uses none", low=0, below=1)
     lora_targets: str = flag(
         ",".join(LORA_TARGETS), "what gets an adapter, comma-separated; wte's acts in the lookup and in the tied head"
     )
@@ -94,41 +83,34 @@ class StartArgs:
 @dataclass
 class OptimArgs:
     dataset: str = flag("wikitext103", "a folder under data/ with train.bin, val.bin and meta.pkl, or a path to one")
-    batch_size: int = flag(4, "windows of one micro-step", low=1, high=LARGE)
-    gradient_accumulation_steps: int = flag(4, "micro-steps of one step, over all cards together", low=1, high=LARGE)
-    max_iters: int = flag(10000, "optimizer steps", low=0, high=LARGE)
+    batch_size: int = flag(4, "windows of one micro-step", low=1)
+    gradient_accumulation_steps: int = flag(4, "micro-steps of one step, over all cards together", low=1)
+    max_iters: int = flag(10000, "optimizer steps", low=0)
     max_epochs: int | None = flag(
         None,
         "epochs instead of steps: sequences that do not overlap, shuffled anew in each, an evaluation after each",
         low=1,
-        high=LARGE,
     )
-    max_train_samples: int | None = flag(
-        None, "sequences of an epoch, from the start of the text; left out, all of it", low=1, high=LARGE
-    )
-    patience: int | None = flag(
-        None, "stop after this many evaluations without a better one; left out, never", low=1, high=LARGE
-    )
-    learning_rate: float = flag(1e-4, "after the warmup", low=1e-12, high=LARGE)
-    min_lr: float = flag(5e-6, "at the end of the cosine", low=0, high=LARGE)
-    warmup_iters: int = flag(500, "steps of linear warmup", low=0, high=LARGE)
-    lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters", low=1, high=LARGE)
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only", low=0, high=LARGE)
-    beta1: float = flag(0.9, "AdamW's", low=0, high=ALMOST_1)
-    beta2: float = flag(0.95, "AdamW's", low=0, high=ALMOST_1)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0, high=LARGE)
+    max_train_samples: int | None = flag(None, "sequences of an epoch, from the start of the text; left out, all of it", low=1)
+    patience: int | None = flag(None, "stop after this many evaluations without a better one; left out, never", low=1)
+    learning_rate: float = flag(1e-4, "after the warmup", above=0)
+    min_lr: float = flag(5e-6, "at the end of the cosine", low=0)
+    warmup_iters: int = flag(500, "steps of linear warmup", low=0)
+    lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters", low=1)
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only", low=0)
+    beta1: float = flag(0.9, "AdamW's", low=0, below=1)
+    beta2: float = flag(0.95, "AdamW's", low=0, below=1)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0)
 
 
 @dataclass
 class RunArgs:
     preset: str = flag("", "values that differ from the defaults, see below")
     out_dir: str = flag("model_weights/out", "the run's folder")
-    eval_interval: int = flag(
-        500, "steps between evaluations; each writes last.pt, and ckpt.pt where it is the best", low=1, high=LARGE
-    )
-    eval_iters: int = flag(100, "batches of --batch_size fixed validation windows in one evaluation", low=1, high=LARGE)
+    eval_interval: int = flag(500, "steps between evaluations; each writes last.pt, and ckpt.pt where it is the best", low=1)
+    eval_iters: int = flag(100, "batches of --batch_size fixed validation windows in one evaluation", low=1)
     eval_only: bool = flag(False, "evaluate and stop; with --init_from resume it evaluates ckpt.pt and writes nothing")
-    log_interval: int = flag(10, "steps between progress lines", low=1, high=LARGE)
+    log_interval: int = flag(10, "steps between progress lines", low=1)
     device: str = flag("cuda", "cuda, cuda:1, cpu, mps")
     dtype: str = flag(
         "float16",

@@ -12,14 +12,17 @@ import typing
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
+LARGE = 10**9  # a number with a range that states no upper end is at most this: larger ones are slips
 
-def flag(default=MISSING, help="", choices=None, low=None, high=None):
+
+def flag(default=MISSING, help="", choices=None, low=None, high=None, above=None, below=None):
     """
     A dataclass field that is also a command-line flag; without a default the flag is required.
 
-    low, high: the smallest and the largest number that it may have; parse() refuses others.
+    low, high: the smallest and the largest number that it may have. above, below: the same without the ends. parse() refuses
+    other numbers.
     """
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, above=above, below=below))
 
 
 def fail(message):
@@ -94,10 +97,15 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None):
 def check_ranges(args):
     """Refuse a number outside the range that its flag() states."""
     for f in fields(args):
-        value, low, high = getattr(args, f.name), f.metadata["low"], f.metadata["high"]
-        if value is None or (low is None and high is None):
+        value, (low, high, above, below) = getattr(args, f.name), (f.metadata[x] for x in ("low", "high", "above", "below"))
+        if value is None or (low, high, above, below) == (None,) * 4:
             continue
-        within = (low is None or low <= value) and (high is None or value <= high)  # false for "not a number"
-        if not within:
-            allowed = f"{low} or more" if high is None else f"{high} or less" if low is None else f"{low} to {high}"
-            fail(f"--{f.name} {value}: give {allowed}")
+        within_low = (low is None or low <= value) and (above is None or above < value)  # false for "not a number"
+        within_high = value <= (LARGE if high is None else high) and (below is None or value < below)
+        if not (within_low and within_high):
+            ends = {"{} or more": low, "above {}": above, "{} or less": high, "below {}": below}
+            if within_low and high is None and below is None:
+                ends = {"{} or less": LARGE}
+            allowed = ", ".join(words.format(end) for words, end in ends.items() if end is not None)
+            both = low is not None and high is not None
+            fail(f"--{f.name} {value}: give {f'{low} to {high}' if both else allowed}")

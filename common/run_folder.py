@@ -51,13 +51,16 @@ class RunFolder:
             fail(f"--out_dir {self.path} is a file: give a folder")
         if resumed_at is None:
             self._refuse_another_run(config, args)
-        self.path.mkdir(parents=True, exist_ok=True)
         facts = dict(args=asdict(args), **provenance(args.device))
         if resumed_at is not None and config.exists():
             before = json.loads(config.read_text())
             facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
-        (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
-        config.write_text(json.dumps(facts, indent=1) + "\n")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
+            config.write_text(json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            fail(f"--out_dir {self.path} cannot be written ({error.strerror}): give another folder")
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
         self.loggers = [log for log in (wandb_log(args, self.path), tensorboard_log(args, self.path)) if log]

@@ -13,9 +13,13 @@ class Args:
     steps: int = flag(4, "steps", low=1)
     share: float = flag(0.5, "a share", low=0, high=1)
     rank: int | None = flag(None, "a rank", low=1, high=8)
+    rate: float = flag(0.1, "a rate", above=0)
+    dropout: float = flag(0.1, "dropout", low=0, below=1)
 
 
-@pytest.mark.parametrize("argv", (["--steps", "1"], ["--share", "0"], ["--share", "1"], ["--rank", "8"], []))
+@pytest.mark.parametrize(
+    "argv", (["--steps", "1"], ["--share", "0"], ["--share", "1"], ["--rank", "8"], ["--dropout", "0"], [])
+)
 def test_a_range_includes_its_ends(argv):
     parse(Args, argv)
 
@@ -23,10 +27,15 @@ def test_a_range_includes_its_ends(argv):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--steps", "0"], "--steps 0: give 1 or more\n"),
+        (["--steps", "10000000000"], "--steps 10000000000: give 1000000000 or less\n"),
         (["--share", "1.5"], "--share 1.5: give 0 to 1"),
         (["--share", "nan"], "--share nan: give 0 to 1"),
-        (["--rank", "9"], "--rank 9: give 1 to 8"),
+        (["--rank", "9"], "--rank 9: give 1 to 8\n"),
+        (["--rate", "0"], "--rate 0.0: give above 0\n"),
+        (["--rate", "nan"], "--rate nan: give above 0\n"),
+        (["--rate", "inf"], "--rate inf: give 1000000000 or less\n"),
+        (["--dropout", "1"], "--dropout 1.0: give 0 or more, below 1\n"),
     ],
 )
 def test_a_number_outside_its_range_is_one_line(argv, words, capsys):

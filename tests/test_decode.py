@@ -341,6 +341,8 @@ def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
         (["--context 20", "--steps 24"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
         (["--nanogpt", "model.py"], ["--decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
         (["--rank 900"], ["--decode", "--shape", "laptop", "--rank", 900]),
+        (["--rank 0", "1 or more"], ["--decode", "--shape", "laptop", "--rank", 0]),
+        (["--context 0", "1 or more"], ["--decode", "--shape", "laptop", "--context", 0]),
         (["--out", "folder"], ["--decode", "--shape", "laptop", "--out", tmp_path]),
         (["--device cuda"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--device", "cuda"]),
     ]:

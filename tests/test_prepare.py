@@ -57,3 +57,4 @@ def test_wikitext_from_a_local_folder(run_main, tmp_path, kind, assert_one_line_
     (tmp_path / "empty").mkdir()
     refused = run_main("data/wikitext103/prepare.py", "--local_dir", tmp_path / "empty", "--out_dir", tmp_path / "out2")
     assert_one_line_error(refused, "--local_dir", "wiki.train.raw")
+    assert_one_line_error(run_main("data/wikitext103/prepare.py", "--threads", 0), "--threads 0")

@@ -53,7 +53,8 @@ def test_flags_that_contradict_each_other(capsys):
         (["--weight_decay"], "--weight_decay -1"),
         (["--warmup_iters"], "--warmup_iters -3"),
         (["--factor_init naive", "--n_embd_wte"], "--factor_init naive"),
-        (["--batch_size 0"], "--batch_size 0"),
+        (["--batch_size 0: give 1 or more\n"], "--batch_size 0"),
+        (["--n_layer", "1000000000 or less\n"], "--n_layer 99999999999"),
         (["--dropout"], "--dropout 1"),
         (["--n_layerz", "--n_layer"], "--n_layerz 3"),
         (["--preset", "laptop"], "--preset desktop"),
@@ -130,6 +131,7 @@ def test_a_folder_that_is_none_of_ours(train, tmp_path, assert_one_line_error):
     assert (tmp_path / "other" / "ckpt.pt").read_bytes() == b"nanoGPT's"
     (tmp_path / "file").write_text("x")
     assert_one_line_error(train(out_dir=tmp_path / "file"), "is a file")
+    assert_one_line_error(train(out_dir=tmp_path / "file" / "run"), "--out_dir", "cannot be written", "another folder")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
     assert_one_line_error(train(out_dir=tmp_path / "list"), "not a run's config.json")

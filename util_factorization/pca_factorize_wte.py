@@ -38,7 +38,7 @@ class Args:
         "", f"training text that {methods_with(*MOMENTS)} read; left out, the dataset of the token counts"
     )
     calib_tokens: int | None = flag(None, f"tokens of it, in windows evenly spread; left out, {CALIB_TOKENS}, or all", low=1)
-    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint", low=1e-12, high=1e9)
+    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint", above=0)
     device: str = flag("cpu", "where calibration and decomposition run: cpu or cuda")
 
 

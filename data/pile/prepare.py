@@ -34,7 +34,7 @@ PADDING = 128  # a GPT-NeoX table has a multiple of it in rows: Pythia's 50,277 
 class Args:
     samples: int = flag(10000, "sequences, of both files together", low=1)
     sequence_length: int = flag(128, "tokens of a sequence, a run's --block_size", low=1)
-    val_share: float = flag(0.1, "share of the sequences that goes into val.bin")
+    val_share: float = flag(0.1, "share of the sequences that goes into val.bin", above=0, below=1)
     tokenizer: str = flag("EleutherAI/pythia-70m", "a hub id, or a tokenizer.json, with <|endoftext|>")
     local_dir: str = flag("", "folder of " + ", ".join(KINDS) + " files; left out, the hub")
     out_dir: str = flag(str(Path(__file__).parent), "where train.bin, val.bin and meta.pkl go")
@@ -149,8 +149,6 @@ def take(stream, wanted, split):
 
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
-    if not 0 < args.val_share < 1:
-        fail(f"--val_share {args.val_share}: give a share between 0 and 1")
     n_val = round(args.val_share * args.samples)
     samples = dict(train=args.samples - n_val, val=n_val)
     if not all(samples.values()):

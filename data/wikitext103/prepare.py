@@ -25,7 +25,7 @@ ARTICLES_AT_ONCE = 512
 class Args:
     local_dir: str = flag("", "folder with wiki.{train,valid}.raw or parquet files; left out, the hub")
     out_dir: str = flag(str(Path(__file__).parent), "where train.bin, val.bin and meta.pkl go")
-    threads: int = flag(os.cpu_count() or 1, "of the tokenizer")
+    threads: int = flag(os.cpu_count() or 1, "threads of the tokenizer", low=1)
 
 
 def local_lines(folder, split):
