@@ -18,14 +18,14 @@ def lost(loss, dense):
 
 
 def table_rows(d):
-    """[(group, colour, [(label, cost, what the bar says)])]; costs in nats."""
+    """[(group, colour, [(label, cost, what the bar says)])]. Costs in nats."""
     groups = []
-    for share, words, color in ((0.5, "half of the rank kept", LESS), (0.125, "an eighth kept", MORE)):
+    for share, words, color in ((0.5, "half of the rank kept", LESS), (0.125, "an eighth of the rank kept", MORE)):
         i = d["kept"].index(share)
         costs = (
-            ("cut by plain PCA", lost(d["pca"][i], d["dense"])),
-            ("cut by what the loss feels", lost(d["fisher"][i], d["dense"])),
-            ("cut, then trained on", lost(d["pca_trained_on"][i], d["dense_trained_on"])),
+            ("plain PCA", lost(d["pca"][i], d["dense"])),
+            ("PCA weighted by effect on the loss", lost(d["fisher"][i], d["dense"])),
+            ("plain PCA, then trained", lost(d["pca_trained_on"][i], d["dense_trained_on"])),
         )
         groups.append((words, color, [(label, cost, f"+{cost:.2f}") for label, cost in costs]))
     return groups
@@ -33,10 +33,13 @@ def table_rows(d):
 
 def cache_rows(d):
     names = dict(
-        values_end_to_end="values, trained from scratch", narrow_heads="narrower value heads",
-        values_fitted_to_trained="values of a trained model", keys_and_values="keys and values",
+        values_end_to_end="compressed from the start", narrow_heads="narrower value heads instead",
+        values_fitted_to_trained="added to a trained model", keys_and_values="compressed from the start",
     )  # fmt: skip
-    groups = {0.8125: ("81% of the cache kept", LESS, []), 0.625: ("62.5% kept", MORE, [])}
+    groups = {
+        0.8125: ("values compressed: 81% of the cache", LESS, []),
+        0.625: ("keys and values: 62.5% of the cache", MORE, []),
+    }
     for name, label in names.items():
         share, loss = d[name]
         cost = lost(loss, d["dense"])
@@ -46,10 +49,13 @@ def cache_rows(d):
 
 def attention_rows(d):
     names = dict(
-        svd="plain SVD", whiten="errors counted on text", fisher="errors counted by the loss", healed="the same, healed"
+        svd="plain SVD",
+        whiten="SVD weighted by the layer's inputs",
+        fisher="SVD weighted by effect on the loss",
+        healed="the same, then trained for 150 steps",
     )
     groups = []
-    for i, words, color in ((0, "three quarters of the cache kept", LESS), (1, "half kept", MORE)):
+    for i, words, color in ((0, "three quarters of the cache kept", LESS), (1, "half of the cache kept", MORE)):
         rows = []
         for name, label in names.items():
             if d[name][i] is not None:
@@ -83,16 +89,17 @@ def panel(ax, title, groups, unit):
     ax.spines[["top", "right", "bottom"]].set_visible(False)
 
 
+NATS = "loss added, in nats per token"
 PANELS = (
-    ("table", table_rows, "Token table of a small GPT", "nats lost per token"),
-    ("cache", cache_rows, "Cache of a small Pythia", "nats lost per token"),
-    ("attention", attention_rows, "Keys and values of SmolLM2-135M", "perplexity gained"),
+    ("table", table_rows, "Token table of a GPT, 128 wide", NATS),
+    ("cache", cache_rows, "Cache of a two-layer Pythia", NATS),
+    ("attention", attention_rows, "Keys and values of SmolLM2-135M", "perplexity added"),
 )
 
 
 def main():
     data = json.loads((RESULTS / "headline.json").read_text())
-    fig, axes = plt.subplots(1, 3, figsize=(15, 3.9), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(16, 3.9), layout="constrained")
     for ax, (name, rows, title, unit) in zip(axes, PANELS):
         panel(ax, title, rows(data[name]), unit)
     save(fig, RESULTS / "headline")
