@@ -6,8 +6,12 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
 """
 
 
-def load(folder, device="cpu"):
-    """A folder that `python -m surgery --out` wrote -> (Hugging Face model, tokenizer)."""
-    from surgery import low_rank_folder  # here, so that --help need not import torch
+def load(folder, device="cpu", packed=True):
+    """
+    A folder that `python -m surgery --out` wrote -> (Hugging Face model, tokenizer).
 
-    return low_rank_folder.load(folder, device)
+    packed: of a model kept by bits (--bytes). False decodes it at once: faster, and as large as the untouched model.
+    """
+    from surgery import reading  # here, so that --help need not import torch
+
+    return reading.load(folder, device, packed)

@@ -1,24 +1,14 @@
 """
-A smaller model on disk.
+A smaller model's low-rank factors on disk: config.json's entry "surgery" is the plan (low_rank_modules.py).
 
-    from surgery import load
-    model, tokenizer = load("model_weights/smaller")  # a Hugging Face model, with generate() and all else
-
-The folder holds surgery.safetensors; config.json, whose entry "surgery" is the plan (low_rank_modules.py); and the tokenizer's
-files. Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer numbers than dense at every rank.
+Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer numbers than dense at every rank.
 """
-
-import json
-from pathlib import Path
 
 import torch
 
-from common.cli import fail
-from common.files import written_whole
 from surgery.low_rank_modules import install, set_factors
+from surgery.model_folder import write_folder
 from util_factorization.decompose_matrix import from_skeleton, skeleton
-
-WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
 
 
 def stacks_of(hf, plan):
@@ -59,35 +49,10 @@ def from_stored(hf, plan, tensors):
 
 def save(folder, hf, tokenizer, plan):
     """Write a new folder, whole or not at all -> (numbers, bytes) of its weights."""
-    from safetensors.torch import save_file
-
-    tensors = to_stored(hf, plan)
-    hint = "make room, or choose another folder"
-    with written_whole(folder, f"--out: {hint}", errors=(Exception,)) as part:  # safetensors raises errors of its own
-        part.mkdir()
-        save_file(tensors, str(part / WEIGHTS), metadata=dict(format="pt"))
-        config = hf.config.to_dict() | dict(surgery=plan)
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        tokenizer.save_pretrained(part)
-        if hf.generation_config is not None:
-            hf.generation_config.save_pretrained(part)
-    return sum(t.numel() for t in tensors.values()), (Path(folder) / WEIGHTS).stat().st_size
+    return write_folder(folder, hf, tokenizer, to_stored(hf, plan), plan)
 
 
-def load(folder, device="cpu"):
-    """A folder that surgery's --out wrote -> (model, tokenizer); one line and status 2 where it cannot be."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        plan = config.surgery
-    except (OSError, ValueError, AttributeError):
-        fail(f"{folder} has no model that surgery's --out wrote: give its folder")
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+def fill(hf, plan, tensors):
+    """Give a model, made from its config, the modules of a plan and the tensors of save()."""
     install(hf, plan)
-    try:
-        from_stored(hf, plan, load_file(str(Path(folder) / WEIGHTS)))
-    except Exception as error:  # safetensors and torch raise their own
-        fail(f"{folder}/{WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:80]}): write it again")
-    return hf.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
+    from_stored(hf, plan, tensors)

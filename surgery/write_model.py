@@ -8,8 +8,9 @@ import torch
 from tqdm import tqdm
 
 from surgery.heal import heal
-from surgery.low_rank_folder import load, save
+from surgery.low_rank_folder import save
 from surgery.low_rank_modules import shrink
+from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import check_changes, fingerprint
 from surgery.sweep import add_line

@@ -10,9 +10,10 @@ from surgery import allocate
 from surgery.evaluator import Evaluator
 from surgery.heal import heal
 from surgery.layers import find_layers
-from surgery.low_rank_folder import load, save
+from surgery.low_rank_folder import save
 from surgery.low_rank_modules import FactorizedTable, LatentAttention, shrink
 from surgery.points import Point
+from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import Surgeon
 from surgery.write_model import cache_bytes

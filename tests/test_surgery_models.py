@@ -15,11 +15,11 @@ from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
 from surgery.evaluator import Evaluator, answer
 from surgery.layers import find_layers
-from surgery.low_rank_folder import load as load_small
 from surgery.low_rank_folder import save as save_small
 from surgery.low_rank_modules import shrink
 from surgery.moments import Moments
 from surgery.points import MODES, Point
+from surgery.reading import load as load_small
 from surgery.subject import OwnSubject, Subject, load_subject
 from surgery.surgeon import Surgeon, check_changes, fingerprint
 from surgery.texts import encode

@@ -13,24 +13,21 @@ A rank is the special case of 0 or 16 bits. Plain quantisation is the case of on
 import torch
 
 
-def spend(worth, cost, budget, distortion):
+def spend(worth, price, budget, distortion):
     """
-    Bits for each component of each group of rows, up to the budget.
+    Bits for each component, up to the budget.
 
-    worth [G,d]   the variance of a component in a group, times the weight of the group's rows
-    cost [G]      what one bit of a component costs: the rows of its group
+    worth [n]     the variance of a component, times the weight of its rows
+    price [n]     what one bit of a component costs: its rows
     budget        bits in all
     distortion    c(0) = 1, c(1), ..., falling, its steps falling too: the most bits are len(distortion) - 1
 
-    Returns bits [G,d], whole numbers. Raises ValueError where the budget pays for less than one bit of the cheapest component.
+    Returns bits [n], whole numbers. Raises ValueError where a later bit would be worth more than an earlier one.
     """
     steps = -torch.diff(torch.tensor(distortion, dtype=torch.float64))  # [B]
     if (torch.diff(steps) > 0).any():
         raise ValueError("the steps of a distortion have to fall, or a later bit would be worth more than an earlier one")
-    price = cost.double()[:, None].expand(worth.shape)
-    if budget < cost.min():
-        raise ValueError(f"a budget of {budget:.0f} bits pays for no component: the cheapest bit costs {int(cost.min())}")
-    gains = steps[:, None, None] * worth.double() / price  # [B,G,d]: error saved for each bit of budget
+    gains = steps[:, None] * worth.double() / price  # [B,n]: error saved for each bit of budget
     order = gains.flatten().argsort(descending=True, stable=True)
     paid = price.expand(gains.shape).flatten()[order].cumsum(0) <= budget
     bought = torch.zeros(gains.numel(), dtype=torch.bool)

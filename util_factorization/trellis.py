@@ -19,7 +19,8 @@ import torch
 
 WINDOW = 8  # bits; 11 lowers the error by another tenth and takes ten times as long to encode
 MOST_BITS = 8  # of a number
-STREAMS_AT_ONCE = 2**11  # times 2^(8 - L): encoding keeps a number for each stream and each window
+STREAMS_AT_ONCE = 2**9  # times 2^(8 - L): the costs of all windows of these streams fit the processor's cache
+RESTART = 32  # numbers after which the least cost is taken off, so that costs keep their precision
 
 
 @dataclass
@@ -46,9 +47,9 @@ def gaussian_code(bits, window=WINDOW):
     return min((fitted(Code(bits, levels, 0.0)) for levels in starts), key=lambda code: code.error)
 
 
-def gaussian_codes():
-    """The Codes of 1 to MOST_BITS bits."""
-    return [gaussian_code(bits) for bits in range(1, MOST_BITS + 1)]
+def gaussian_codes(window=WINDOW):
+    """The Codes of 1 to MOST_BITS bits; with window=1 scalar quantisers, which encode at once and err more."""
+    return [gaussian_code(bits, window) for bits in range(1, MOST_BITS + 1)]
 
 
 def distortion(codes):
@@ -87,28 +88,31 @@ def encode(x, code):
     """x [streams, n], of variance 1 -> the windows [streams, n] whose values are nearest to x."""
     if code.window == code.bits:
         return torch.bucketize(x.contiguous(), (code.levels[1:] + code.levels[:-1]) / 2)
-    at_once = max(1, STREAMS_AT_ONCE * 2**8 >> code.window)
-    return torch.cat([viterbi(part, code) for part in x.split(at_once)])
+    at_once = max(1, STREAMS_AT_ONCE * 2**WINDOW >> code.window)
+    return torch.cat([viterbi(part.T.contiguous(), code).T for part in x.split(at_once)])
 
 
 def viterbi(x, code):
     """
-    The stream of least squared error. After window w comes (w << b | new bits) mod 2^L: the low L - b bits of w stay.
+    x [n, streams] -> the windows [n, streams] of least squared error.
 
-    Of the 2^b windows that share their low bits, only the best one can go on. `oldest` remembers its high bits.
+    After window w comes (w << b | new bits) mod 2^L: the low L - b bits of w stay. Of the 2^b windows that share them, only the
+    best one can go on. Its high bits are written into the lowest bits of its cost, so that one minimum gives both.
     """
-    (streams, n), kept = x.shape, 2 ** (code.window - code.bits)  # kept: values of the bits that two neighbours share
-    oldest = torch.empty(n, streams, kept, dtype=torch.uint8)
-    cost = (x[:, :1] - code.levels).square()
+    (n, streams), kept, high = x.shape, 2 ** (code.window - code.bits), 2**code.bits  # kept: values of the shared bits
+    levels, names = code.levels.view(kept, high, 1), torch.arange(high, dtype=torch.int32).view(-1, 1, 1)
+    oldest = torch.empty(n, kept, streams, dtype=torch.uint8)
+    cost = (x[0] - levels).square()  # (shared bits, new bits, streams): a window is both, in this order
     for t in range(1, n):
-        best, oldest[t] = cost.view(streams, -1, kept).min(1)
-        here = (x[:, t : t + 1] - code.levels).square_().view(streams, kept, -1)
-        cost = here.add_(best[:, :, None]).flatten(1)
-    windows = torch.empty(streams, n, dtype=torch.long)
-    window = cost.argmin(1)
-    for t in range(n - 1, -1, -1):
-        windows[:, t] = window
-        if t:
-            shared = window >> code.bits
-            window = oldest[t].gather(1, shared[:, None])[:, 0].long() * kept + shared
+        named = cost.view(torch.int32).view(high, kept, streams).bitwise_and_(-high).bitwise_or_(names)
+        best = named.view(torch.float32).amin(0)
+        oldest[t] = best.view(torch.int32) & high - 1
+        if t % RESTART == 0:
+            best = best - best.amin(0)
+        cost = torch.sub(x[t], levels, out=cost).square_().add_(best[:, None])
+    windows = torch.empty(n, streams, dtype=torch.long)
+    windows[-1] = cost.view(-1, streams).argmin(0)
+    for t in range(n - 1, 0, -1):
+        shared = windows[t] >> code.bits
+        windows[t - 1] = oldest[t].gather(0, shared[None])[0].long() * kept + shared
     return windows

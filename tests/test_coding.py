@@ -1,0 +1,205 @@
+"""Bits by component: what a bit is worth, trellis codes, packing, coded matrices, and plain quantisation beside them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from util_factorization import trellis
+from util_factorization.bits import spend
+from util_factorization.coded_matrix import CodedMatrix
+from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, levels_bytes, row_weights
+from util_factorization.decompose_table import decompose
+from util_factorization.packing import pack, stream_bytes, unpack
+from util_factorization.rounding import in_groups
+from util_factorization.trellis import Code, encode, gaussian_code
+
+V, d = 700, 24
+
+
+def metric(seed, n=d):
+    x = np.random.default_rng(seed).normal(size=(3 * n, n)) * np.geomspace(3, 0.1, n)
+    turn, _ = np.linalg.qr(np.random.default_rng(seed + 1).normal(size=(n, n)))
+    return torch.from_numpy(turn.T @ x.T @ x @ turn / len(x))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return torch.from_numpy(np.random.default_rng(3).normal(size=(V, d)) @ np.diag(np.geomspace(1, 0.05, d))).float()
+
+
+@pytest.fixture(scope="module")
+def draft(table):
+    counts = torch.from_numpy(np.random.default_rng(4).zipf(1.5, size=V).clip(max=10_000)) - 1
+    weights, M = row_weights(counts), metric(5)
+    groups = groups_by_weight(weights, groups=4)
+    decomposition = decompose(table, "fisher", weights, head=M, lookup=0 * M)
+    return draft_table(decomposition, weights, groups, [M] * 4)
+
+
+@pytest.fixture(scope="module")
+def coded(draft):
+    bits, codes = fit([draft], 16_000)
+    return code(draft, bits[0], codes)
+
+
+# -- bits -------------------------------------------------------------------------------------------------------------
+
+
+def test_bits_are_spent_where_no_other_choice_is_better():
+    worth, price, distortion = torch.tensor([9.0, 2.0, 0.5]), torch.tensor([1, 1, 2]), [1, 0.3, 0.1, 0.04]
+
+    def cost(bits):
+        return sum(w * distortion[b] for w, b in zip(worth.tolist(), bits))
+
+    for budget in range(1, 10):
+        found = spend(worth, price, budget, distortion).tolist()
+        used = sum(b * p for b, p in zip(found, price.tolist()))
+        as_cheap = [bits for bits in itertools.product(range(4), repeat=3) if np.dot(bits, price) <= used]
+        assert used <= budget
+        assert cost(found) == pytest.approx(min(map(cost, as_cheap)))
+
+
+def test_a_distortion_whose_steps_rise_is_refused():
+    with pytest.raises(ValueError, match="steps"):
+        spend(torch.ones(2), torch.ones(2), 3, [1, 0.9, 0.2])
+
+
+# -- codes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_viterbi_path_is_the_best_of_all():
+    draw = torch.Generator().manual_seed(0)
+    code, x = Code(2, torch.randn(16, generator=draw), 0.0), torch.randn(3, 4, generator=draw)
+    windows = encode(x, code)
+    assert torch.equal(windows[:, :-1] % 4, windows[:, 1:] >> 2)  # neighbours share two of four bits
+    best = torch.full((3,), torch.inf)
+    for bits in itertools.product(range(2), repeat=4 + 3 * 2):  # the first window, then two bits for each number
+        number = [int("".join(map(str, bits[2 * t : 2 * t + 4])), 2) for t in range(4)]
+        best = torch.minimum(best, (x - code.levels[number]).square().sum(1))
+    torch.testing.assert_close((x - code.levels[windows]).square().sum(1), best, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_of_the_numbers_own_bits_is_lloyds_quantiser():
+    assert gaussian_code(1, 1).levels.tolist() == pytest.approx([-0.798, 0.798], abs=0.01)  # Max 1960, table I
+    assert gaussian_code(2, 2).error == pytest.approx(0.1175, abs=0.003)
+    assert gaussian_code(2).error < 0.085  # QTIP's and Marcellin and Fischer's trellises of 256 states; the bound is 0.0625
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_windows_are_read_at_any_place(bits):
+    window, draw = max(bits, 5), torch.Generator().manual_seed(bits)
+    stream = torch.randint(2, (3, window + 10 * bits), generator=draw)
+    places = torch.arange(11)[:, None] * bits + torch.arange(window)
+    windows = (stream[:, places] << torch.arange(window - 1, -1, -1)).sum(-1)
+    packed, size = pack(windows, bits, window), stream_bytes(11, bits, window)
+    assert packed.numel() == 3 * size + 2
+    starts = torch.arange(3)[:, None] * size * 8 + torch.arange(11) * bits
+    assert torch.equal(unpack(packed, window, starts).long(), windows)
+
+
+# -- matrices ---------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_factors_the_metric():
+    M = metric(1)
+    U, D = feedback(M, columns=1)
+    assert torch.allclose(U.double() @ D.diag() @ U.double().T, M, rtol=1e-5, atol=1e-6)
+    assert torch.equal(U.tril(-1), torch.zeros_like(U)) and torch.allclose(U.diag(), torch.ones(d))
+    assert D.log().sum().item() == pytest.approx(torch.logdet(M).item(), rel=1e-6)
+
+
+def test_bytes_are_those_of_the_tensors_and_within_the_budget(draft):
+    for budget in (11_000, 14_000, 20_000):
+        bits, codes = fit([draft], budget)
+        made = code(draft, bits[0], codes)
+        assert made.bytes() == draft.bytes(bits[0], codes)
+        assert 0.97 * budget < made.bytes() + levels_bytes(codes) <= budget
+
+
+def test_the_packed_form_is_read_alike_everywhere(coded):
+    W, ids, x = coded.matrix(), torch.randint(V, (3, 5)), torch.randn(2, 4, d)
+    torch.testing.assert_close(coded.lookup(ids), W[ids])
+    torch.testing.assert_close(coded.product(x), x @ W.T, rtol=1e-4, atol=1e-4)
+    again = CodedMatrix.from_tensors(coded.tensors(), coded.levels)
+    assert torch.equal(again.matrix(), W)
+
+
+def test_more_bytes_lose_less_and_frequent_rows_least(draft, table):
+    errors = []
+    for budget in (10_000, 16_000, 30_000):
+        bits, codes = fit([draft], budget)
+        made = code(draft, bits[0], codes)
+        assert made.bits_of_number == sorted(made.bits_of_number, reverse=True)
+        errors.append((made.matrix() - table).square().mean().item())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 * table.square().mean()
+
+
+def test_error_feedback_lowers_the_cost_in_the_metric():
+    W, M = torch.from_numpy(np.random.default_rng(6).normal(size=(300, d))).float(), metric(7)
+    blind = draft_layer(W, torch.eye(d), torch.ones(300))
+
+    def cost(draft, bits, codes):
+        E = (W - code(draft, bits, codes).matrix()).double()
+        return (E @ M * E).sum().item()
+
+    seeing = draft_layer(W, M, torch.ones(300))
+    bits, codes = fit([seeing], 9000)
+    even, _ = fit([blind], 9000)
+    assert cost(seeing, bits[0], codes) < 0.5 * cost(blind, even[0], codes)
+
+
+def test_two_matrices_share_one_water_level():
+    W, M = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.eye(d)
+    one, dear = draft_layer(W, M, torch.ones(200)), draft_layer(W, M, torch.ones(200), price=16.0)
+    (few, many), _ = fit([one, dear], 7500)
+    assert 1.5 < (many - few).double().mean() < 2.6  # a bit divides the error by about 4
+
+
+def test_a_budget_below_a_column_is_refused(draft):
+    with pytest.raises(ValueError, match="do not pay"):
+        fit([draft], 4000)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("bits", lambda t: t + 1), ("scales", lambda t: t * float("nan")), ("sizes", lambda t: t - 1), ("P", lambda t: t[:, :-1]),
+    ("place", lambda t: t * 0), ("means", lambda t: t[:1]),
+])  # fmt: skip
+def test_a_damaged_tensor_is_noticed(coded, name, change):
+    tensors = coded.tensors()
+    with pytest.raises(ValueError):
+        CodedMatrix.from_tensors(tensors | {name: change(tensors[name])}, coded.levels)
+    del tensors[name]
+    if name not in ("means", "P"):
+        with pytest.raises(KeyError):
+            CodedMatrix.from_tensors(tensors, coded.levels)
+
+
+# -- plain quantisation -----------------------------------------------------------------------------------------------
+
+
+def test_to_nearest_is_at_most_half_a_step_off(table):
+    read, size = in_groups(table, 4, 8)
+    parts = table.view(V, -1, 8)
+    step = (parts.amax(2) - parts.amin(2)) / 15
+    assert ((read - table).view(V, -1, 8).abs().amax(2) <= 0.51 * step + 1e-3).all()
+    assert size == V * d // 2 + V * d // 8 * 4
+
+
+def test_rounding_in_a_metric_lowers_its_cost(table):
+    M = metric(8)
+    costs = [((E := (in_groups(table, 3, 8, m)[0] - table).double()) @ M * E).sum().item() for m in (None, M)]
+    assert costs[1] < 0.7 * costs[0]
+
+
+def test_groups_that_do_not_fit_the_width_are_refused(table):
+    with pytest.raises(ValueError, match="divisor"):
+        in_groups(table, 4, 7)
+
+
+def test_the_streams_that_are_encoded_at_once_do_not_matter(monkeypatch):
+    x, code = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), gaussian_code(2)
+    found = encode(x, code)
+    monkeypatch.setattr(trellis, "STREAMS_AT_ONCE", 2)
+    assert torch.equal(encode(x, code), found)

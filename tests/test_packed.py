@@ -1,0 +1,145 @@
+"""A whole model by bits: what an error costs, the budget, the modules that read the packed form, and the folder."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgery.coded import coded_in, draft_all, matrices_of, set_prices, whole_model_moments
+from surgery.coded_folder import save
+from surgery.coded_modules import CodedLinear, install
+from surgery.evaluator import Evaluator
+from surgery.linears import LinearMoments, find_linears
+from surgery.model_folder import WEIGHTS
+from surgery.reading import load
+from surgery.subject import Subject
+from util_factorization.calibrate import calibrate
+from util_factorization.coding import code, fit
+
+toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
+draw = torch.Generator().manual_seed(0)
+WINDOWS = [(ids[None, :-1], ids[None, 1:]) for ids in torch.randint(300, (6, 33), generator=draw)]
+COUNTS = torch.bincount(torch.cat([x.flatten() for x, _ in WINDOWS]), minlength=300)
+MODELS = dict(llama=toys.llama, untied=lambda: toys.llama(tie_word_embeddings=False), neox=toys.neox)
+
+
+class Packed:
+    """A toy whose linear layers and tables are coded, and what was measured on the way."""
+
+    def __init__(self, make, folder):
+        torch.manual_seed(1)
+        self.hf = make()
+        self.subject = Subject(self.hf.requires_grad_(False))
+        self.matrices = matrices_of(self.subject, ("all",))
+        self.moments = whole_model_moments(self.subject, find_linears(self.hf), COUNTS, WINDOWS, folder / "moments.pt")
+        self.drafts = draft_all(self.matrices, self.moments)
+        self.evaluator = Evaluator(self.subject, dict(text=WINDOWS[:2]))
+        self.prices = set_prices(self.drafts, self.matrices, self.evaluator)
+        self.numbers = sum(module.weight.numel() for module in self.matrices.values())
+        self.coded = self.code(0.6)
+
+    def code(self, share):
+        bits, codes = fit(list(self.drafts.values()), share * 2 * self.numbers)
+        return {name: code(draft, b, codes) for (name, draft), b in zip(self.drafts.items(), bits)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def packed(request, tmp_path_factory):
+    return Packed(MODELS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def folder(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "out"
+    toys.save_tokenizer(folder.parent / "tokenizer")
+    tokenizer = toys.transformers.AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
+    save(folder, packed.hf, tokenizer, packed.coded)
+    return folder
+
+
+def logits(hf):
+    with torch.no_grad():
+        return hf(WINDOWS[0][0]).logits
+
+
+def test_moments_are_those_of_the_inputs_and_of_the_gradients(packed):
+    name = [name for name in packed.matrices if name.endswith(("down_proj", "dense_4h_to_h"))][0]
+    module, found, moments = packed.hf.get_submodule(name), [], packed.moments.linears
+    hook = module.register_forward_hook(lambda _, inputs, output: found.append(inputs[0].flatten(0, 1)))
+    for x, _ in WINDOWS:
+        packed.subject.trunk(packed.subject.lookup(x))
+    hook.remove()
+    inputs = torch.cat(found)
+    torch.testing.assert_close(moments.of(name)[0], inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
+    assert (moments.of(name)[1] > 0).all()
+    C, _ = calibrate(packed.subject, ((x.numpy(), y.numpy()) for x, y in WINDOWS))
+    torch.testing.assert_close(packed.moments.C.sum(0), C, rtol=1e-4, atol=1e-6)  # the groups' parts of the head's C
+    packed.hf.requires_grad_(False)
+
+
+def test_layers_that_read_the_same_input_share_its_moment():
+    hf = toys.llama()
+    with LinearMoments(find_linears(hf)) as moments:
+        hf(WINDOWS[0][0])
+    assert moments.reads["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
+    assert len(moments.inputs) == 4 * 3 and moments.tokens == WINDOWS[0][0].numel()
+
+
+def test_prices_are_what_a_kind_costs_over_what_the_metric_forecast(packed):
+    assert set(packed.prices) == {name.rsplit(".", 1)[-1] for name in packed.matrices}
+    assert all(0 < price < 100 for price in packed.prices.values())
+
+
+def test_more_bytes_lose_less(packed):
+    lost = []
+    for share in (0.5, 0.55, 0.62):
+        with coded_in(packed.matrices, packed.code(share).values()):
+            lost.append(packed.evaluator.measure()["kl"])
+    assert lost == sorted(lost, reverse=True) and lost[-1] < 0.8 * lost[0]
+    assert packed.evaluator.measure()["kl"] == pytest.approx(0, abs=1e-6)  # put back
+
+
+def test_packed_modules_compute_what_the_decoded_weights_do(packed):
+    with coded_in(packed.matrices, packed.coded.values()):
+        decoded = logits(packed.hf)
+    for as_packed in (True, False):
+        hf = copy.deepcopy(packed.hf)
+        install(hf, packed.coded, as_packed)
+        torch.testing.assert_close(logits(hf), decoded, rtol=1e-4, atol=1e-4)
+        assert as_packed == any(isinstance(m, CodedLinear) for m in hf.modules())
+
+
+def test_the_folder_reads_back_and_generates_in_both_forms(packed, folder):
+    size = (folder / WEIGHTS).stat().st_size
+    kept = sum(made.bytes() for made in packed.coded.values())
+    floats = sum(p.numel() for p in packed.hf.parameters()) - packed.numbers
+    assert kept < size < kept + 4 * floats + 60_000  # the names and places of the tensors take some kilobytes
+    found = [load(folder, packed=as_packed)[0] for as_packed in (True, False)]
+    torch.testing.assert_close(*map(logits, found), rtol=1e-4, atol=1e-4)
+    in_memory = sum(t.numel() * t.element_size() for t in [*found[0].parameters(), *found[0].buffers()])
+    assert in_memory < size
+    prompt = WINDOWS[0][0][:, :5]
+    texts = [hf.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist() for hf in found]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("part", ["bits", "streams", "missing", "extra", "cut"])
+def test_a_damaged_folder_is_one_line(packed, folder, tmp_path, capsys, part):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    tensors = load_file(bad / WEIGHTS)
+    name = next(name for name in tensors if name.startswith("coded.") and f".{part}" in name) if part in "bits streams" else ""
+    if part == "cut":
+        (bad / WEIGHTS).write_bytes((bad / WEIGHTS).read_bytes()[:1000])
+    else:
+        changed = dict(bits=lambda t: t + 1, streams=lambda t: t[:-1]).get(part)
+        tensors = tensors | {name: changed(tensors[name])} if changed else tensors
+        tensors |= dict(unknown=torch.zeros(1)) if part == "extra" else {}
+        if part == "missing":
+            del tensors[min(name for name in tensors if name.endswith("scales"))]
+        save_file(tensors, bad / WEIGHTS, metadata=dict(format="pt"))
+    with pytest.raises(SystemExit) as stop:
+        load(bad)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and WEIGHTS in message

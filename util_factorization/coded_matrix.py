@@ -1,0 +1,197 @@
+"""
+A matrix kept by bits: each column of each group of rows has the bits that it is worth.
+
+    W ~ 1 mu^T + (1 m_g^T + Z) P        a token table: P is its `fisher` basis (decompose_table.py), columns are components
+    W ~ Z                               a linear layer: no basis and no means, columns are the layer's inputs
+
+Rows lie in groups. A column j of group g has b_gj bits, a scale, and a stream of codes over the group's rows (trellis.py). The
+means m_g are those of the group's coordinates.
+
+**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, bits, levels, the place of each row, and
+the streams. lookup() and product() read them in blocks; the matrix is never whole in float, unless one asks for matrix().
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from util_factorization.packing import stream_bytes, unpack, unpack_all
+
+SEGMENT = 1024  # numbers of a stream at most: a group's column has several, which are encoded at once
+SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
+OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
+
+
+@dataclass
+class CodedMatrix:
+    """A packed matrix [V,d] of k columns in G groups of rows; k is less than d where components have no bits in any group."""
+
+    place: torch.Tensor  # int16 or int32 [V]: where a row lies, counted through the groups
+    sizes: torch.Tensor  # int32 [G]: rows of each group
+    bits: torch.Tensor  # uint8 [G,k]
+    scales: torch.Tensor  # float16 [G,k]
+    streams: dict  # {(g, b): uint8}: the columns of b bits, one after the other
+    levels: dict  # {b: float16 [2^L]}
+    P: torch.Tensor | None = None  # int8 [k,d]
+    P_scale: torch.Tensor | None = None  # float16 [k]
+    mean: torch.Tensor | None = None  # float16 [d]: mu
+    means: torch.Tensor | None = None  # float16 [G,k]: m_g
+
+    def tensors(self):
+        """{name: tensor} of all that is kept, but for the levels, which all matrices of a model share."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return own | {f"streams.{g}.{b}": value for (g, b), value in self.streams.items()}
+
+    @staticmethod
+    def from_tensors(tensors, levels):
+        """What tensors() gave -> the CodedMatrix. Raises KeyError or ValueError where one is missing or does not fit."""
+        tensors = dict(tensors)
+        streams = {tuple(map(int, k.split(".")[1:])): tensors.pop(k) for k in list(tensors) if k.startswith("streams.")}
+        known = {"place", "sizes", "bits", "scales", *OPTIONAL}
+        if unknown := tensors.keys() - known:
+            raise ValueError(f"{min(unknown)} is no part of a coded matrix")
+        if missing := known - {*OPTIONAL} - tensors.keys():
+            raise KeyError(f"{min(missing)} is missing")
+        coded = CodedMatrix(streams=streams, levels=levels, **tensors)
+        coded.check()
+        return coded
+
+    def check(self):
+        """Raises ValueError where the tensors do not fit one another."""
+        (G, k), d = self.bits.shape, self.shape[1]
+        shapes = dict(sizes=(G,), scales=(G, k), means=(G, k), P=(k, d), P_scale=(k,), mean=(d,))
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
+            if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} has a number that is not finite")
+        if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
+            raise ValueError("the groups do not have all rows")
+        if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
+            raise ValueError("two rows lie at one place")
+        for g, rows in enumerate(self.sizes.tolist()):
+            for b in self.bits[g].unique().tolist():
+                if b and (b not in self.levels or (g, b) not in self.streams):
+                    raise ValueError(f"group {g} has columns of {b} bits and no stream of them")
+                if b and self.streams[g, b].shape != (self.stream_size(g, b, rows),):
+                    raise ValueError(f"the stream of group {g} at {b} bits has {self.streams[g, b].numel()} bytes")
+
+    def stream_size(self, g, b, rows):
+        count, length = segments(rows)
+        return (self.bits[g] == b).sum().item() * count * stream_bytes(length, b, window_of(self.levels[b])) + 2
+
+    @property
+    def shape(self):
+        return len(self.place), self.bits.shape[1] if self.P is None else self.P.shape[1]
+
+    def bytes(self):
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_of_number(self):
+        """Mean bits of a number in each group, over all d columns."""
+        return [round(b.sum().item() / self.shape[1], 2) for b in self.bits]
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def units(self, g, rows):
+        """Rows of a group, long [m], counted from its first -> the values of their codes [m,k]; 0 where there are no bits."""
+        out = torch.zeros(len(rows), self.bits.shape[1])
+        count, length = segments(self.sizes[g].item())
+        segment, at = rows // length, rows % length
+        for b in self.bits[g].unique().tolist():
+            if b:
+                columns, levels = (self.bits[g] == b).nonzero()[:, 0], self.levels[b].float()
+                window = window_of(levels)
+                stream = (torch.arange(len(columns)) * count + segment[:, None]) * stream_bytes(
+                    length, b, window
+                )  # (m, columns)
+                out[:, columns] = levels[unpack(self.streams[g, b], window, 8 * stream + at[:, None] * b)]
+        return out
+
+    def coordinates(self, g, rows):
+        """Rows of a group, long [m], counted from its first -> Z + m_g [m,k], float32."""
+        Z = self.units(g, rows) * self.scales[g].float()
+        return Z if self.means is None else Z + self.means[g].float()
+
+    def basis(self):
+        """P [k,d], float32."""
+        return self.P.float() * self.P_scale.float()[:, None]
+
+    def places(self, ids):
+        return self.place[ids].long() & (0xFFFF if self.place.dtype == torch.int16 else -1)
+
+    def lookup(self, ids):
+        """ids, long of any shape -> their rows [..., d]."""
+        places, ends = self.places(ids.flatten()), self.sizes.long().cumsum(0)
+        group, Z = torch.searchsorted(ends, places, right=True), torch.empty(ids.numel(), self.bits.shape[1])
+        for g in group.unique().tolist():
+            here = group == g
+            Z[here] = self.coordinates(g, places[here] - ends[g] + self.sizes[g])
+        Z = Z if self.P is None else torch.addmm(self.mean.float(), Z, self.basis())
+        return Z.unflatten(0, ids.shape)
+
+    def blocks(self):
+        """(places of some rows, a slice; their coordinates Z + m_g, transposed [k,rows]), through all rows."""
+        start = 0
+        for g, size in enumerate(self.sizes.tolist()):
+            (count, length), streams = segments(size), self.whole_streams(g)
+            for first in range(0, count, SEGMENTS_AT_ONCE):
+                here = slice(first * length, min(size, (first + SEGMENTS_AT_ONCE) * length))
+                Z = torch.zeros(self.bits.shape[1], here.stop - here.start)
+                for columns, levels, windows in streams:
+                    part = windows(first, first + SEGMENTS_AT_ONCE)[:, : Z.shape[1]]
+                    Z[columns] = levels.index_select(0, part.flatten()).view(part.shape)
+                Z *= self.scales[g].float()[:, None]
+                yield (
+                    slice(start + here.start, start + here.stop),
+                    Z if self.means is None else Z + self.means[g].float()[:, None],
+                )
+            start += size
+
+    def whole_streams(self, g):
+        """For each bit depth of a group: its columns, the levels, and windows(first, last) of all numbers of some segments."""
+        count, length = segments(self.sizes[g].item())
+
+        def reader(b, window, streams):
+            def windows(first, last):
+                some = streams[:, first:last]
+                packed = torch.nn.functional.pad(some.flatten(), (0, 2))
+                return unpack_all(packed, some.shape[0] * some.shape[1], length, b, window).view(len(some), -1)
+
+            return windows
+
+        found = []
+        for b in self.bits[g].unique().tolist():
+            if b:
+                columns, levels = (self.bits[g] == b).nonzero()[:, 0], self.levels[b].float()
+                found.append(
+                    (columns, levels, reader(b, window_of(levels), self.streams[g, b][:-2].view(len(columns), count, -1)))
+                )
+        return found
+
+    def product(self, x):
+        """x [..., d] -> its product with every row, [..., V]."""
+        narrow = x if self.P is None else x @ self.basis().T
+        out = torch.empty(*x.shape[:-1], len(self.place))
+        for rows, Z in self.blocks():
+            out[..., rows] = narrow @ Z
+        out = out[..., self.places(torch.arange(len(self.place)))]
+        return out if self.mean is None else out + (x @ self.mean.float())[..., None]
+
+    def matrix(self):
+        """The whole matrix [V,d], float32."""
+        Z = torch.cat([Z for _, Z in self.blocks()], 1).T[self.places(torch.arange(len(self.place)))]
+        return Z if self.P is None else torch.addmm(self.mean.float(), Z, self.basis())
+
+
+def segments(rows):
+    """(streams of a column, numbers of each) for a group of so many rows."""
+    count = -(-rows // SEGMENT)
+    return count, -(-rows // count)
+
+
+def window_of(levels):
+    """Bits of a window: 2^window levels."""
+    return len(levels).bit_length() - 1

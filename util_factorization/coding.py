@@ -1,0 +1,259 @@
+"""
+Matrices into bits: what each column is worth, a budget of bytes for all matrices together, and the rounding.
+
+A matrix becomes a Draft: its rows in groups, the metric that says what an error of a row costs, and from these what a column of
+a group is worth. fit() spends the bytes over all Drafts at one water level (bits.py). code() rounds.
+
+    token table    P of `fisher`: in its coordinates an error counts about the same in every component. Rows lie in groups by
+                   weight, the first few, the last many
+    linear layer   cost of an error E: tr(G E C E^T), C = E[x x^T] of the input, G = E[g g^T] of the loss's gradient at the
+                   output. Rows lie in groups by G's diagonal, which is what a row weighs. G's other entries are not used
+
+**Error feedback.** A group's metric is no identity: a layer's inputs correlate, and the tokens of a group meet hidden states of
+their own. With the metric M = U D U^T, U unit upper triangular, an error e of a row costs sum_j D_j (e_j + what the errors
+before j give, through U)^2. So column j is rounded after the errors before it have been added to it, and is worth D_j times its
+variance (LDLQ, as in QuIP, arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Errors
+are fed on in blocks of columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from util_factorization.bits import spend
+from util_factorization.coded_matrix import CodedMatrix, segments
+from util_factorization.packing import pack, stream_bytes
+from util_factorization.trellis import distortion, encode, gaussian_codes
+
+GROUPS = 10  # of a token table's rows
+GROWTH = 2**0.9  # each group has so many times the rows of the one before it
+LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
+LEAST_ROWS = 192  # of such a group
+COLUMNS = 16  # whose errors are fed on together
+COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
+DAMPING = 0.01  # of a layer's metric: this share of it is its mean eigenvalue times 1
+TABLE_DAMPING = 0.1  # the groups of a table have fewer tokens
+
+
+def row_weights(counts):
+    """
+    counts [V] of tokens in calibration text, in whatever unit -> what an error of each row weighs; they sum to 1.
+
+    A power below 1 lifts the rare rows: text that was not read has other rare tokens, and at a rare token the loss is steeper.
+    The power was chosen on text that nothing was calibrated on (results/bytes).
+    """
+    p = counts.double() / counts.sum()
+    p = (p + 1 / (6 * len(p))) ** COUNT_POWER
+    return p / p.sum()
+
+
+def groups_by_weight(weights, groups=GROUPS, growth=GROWTH):
+    """Row indices of each group, the heaviest rows first. Every group has a row at least."""
+    order, V = weights.argsort(descending=True, stable=True), len(weights)
+    groups = min(groups, V)
+    sizes = torch.tensor([growth**g for g in range(groups)], dtype=torch.float64)
+    ends = (sizes.cumsum(0) / sizes.sum() * V).round().long()
+    ends = torch.maximum(ends, torch.arange(1, groups + 1)).tolist()
+    return [order[start:end] for start, end in zip([0, *ends], ends)]
+
+
+@dataclass
+class Draft:
+    """A matrix about to be coded. worth is in nats, twice: see DESIGN's `fisher`."""
+
+    Z: torch.Tensor  # [V,k]: coordinates without the groups' means, or the matrix itself
+    groups: list  # of row indices
+    feedback: list  # for each group (U [k,k] or None, D [k])
+    worth: torch.Tensor  # [G,k] float64
+    P: torch.Tensor | None = None  # [k,d]
+    mean: torch.Tensor | None = None  # [d]
+    means: torch.Tensor | None = None  # [G,k]
+
+    @property
+    def sizes(self):
+        return torch.tensor([len(rows) for rows in self.groups])
+
+    def price(self):
+        """Bits that one bit of each column of each group takes, [G,k]."""
+        return self.sizes[:, None].expand(self.worth.shape)
+
+    def bytes(self, bits, codes):
+        """Bytes of the CodedMatrix with these bits [G,k], levels not counted."""
+        k = self.Z.shape[1] if self.P is None else bits.any(0).sum().item()
+        total = len(self.Z) * place_type(len(self.Z)).itemsize + len(self.groups) * (4 + 3 * k)
+        for code in codes:
+            for size, n in zip(self.sizes.tolist(), (bits == code.bits).sum(1).tolist()):
+                count, length = segments(size)
+                total += n * count * stream_bytes(length, code.bits, code.window) + 2 * bool(n)
+        if self.P is not None:
+            d = self.P.shape[1]
+            total += k * (d + 2) + 2 * d + 2 * k * len(self.groups)
+        return total
+
+
+def draft_table(decomposition, weights, groups, metrics=None, price=1.0):
+    """
+    A decomposed table (method fisher) -> Draft.
+
+    weights [V]   what an error of each row weighs
+    groups        row indices of each group
+    metrics       C + G of each group's own tokens [G,d,d], or None: then without error feedback
+    price         what a unit of the metric's error costs, against that of other Drafts
+    """
+    Z, P, mean = decomposition.factors(decomposition.full)
+    means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
+    for rows, m in zip(groups, means):
+        Z[rows] -= m
+    feedbacks = [(None, torch.ones(len(P)))] * len(groups)
+    if metrics is not None:
+        feedbacks = [feedback(in_coordinates(M, P)) for M in metrics]
+    masses = torch.stack([weights[rows].sum() for rows in groups])
+    variances = torch.stack([weighted_square(Z[rows], weights[rows]) for rows in groups])
+    worth = price * masses[:, None] * variances * torch.stack([D for _, D in feedbacks])
+    return Draft(Z, groups, feedbacks, worth, P, mean, means)
+
+
+def draft_layer(W, C, weights, groups=None, price=1.0):
+    """
+    A matrix W [out,in] of a linear layer -> Draft.
+
+    C [in,in]     of its input
+    weights [out] what an error of each row weighs: G's diagonal
+    groups        row indices of each group; left out, groups of equal size by weight
+    """
+    groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
+    mean = C.trace().item() / len(C)
+    U, D = feedback((1 - DAMPING) * C.double() / mean + DAMPING * torch.eye(len(C), dtype=torch.float64))
+    worth = [price * mean * weights[rows].sum() * weighted_square(W[rows], weights[rows]) * D for rows in groups]
+    return Draft(W, groups, [(U, D)] * len(groups), torch.stack(worth))
+
+
+def layer_groups(rows):
+    """Groups of a linear layer's rows: scales and bits of a group take 24 bits a column, so it needs some rows."""
+    return max(1, min(LAYER_GROUPS, rows // LEAST_ROWS))
+
+
+def fit(drafts, budget, codes=None):
+    """
+    Bits [G,k] of each Draft, so that all of them together take at most `budget` bytes, levels included -> (them, the Codes).
+
+    codes: left out, gaussian_codes(). Raises ValueError where the budget does not pay for what every matrix needs and a column
+    of it.
+    """
+    codes = codes or gaussian_codes()
+    poor = ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
+    spent = 8 * (budget - levels_bytes(codes))
+    for _ in range(30):  # what the basis, the scales and the ends of streams take depends on the bits
+        if spent <= 0:
+            raise poor
+        bits = spend_over(drafts, spent, codes)
+        if not all(b.any() for b in bits):
+            raise poor
+        excess = levels_bytes(codes) + sum(draft.bytes(b, codes) for b, draft in zip(bits, drafts)) - budget
+        if excess <= 0:
+            return bits, codes
+        spent -= 8 * excess
+    raise poor
+
+
+def spend_over(drafts, budget, codes):
+    """Bits [G,k] of each Draft, at one water level: `budget` bits for all of their numbers."""
+    worth, price = (torch.cat([f(draft).flatten() for draft in drafts]) for f in (lambda x: x.worth, Draft.price))
+    bits = spend(worth, price, budget, distortion(codes)).split([draft.worth.numel() for draft in drafts])
+    return [b.view(draft.worth.shape) for b, draft in zip(bits, drafts)]
+
+
+def levels_bytes(codes):
+    return sum(2 * len(code.levels) for code in codes)
+
+
+def code(draft, bits, codes):
+    """Round a Draft with bits [G,k] -> CodedMatrix."""
+    coded = [code_group(draft.Z[rows], b, U, codes) for rows, b, (U, _) in zip(draft.groups, bits, draft.feedback)]
+    used = bits.any(0) if draft.P is not None else torch.ones(bits.shape[1], dtype=torch.bool)
+    place = torch.empty(len(draft.Z), dtype=torch.long)
+    place[torch.cat(draft.groups)] = torch.arange(len(draft.Z))
+    basis = {}
+    if draft.P is not None:
+        P, P_scale = to_int8(draft.P[used])
+        basis = dict(P=P, P_scale=P_scale, mean=draft.mean.half(), means=draft.means[:, used].half())
+    return CodedMatrix(
+        place=place.to(place_type(len(place))),
+        sizes=draft.sizes.int(),
+        bits=bits[:, used].to(torch.uint8),
+        scales=torch.stack([scales for scales, _ in coded])[:, used].half(),
+        streams={(g, b): stream for g, (_, streams) in enumerate(coded) for b, stream in streams.items()},
+        levels={c.bits: c.levels.half() for c in codes},
+        **basis,
+    )
+
+
+def place_type(V):
+    return torch.int16 if V <= 2**16 else torch.int32
+
+
+def to_int8(P):
+    """[k,d] -> integers and a scale a row, which give it back to half a step."""
+    scale = (P.abs().amax(1) / 127).half()
+    return (P / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def weighted_square(z, weights):
+    return (weights[:, None] * z.double().square()).sum(0) / weights.sum()
+
+
+def in_coordinates(M, P):
+    """A metric [d,d] in the coordinates of P, scaled to trace d and damped; 1 where no token of the group was read."""
+    one = torch.eye(len(M), dtype=torch.float64)
+    M = P.double() @ M @ P.double().T
+    return (1 - TABLE_DAMPING) * M * (len(M) / M.trace()) + TABLE_DAMPING * one if M.trace() > 0 else one
+
+
+def feedback(M, columns=COLUMNS):
+    """
+    M = U D U^T in blocks of columns -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
+
+    e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T.
+    """
+    U = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # M = U U^T, upper triangular
+    D = torch.empty(len(M), dtype=M.dtype)
+    out = torch.zeros_like(U)
+    for start in range(0, len(M), columns):
+        b = slice(start, start + columns)
+        out[:, b] = torch.linalg.solve_triangular(U[b, b], U[:, b], upper=True, left=False)
+        D[b] = U[b, b].square().sum(1)
+    return out.float(), D
+
+
+def code_group(z, bits, U, codes):
+    """z [rows,k], bits [k], U of feedback() or None -> (scales [k], {b: packed stream})."""
+    scales, errors = torch.ones(z.shape[1]), torch.zeros_like(z)
+    found = {b: [] for b in bits.unique().tolist() if b}
+    step = COLUMNS if U is not None else z.shape[1]
+    for start in range(0, z.shape[1], step):
+        block = slice(start, start + step)
+        aim = z[:, block] if U is None else z[:, block] + errors[:, :start] @ U[:start, block]
+        q = torch.zeros_like(aim)
+        for b in bits[block].unique().tolist():
+            if b:
+                columns = (bits[block] == b).nonzero()[:, 0]
+                x = aim[:, columns]
+                scale = x.square().mean(0).sqrt().clamp(min=1e-7).half().float()
+                windows = encode_columns(x / scale, codes[b - 1])
+                q[:, columns] = values(windows, codes[b - 1], len(z)) * scale
+                scales[start + columns] = scale
+                found[b].append(windows)
+        errors[:, block] = z[:, block] - q
+    return scales, {b: pack(torch.cat(w), b, codes[b - 1].window) for b, w in found.items()}
+
+
+def encode_columns(x, code):
+    """x [rows,columns] -> windows [columns * segments, numbers of a segment]; the last segment is filled with zeros."""
+    count, length = segments(len(x))
+    x = torch.nn.functional.pad(x, (0, 0, 0, count * length - len(x)))
+    return encode(x.T.reshape(-1, length), code)
+
+
+def values(windows, code, rows):
+    """The inverse: windows -> [rows,columns]."""
+    return code.levels[windows].view(-1, segments(rows)[0] * windows.shape[1]).T[:rows]
