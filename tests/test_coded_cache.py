@@ -7,7 +7,7 @@ from surgery.subject import Subject
 from surgery.write_model import cache_bytes
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import WINDOW, gaussian_codes
-from value_cache.coded_cache import WHOLE, encode_rows, fit, known_of
+from value_cache.coded_cache import WHOLE, encode_rows, fit, fit_levels, known_of
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 modules = pytest.importorskip("surgery.coded_attention")
@@ -61,6 +61,18 @@ def test_the_error_is_that_of_the_trellis(b):
     error = (z - levels()[b][encode_rows(z, [b] * 400, levels())]).square()
     error = error[:, WINDOW:].mean().item()  # a stream's first numbers have less choice
     assert error == pytest.approx(gaussian_codes()[b - 1].error, rel=0.05)
+
+
+def test_levels_are_fitted_to_the_tails():
+    torch.manual_seed(0)
+    z = torch.distributions.Laplace(0, 0.5**0.5).sample((2000, 12))
+    bits = [1] * 4 + [3] * 8
+    fitted = fit_levels(z[1000:], bits, levels())
+    errors = [
+        (z[:1000] - table[torch.tensor(bits), encode_rows(z[:1000], bits, table)]).square().mean()
+        for table in (levels(), fitted)
+    ]
+    assert errors[1] < 0.85 * errors[0]
 
 
 def texts(layers=3, D=6, d=5, B=40, T=24):

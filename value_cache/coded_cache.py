@@ -39,8 +39,8 @@ DAMPING = 1e-3  # of the metric's mean eigenvalue: directions without a gradient
 PASSES = 3  # of fit(): what a layer needs depends on the rounding of the layers before it
 AT_ONCE = 512  # tokens encoded together
 IMPOSSIBLE = 1e30  # a cost
-LLOYD_ROUNDS = 4
-SAMPLE = 8192  # tokens to which levels are fitted
+LLOYD_ROUNDS = 3
+SAMPLE = 4096  # tokens to which levels are fitted
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
 
 
