@@ -5,7 +5,7 @@ What decoding costs: bytes that the KV cache has allocated, tokens a second, per
     python bench.py --decode --shape gpt2 --context 512 --nanogpt DIR      # random weights, beside a nanoGPT checkout
 
 Each model is measured dense, with compressed values and with compressed keys and values, by every number format of the cache.
-All take turns, round after round, so that a disturbance meets all of them. The first round chooses how a compressed model
+All take turns, round after round, so that other load slows all alike. The first round chooses how a compressed model
 attends; the median of all rounds is its speed.
 """
 
@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.cli import fail, finish, flag, parse
+from common.cli import fail, finish, flag, parse, rounded
 from train_args import PRESETS, ModelArgs
 from value_cache import KV_DTYPES
 
@@ -102,8 +102,8 @@ def main(argv=None):
     seconds = by_turns(calls, args.rounds, lambda i: print(f"round {i}/{args.rounds}", file=sys.stderr))
     for (i, way), found in seconds.items():
         speeds = [tasks[i, way].tokens.numel() / s for s in found]
-        rows[i].setdefault("tokens_per_second", {})[way] = round_to(statistics.median(speeds))
-        rows[i].setdefault("first_round", {})[way] = round_to(speeds[0])
+        rows[i].setdefault("tokens_per_second", {})[way] = rounded(statistics.median(speeds))
+        rows[i].setdefault("first_round", {})[way] = rounded(speeds[0])
     text = rows_table(rows, table)
     print(text)
     about = (
@@ -115,10 +115,6 @@ def main(argv=None):
         with written_whole(args.out, "give another --out") as part:
             part.write_text(f"# Decoding\n\n{about}\n\n{text}\n")
     finish(context=context, hardware=hardware(args.device), rows=rows)
-
-
-def round_to(x):
-    return float(f"{x:.4g}")
 
 
 def rows_table(rows, table):

@@ -131,7 +131,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         dims = round(config.rotary_pct * d / config.n_head)
         self.rotary = Rotary(dims, config.n_head, config.block_size) if dims else NoRotary()
-        # Plain keys are rotated before the cache keeps them, compressed keys each time they have been restored.
+        # Plain keys are rotated before the cache keeps them. Compressed keys are rotated at each step, after they are restored.
         plain = config.k_proj_dim is None
         self.rotary_kept, self.rotary_read = (self.rotary, NoRotary()) if plain else (NoRotary(), self.rotary)
 
@@ -157,7 +157,7 @@ class CausalSelfAttention(nn.Module):
         k, v = self.rotary_read(self.k_restore(k), 0), self.v_restore(v)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, width / H)
         dropout = self.dropout if self.training else 0.0
-        # is_causal lines up the first query with the first key: right where all positions are computed at once
+        # is_causal lets the first query see the first key alone. That is right where all positions are computed at once.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if T in (1, S) else causal_mask(T, S, q.device), dropout_p=dropout, is_causal=T == S
         )

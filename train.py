@@ -118,7 +118,7 @@ if args.compile:
     model.compile()
 trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None) if world_size > 1 else model
 
-# Forward, as much again for the gradient of what passes through, and for that of the weights as far as they train.
+# Backward costs one forward for the activations' gradients, and one for the trained weights'.
 trained_numbers = sum(p.numel() for p in trained)
 flops_per_token = model.flops_per_token(args.block_size)
 flops_trained = (2 + trained_numbers / parameters["total"]) * flops_per_token["total"]  # a token of training

@@ -23,7 +23,7 @@ BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
 
 def save(path, model, base=None, hint="make room, then resume the run", **rest):
-    """Write a checkpoint, whole or not at all. base: of adapters that are saved alone. rest: what else it holds."""
+    """Write a checkpoint, whole or not at all. base: see base_of(); with it, adapters alone are saved. rest: other entries."""
     state = model.state_dict()
     if base is not None:
         state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
@@ -42,7 +42,7 @@ def is_adapter(name):
 
 
 def base_of(model, args):
-    """Where the frozen weights come from, and how they are recognised: their files, and the SHA-256 over them."""
+    """The files that the frozen weights come from, and the SHA-256 by which they are recognised."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not is_adapter(name):
@@ -80,7 +80,7 @@ def plain_config(checkpoint):
 
 
 def read_base(path, base, config):
-    """The model whose adapters `path` holds; an error where the files hold another model by now."""
+    """The model that the adapters in `path` belong to; an error where its files have changed."""
     previous = load(base["prev_run_ckpt"], hint=f"{path} holds adapters of it; say with --prev_run_ckpt where it lies now")
     factors = None
     if base["import_wte_npy"]:
@@ -117,7 +117,7 @@ def move_to(model, device, dtype=None):
         fail(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
 
 
-# What a new run decides for itself when it starts from a previous run's weights. All other fields are those weights' shape.
+# A new run that starts from a previous run's weights chooses these fields itself. The weights fix all others.
 OF_THE_NEW_RUN = {
     "vocab_size", "dropout", "factor_init", "n_embd_wte", "n_embd_wte_scale_tying", "n_embd_wte_mean", "v_proj_dim",
     "k_proj_dim", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",

@@ -38,6 +38,11 @@ def finish(**result):
     print(json.dumps(result), flush=True)
 
 
+def rounded(x):
+    """A measured number as programs write it: four significant digits."""
+    return float(f"{x:.4g}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the flags)")

@@ -57,13 +57,13 @@ def find_folder(name):
 
 @lru_cache(maxsize=1)
 def shuffled(n, key):
-    """0 to n - 1 in the order of an epoch; kept, since every step of the epoch asks for it."""
+    """The numbers 0 to n - 1, shuffled. Cached: every step of an epoch needs the same order."""
     return np.random.default_rng(key).permutation(n)
 
 
 class Dataset:
     def __init__(self, name, flag="--dataset"):
-        """name: a folder under data/, or the path of one elsewhere; flag: what named it. Checks both files whole."""
+        """name: a folder under data/, or the path of one elsewhere; flag: the flag that gave the name. Checks every id."""
         self.folder = find_folder(name)
         if self.folder is None:
             fail(f"{flag} {name}: no such folder under data/; run data/{name}/prepare.py, or give a folder's path")

@@ -54,7 +54,7 @@ def ends_in_one_line(args, device):
     except KeyboardInterrupt:
         print("interrupted: --init_from resume goes on from the last evaluation", file=sys.stderr)
         sys.exit(130)
-    except (RuntimeError, MemoryError) as error:  # torch has an own class for CUDA only
+    except (RuntimeError, MemoryError) as error:  # torch raises a class of its own for CUDA only
         words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
             raise

@@ -13,7 +13,7 @@ def read(kind, what, source, flag, **options):
 
 
 def read_model(source, flag, **options):
-    """A causal language model with all of its weights -> (it, what from_pretrained tells of its weights)."""
+    """A causal language model with all of its weights -> (the model, from_pretrained's report on its weights)."""
     from transformers import AutoModelForCausalLM
 
     model, info = read(AutoModelForCausalLM, "weights", source, flag, output_loading_info=True, **options)

@@ -90,7 +90,7 @@ class RunFolder:
             )
 
     def _keep_lines_before(self, resumed_at):
-        """Drop what an interrupted run logged after its last checkpoint, and that checkpoint's evaluation: both come again."""
+        """Drop the lines after the last checkpoint, and the evaluation at it: the resumed run logs them again."""
 
         def stays(line):
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)

@@ -16,12 +16,12 @@ from model import GPT, GPTConfig
 @dataclass
 class Start:
     """
-    args          the flags, with all that the previous run or the text decides
+    args          the flags; the previous run fills in the shape, the text the steps of an epoch
     dataset       what the run reads
     model         on the CPU, with its weights; requires_grad says which of them train
     epoch_steps   steps of an epoch, or None where the run counts steps
     steps_before  steps of text that the weights had read before step 0 of this run
-    starts_from   dict(part, ckpt, tokens): what the run did not have to learn, and the tokens that it had cost; or None
+    starts_from   dict(part, ckpt, tokens): which weights are trained already, where they are from, on how many tokens; or None
     base          of adapters that are saved alone: the files of the frozen weights and their hash; or None
     step          where the run goes on; 0 for a new one
     last_step     where it ends
@@ -137,7 +137,7 @@ def new_model(args, dataset, previous):
     shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
     try:
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
-    except ValueError as error:  # an adapter's; its message names the matrix
+    except ValueError as error:  # an adapter raises it and names the matrix
         if args.lora_rank is None:
             raise
         fail(f"--lora_rank {args.lora_rank} --lora_targets {args.lora_targets}: {error}")

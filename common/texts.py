@@ -22,7 +22,7 @@ def codec_of(name, hint, required=True):
     """
     The tokenizer of a dataset -> (Codec, vocab_size); None where there is no such dataset.
 
-    hint: see read_codec(). required: an error where the dataset names no known tokenizer, else None.
+    hint: see read_codec(). required: end in an error where the dataset names no known tokenizer; if false, return None there.
     """
     folder = find_folder(name)
     if folder is None or not (folder / "meta.pkl").is_file():

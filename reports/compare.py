@@ -141,7 +141,7 @@ COMPARISONS = (
 
 
 def pairs(rows, first, second):
-    """The rows of the two labels that belong together: of one rank, or the second of none (or of full rank)."""
+    """Pairs of rows with equal rank. The second may be dense."""
     for a in (row for row in rows if row.label == first):
         for b in (row for row in rows if row.label == second and (second == "A full" or row.k in (None, a.k))):
             yield a, b

@@ -7,7 +7,7 @@ W ~ left @ right (+ mean), left [out,r], right [r,in]. A method says what an err
     svd     C = 1, G = 1
     whiten  C = E[x x^T] of the input: the error of the output on text, not of the weights
     fisher  the same C, and G = E[g g^T] of the loss's gradient g at the output: twice the nats that the error costs, to second
-            order, with x and g taken for independent (the two factors of K-FAC, arXiv:1503.05671). The loss is that of next
+            order, if x and g are independent (the two factors of K-FAC, arXiv:1503.05671). The loss is that of next
             tokens which the model draws itself: on SmolLM2-135M a sixth less is lost than with the text's own
 
 With G^(1/2) (W - mean) C^(1/2) = U S V^T, left is G^(-1/2) U_k and right is U_k^T G^(1/2) (W - mean): C is never inverted.

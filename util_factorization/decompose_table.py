@@ -17,12 +17,12 @@ what an error costs: for each use of the table, sum_i a_i (w_i - w'_i) M (w_i - 
 
 The blocks diag(sqrt a) (W - mu) M^(1/2) of all uses, side by side, have the singular values S and the right singular vectors Q.
 Then Z = diag(1 / sqrt p) U_k S_k. These are the rows of the blocks, scaled back and multiplied by Q_k: no left singular vector
-is ever computed. S and Q come from second moments of the rows, d x d. Summed in float64 these square a condition number that
-float32 storage cuts off at 1e7, so nothing that the table holds is lost.
+is ever computed. S and Q come from second moments of the rows, d x d. These square the table's condition number, which float32
+storage limits to 1e7. Sums in float64 lose nothing of that.
 
-The cost of fisher is of second order, and it takes two factors for independent as K-FAC does (arXiv:1503.05671): h and g do
-not depend on the token. It ignores how the rows' errors of one window add up, it drops the softmax's mean, and G may come from
-the text's own next tokens. It ranks directions well; as a forecast of the loss it is rough.
+The cost of fisher is an approximation of second order. Like K-FAC (arXiv:1503.05671) it assumes that h and g do not depend on
+the token. It ignores how the rows' errors of one window add up, it drops the softmax's mean, and G may come from the text's own
+next tokens. It ranks directions well; as a forecast of the loss it is rough.
 
 P is the least-squares map from Z to W - mu under p: P = S_k^-2 Z^T diag(p) (W - mu). It serves the lookup and the head: a
 metric on the right does not change a least-squares map, so scale_up and scale_down come out equal. (The lookup of joint would
@@ -44,8 +44,7 @@ class Decomposition(Spectrum):
     """
     A decomposed table, and what a cut costs. n is d times the number of blocks.
 
-    The two blocks of joint weigh a row differently, and no Z P is their best cut: there tail() is a bound that the error of the
-    factors does not exceed.
+    joint has no optimal Z P, since its two blocks weigh a row differently. There tail() is an upper bound of the error.
 
     table  [V,d] as given
     mean   [d] float64, or None
@@ -100,7 +99,7 @@ def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_la
     counts [V]    how often each token occurs; one is added, so that every row weighs something
     head [d,d]    C = E[h h^T] of what the head reads
     lookup [d,d]  G = E[g g^T] of the loss's gradient at the looked-up row
-    METHODS says which of them a method needs. fisher takes 0 for the use that a table does not have.
+    METHODS says which of them a method needs. For fisher, give 0 for a use that the table does not have.
     Raises ValueError for an unknown method, and where it lacks what it needs.
     """
     check_needs(method, METHODS, counts=counts, head=head, lookup=lookup)
@@ -125,7 +124,7 @@ def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_la
     energies, Q = energies.clamp(min=0).flip(0), vectors.flip(1)[:, :d]
     maps = [(scale, R @ part) for (scale, R), part in zip(blocks, Q.split(d))]
     P = sum(to_k.T @ moment(scale) for scale, to_k in maps)
-    # Directions that hold rounding alone give nothing back.
+    # A direction without energy holds rounding errors alone: its row of P is 0.
     P = torch.where(energies[:d, None] > 1e-14 * energies[0], P / energies[:d, None], 0)
     return Decomposition(table, mean, energies.sqrt(), maps, P)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
 
-# Settings that our GPT has fixed, by model_type. A config without the setting is older than it and has this value.
+# Settings that our GPT has fixed, by model_type. A config that is older than a setting lacks it and has this value.
 GRANTED = dict(
     gpt_neox=dict(attention_bias=True, layer_norm_eps=1e-5),
     gpt2=dict(
@@ -43,7 +43,7 @@ GPT2 = {
 class Args:
     model: str = flag(help="a hub id, or a folder written by save_pretrained")
     out: str = flag(help="the file to write; an existing one is left alone")
-    dataset: str = flag("pile", "what later programs read where they are given no text: one in the model's own tokens")
+    dataset: str = flag("pile", "dataset that later programs use by default; same tokenizer")
 
 
 def from_hugging_face(hf):
@@ -59,7 +59,7 @@ def from_hugging_face(hf):
 
 
 def gpt_config(theirs):
-    """A transformers config -> GPTConfig, or an error that names what does not fit. Whether the head is tied it cannot tell."""
+    """A transformers config -> GPTConfig with tie_head left open, or an error that names what does not fit."""
     from model import GPTConfig
 
     kind = theirs.model_type
@@ -88,7 +88,7 @@ def gpt_config(theirs):
         mlp_expansion_factor=width // d,
         activation=ACTIVATION[activation],
         bias=True,
-        dropout=0.0,  # a new run has its own
+        dropout=0.0,  # a new run sets its own
         **positions,
     )
 

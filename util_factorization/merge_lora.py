@@ -16,9 +16,9 @@ from common.cli import fail, finish, flag, parse
 class Args:
     ckpt_path: str = flag(help="checkpoint with adapters, or the run folder that holds ckpt.pt")
     out: str = flag(help="the file to write; an existing one is left alone")
-    prev_run_ckpt: str = flag("", "where the base of adapters that were saved alone lies now, if it has moved")
-    import_wte_npy: str = flag("", "and its factors")
-    import_scale_matrices_npz: str = flag("", "and their scale matrices")
+    prev_run_ckpt: str = flag("", "where the base's checkpoint lies now, if adapters were saved alone and it has moved")
+    import_wte_npy: str = flag("", "where the base's wte factor file lies now")
+    import_scale_matrices_npz: str = flag("", "where the base's scale matrices' file lies now")
 
 
 def main(argv=None):

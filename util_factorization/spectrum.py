@@ -2,8 +2,8 @@
 
 import torch
 
-ROUNDING = 1e-12  # of the energy: a share that is reached but for rounding does not ask for one component more
-RIDGE = 1e-6  # of a moment's mean eigenvalue: directions that the text never showed keep a little weight
+ROUNDING = 1e-12  # of the energy: where no more than this is missing, the share counts as reached
+RIDGE = 1e-6  # of a moment's mean eigenvalue: a little weight for directions that do not occur in the text
 
 
 class Spectrum:
@@ -16,13 +16,13 @@ class Spectrum:
         return self.S[k:].square().sum().sqrt().item()
 
     def energy(self, k):
-        """Share of the sum of squares that k components keep; all of it where there is none."""
+        """Share of the sum of squares that k components keep; 1 where the matrix is zero."""
         total = self.tail(0)
         return 1 - (self.tail(k) / total) ** 2 if total else 1.0
 
     def rank_for(self, share):
         """The smallest rank that keeps this share, in (0, 1], of the energy. A share of 1 keeps every component."""
-        if share == 1:  # also those whose energy is lost in rounding
+        if share == 1:  # also components whose energy rounds to zero
             return self.full
         kept = self.S.square().cumsum(0) / self.S.square().sum()
         return min(int((kept < share - ROUNDING).sum()) + 1, self.full)
