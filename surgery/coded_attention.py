@@ -24,7 +24,7 @@ class Step:
 
     def __init__(self, hf):
         self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
-        self.places = 8 * torch.arange(2 if len(self.table.weight) <= 2**16 else 4)  # of an id's bytes
+        self.places = 8 * torch.arange(id_bytes(self.table))
         self.ids = self.e = self.read = None
         self.table.register_forward_hook(self.note)
 
@@ -43,6 +43,10 @@ class Step:
 
     def known(self, like):
         return known_of(self.read, self.e.to(like.dtype))
+
+
+def id_bytes(table):
+    return 2 if len(table.weight) <= 2**16 else 4
 
 
 def rows_of(table, norm, ids):
@@ -146,8 +150,8 @@ def gather(subject, windows):
             loss, outputs = F.cross_entropy(logits, labels, reduction="sum"), [made[m] for m in linears]
             gradients = torch.autograd.grad(loss, outputs)
             for i, found in enumerate(x):
-                found.append(torch.cat(outputs[2 * i : 2 * i + 2], -1).detach().half())
-                g = torch.cat(gradients[2 * i : 2 * i + 2], -1)[0, WHOLE:].double()
+                found.append(torch.cat(outputs[2 * i : 2 * i + 2], -1).detach().half().cpu())
+                g = torch.cat(gradients[2 * i : 2 * i + 2], -1)[0, WHOLE:].double().cpu()
                 G[i] = G[i] + g.T @ g / (len(g) * len(windows))
     finally:
         for hook in hooks:
@@ -155,7 +159,7 @@ def gather(subject, windows):
     ids = torch.cat([ids for ids, _ in windows]).to(hf.device)
     with torch.no_grad():
         e = rows_of(hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm, ids)
-    return [torch.cat(found) for found in x], e, G
+    return [torch.cat(found) for found in x], e.float().cpu(), G
 
 
 def install(hf, codes):
@@ -168,8 +172,14 @@ def install(hf, codes):
 
 
 def code_cache(subject, windows, share):
-    """Calibrate on windows and give the model, in place, a cache of this share of its float16 bytes a token -> the codes."""
+    """
+    Calibrate on windows and give the model, in place, a cache of at most this share of its float16 bytes -> the codes.
+
+    The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it.
+    """
     x, e, G = gather(subject, windows)
-    codes = fit(x, e, G, share * 16 * len(x) * x[0].shape[-1])
+    whole = 16 * len(x) * x[0].shape[-1]
+    ends = 7 * len(x)  # bits at most: a layer's bits fill whole bytes
+    codes = fit(x, e, G, share * whole - 8 * id_bytes(subject.table) - ends)
     install(subject.model, codes)
     return codes

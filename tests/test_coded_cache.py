@@ -132,10 +132,10 @@ def test_no_bits_and_short_texts_are_refused():
 
 
 def test_with_all_bits_it_is_the_untouched_model():
-    untouched, model, _ = coded(0.5)  # 8 bits of each number, the most there are
-    tenth = coded(0.1)[1]
+    untouched, model, _ = coded(0.55)  # 8 bits of each number, the most there are
+    few = coded(0.15)[1]
     with torch.no_grad():
-        before, after, less = (m(IDS).logits for m in (untouched, model, tenth))
+        before, after, less = (m(IDS).logits for m in (untouched, model, few))
     assert (after - before).square().mean() < 2e-3 * before.var()
     assert (less - before).square().mean() > 10 * (after - before).square().mean()
 
@@ -157,10 +157,10 @@ def test_chunks_and_single_tokens_read_the_same(at_quarter):
 def test_the_bytes_that_are_allocated_are_those_that_were_paid(at_quarter):
     untouched, model, codes = at_quarter
     D = 2 * 2 * 8
-    assert sum(sum(code.bits) for code in codes) <= 0.25 * 16 * 3 * D
-    expected = 2 + sum(code.bytes_per_token for code in codes) + 3 * 2 * D * WHOLE / 40
-    assert cache_bytes(model, IDS[0]) == expected
-    assert expected < 0.45 * cache_bytes(untouched, IDS[0]) / 2  # float32 there
+    of_token = 2 + sum(code.bytes_per_token for code in codes)
+    assert 0.23 * 2 * 3 * D < of_token <= 0.25 * 2 * 3 * D
+    assert cache_bytes(model, IDS[0]) == of_token + 3 * 2 * D * WHOLE / 40
+    assert cache_bytes(untouched, IDS[0]) == 4 * 3 * D  # float32
 
 
 @torch.no_grad()

@@ -50,18 +50,18 @@ def pack_rows(windows, bits):
 
     A window is these bits and the ones before it; before the first number they are 0.
     """
-    depth = torch.tensor(bits, dtype=torch.long)
-    number = torch.repeat_interleave(torch.arange(len(bits)), depth)  # of each bit of a row
-    shift = depth.cumsum(0)[number] - 1 - torch.arange(len(number))
+    device, depth = windows.device, torch.tensor(bits, dtype=torch.long, device=windows.device)
+    number = torch.repeat_interleave(torch.arange(len(bits), device=device), depth)  # of each bit of a row
+    shift = depth.cumsum(0)[number] - 1 - torch.arange(len(number), device=device)
     stream = (windows[:, number] >> shift & 1).to(torch.uint8)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (stream << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (stream << torch.arange(7, -1, -1, dtype=torch.uint8, device=device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_rows(packed, bits, window):
     """The inverse: uint8 [N, row_bytes()] -> windows [N,K], int32."""
     padded = torch.nn.functional.pad(packed, (3, 2)).int()
-    starts = 24 + torch.tensor(bits, dtype=torch.long).cumsum(0) - window
+    starts = 24 + torch.tensor(bits, dtype=torch.long, device=packed.device).cumsum(0) - window
     at = starts >> 3
     three = padded[:, at] << 16 | padded[:, at + 1] << 8 | padded[:, at + 2]
     return three >> (24 - window - (starts & 7)).int() & (2**window - 1)

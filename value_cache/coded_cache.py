@@ -96,17 +96,17 @@ def encode_rows(z, bits, levels):
     Here each number has a depth of its own, and the stream before the first number is 0.
     """
     (N, K), L, z, levels = z.shape, WINDOW, z.float().T.contiguous(), levels.float()
-    cost, oldest = torch.full((2**L, N), IMPOSSIBLE), []
+    cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []
     cost[0] = 0
     for t, b in enumerate(bits):
         high, kept = 2**b, 2 ** (L - b)
-        names = torch.arange(high, dtype=torch.int32).view(-1, 1, 1)
+        names = torch.arange(high, dtype=torch.int32, device=z.device).view(-1, 1, 1)
         named = cost.view(torch.int32).view(high, kept, N).bitwise_and_(-high).bitwise_or_(names)
         best = named.view(torch.float32).amin(0)
         oldest.append((best.view(torch.int32) & high - 1).to(torch.uint8))
         best = best - best.amin(0)  # costs keep their precision
         cost = (z[t] - levels[b].view(kept, high, 1)).square_().add_(best[:, None]).flatten(0, 1)
-    windows, window = torch.empty(K, N, dtype=torch.long), cost.argmin(0)
+    windows, window = torch.empty(K, N, dtype=torch.long, device=z.device), cost.argmin(0)
     for t in range(K - 1, -1, -1):
         windows[t] = window
         shared = window >> bits[t]
