@@ -4,11 +4,13 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
     python -m surgery --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
 
     python -m surgery --targets k,v --mode shared_kv --method fisher --rank 192 --out smaller
+    python -m surgery --bytes 0.25 --out packed
 
 One process: one decomposition serves every threshold and rank, and the weights are put back after each point. Every point
 gets a line in results.jsonl of --out_dir; the same command again skips what is done. report.md and its figures are written at
 the end.
-With --out and flags that give one point, the smaller model is written to a folder: surgery.load() reads it.
+With --out and flags that give one point, the smaller model is written to a folder: surgery.load() reads it. With --bytes the
+linear layers and the token table of that model are kept by bits: each part has the bits that it is worth.
 """
 
 import hashlib
@@ -29,6 +31,12 @@ class Args:
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
     variance: str = flag("", "shares of the energy to keep, in (0, 1], comma-separated; left out, the seed's nine")
     rank: str = flag("", "ranks to keep, comma-separated, instead of --variance or beside it")
+    bytes: float = flag(
+        0.0,
+        "with --out: keep every matrix by bits, in this share of all their float16 bytes; --targets all (left out) or wte",
+        low=0,
+        high=1,
+    )
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")
     targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
     mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
@@ -66,9 +74,20 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir", "device",
-         "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
+SWEEP = ("variance", "rank", "budget", "bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir",
+         "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
+
+
+def check_bytes(args, given):
+    """Refuse what --bytes contradicts."""
+    if other := sorted({"variance", "rank", "budget", "mode", "method", "seed_faithful"} & set(given)):
+        fail(f"--bytes decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
+    if not args.out:
+        fail("--bytes writes a packed model: give --out FOLDER")
+    args.targets = args.targets if "targets" in given else "all"
+    if args.targets not in ("all", "wte"):
+        fail(f"--targets {args.targets} with --bytes: give all or wte")
 
 
 def check(args, given, points):
@@ -102,24 +121,12 @@ def settings_of(args, name, weights, windows, texts):
     return settings | texts | dict(weights=digest, eval_windows=windows)
 
 
-def main(argv=None):
-    args, given = parse(Args, argv, description=__doc__)
-    points = make_points(args)
-    check(args, given, points)
-
+def opened(args):
+    """What the flags name -> (the model's name, Subject, tokenizer, chosen texts, TextReader, evaluation windows by text)."""
     import torch
 
-    from reports.surgery import write_report
-    from surgery.checks import check_ranks, check_subject
-    from surgery.evaluator import Evaluator
-    from surgery.layers import find_layers
-    from surgery.low_rank_modules import check_attention
-    from surgery.moments import calibration
     from surgery.subject import choose_model, load_subject
-    from surgery.surgeon import Surgeon, fingerprint
-    from surgery.sweep import check_writable, prepare_folder, read_records, sweep
-    from surgery.texts import TextReader, announced, choose, settings
-    from surgery.write_model import write_smaller
+    from surgery.texts import TextReader, announced, choose
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
@@ -127,12 +134,55 @@ def main(argv=None):
     name = args.model or choose_model()
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
-    model = subject.to(args.device).model
+    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
+    return name, subject.to(args.device), tokenizer, chosen, texts, texts.evaluation_windows(args.eval_windows)
+
+
+def pack(args):
+    """--bytes: write the packed model."""
+    from reports.packed import packed_table
+    from surgery.checks import check_subject
+    from surgery.evaluator import Evaluator
+    from surgery.pack_model import pack_model
+    from surgery.surgeon import fingerprint
+    from surgery.sweep import check_writable, prepare_folder
+    from surgery.texts import settings
+
+    name, subject, tokenizer, chosen, texts, windows = opened(args)
+    check_subject(args, name, [], subject, tokenizer)
+    shared = settings_of(args, name, fingerprint(subject.model), sum(map(len, windows.values())), settings(chosen))
+    folder, _ = prepare_folder(args, shared)
+    check_writable(args.out)
+    record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
+    print(packed_table(record))
+    finish(model=name, out=args.out, **record["bytes"])
+
+
+def main(argv=None):
+    args, given = parse(Args, argv, description=__doc__)
+    if args.bytes:
+        check_bytes(args, given)
+    points = [] if args.bytes else make_points(args)
+    check(args, given, points)
+    if args.bytes:
+        return pack(args)
+
+    from reports.surgery import write_report
+    from surgery.checks import check_ranks, check_subject
+    from surgery.evaluator import Evaluator
+    from surgery.layers import find_layers
+    from surgery.low_rank_modules import check_attention
+    from surgery.moments import calibration
+    from surgery.surgeon import Surgeon, fingerprint
+    from surgery.sweep import check_writable, prepare_folder, read_records, sweep
+    from surgery.texts import settings
+    from surgery.write_model import write_smaller
+
+    name, subject, tokenizer, chosen, texts, windows = opened(args)
+    model = subject.model
     layers = find_layers(model) if not all(p.of_table for p in points) else []
     check_subject(args, name, points, subject, tokenizer)
     check_ranks(points, layers, subject, args.layers_per_group)
-    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
-    windows = texts.evaluation_windows(args.eval_windows)
     if args.out:
         check_attention(model, layers)
     shared = settings_of(args, name, fingerprint(model), sum(map(len, windows.values())), settings(chosen))

@@ -21,7 +21,7 @@ class Args:
     system: str = flag("table", "table: the token table; weights: every linear layer and the table", choices=SYSTEMS)
     model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
-    shares: str = flag("0.5,0.3125,0.23,0.1875,0.13,0.08", "bytes for bits by component, as shares of float16, comma-separated")
+    shares: str = flag("0.3125,0.23,0.1875,0.13,0.08", "bytes for bits by component, as shares of float16, comma-separated")
     rows: str = flag("", "names of the rows to measure, comma-separated; left out, all of the system")
     calib_text: str = flag("", "as python -m surgery's")
     calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each", low=1)
@@ -44,8 +44,7 @@ class Row:
         return " ".join([self.name, *map(str, self.given)])
 
 
-ROUNDING = ((8, 576), (4, 32), (4, 64), (3, 32), (3, 64), (2, 32))  # bits and group; a group of 576 or less is a whole row
-RANKS = (384, 256, 128)
+RANKS = (256, 128)
 
 
 def rows_of(system, shares):
@@ -53,9 +52,9 @@ def rows_of(system, shares):
     coded = [Row("bits", (share,)) for share in shares]
     if system == "weights":
         return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
-    few = [share for share in shares if share < 0.2]
-    ablations = [Row(name, (share,)) for name in ("bits, no feedback", "bits, one group", "bits, no rotation") for share in few]
-    plain = [Row(name, b) for b in ROUNDING for name in ("to nearest", "error-aware")]
+    ablations = [Row(name, (0.13,)) for name in ("bits, one group", "bits, no rotation")]
+    plain = [Row("to nearest", b) for b in ((8, 576), (4, 32), (3, 64))]
+    plain += [Row("error-aware", b) for b in ((4, 32), (4, 64), (3, 64), (2, 32))]
     return [Row("untouched"), *plain, *(Row("rank", (r,)) for r in RANKS), *coded, *ablations]
 
 
@@ -83,11 +82,11 @@ def main(argv=None):
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
-    shared = {k: v for k, v in vars(args).items() if k not in ("shares", "rows", "out_dir", "tokenizer")}
+    shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir", "tokenizer")}
     shared["model"] = Path(name).name if Path(name).exists() else name
     args.device = "cpu"
     folder, records = prepare_folder(args, shared | settings(chosen))
-    left = [row for row in rows if row.key not in {record["row"] for record in records}]
+    left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:
         from surgery.bytes_rows import Measurer
 

@@ -9,18 +9,30 @@ once, at PROBE_BITS. The KL divergence that this costs on calibration text, over
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
 
 from common.files import written_whole
+from surgery.evaluator import Evaluator
 from surgery.linears import LinearMoments, find_linears
-from util_factorization.calibrate import calibrate_groups
-from util_factorization.coding import code, draft_layer, draft_table, groups_by_weight, row_weights, spend_over
+from util_factorization.calibrate import calibrate
+from util_factorization.coding import (
+    code,
+    draft_layer,
+    draft_table,
+    fit,
+    groups_by_weight,
+    levels_bytes,
+    row_weights,
+    spend_over,
+)
 from util_factorization.decompose_table import decompose
 from util_factorization.trellis import distortion, gaussian_codes
 
 PROBE_BITS = 3
+PROBES = 3  # windows of calibration text on which prices are measured
 TABLES = ("wte", "head")
 TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 
@@ -52,59 +64,92 @@ def coded_in(matrices, coded):
 
 @dataclass
 class WholeMoments:
-    """What draft_all() reads: weights [V] and groups of the table's rows, C and G of each group, LinearMoments."""
+    """What draft_all() reads: weights [V] of the table's rows, C and G [d,d] of calibrate(), LinearMoments of all layers."""
 
     weights: torch.Tensor
-    groups: list
     C: torch.Tensor
     G: torch.Tensor
     linears: LinearMoments
 
 
-def whole_model_moments(subject, linears, counts, windows, file):
-    """
-    One pass over windows -> WholeMoments. counts [V]: of the text; linears: {name: Linear}. file: keeps them for a later call.
-    """
-    weights = row_weights(counts)
-    groups, moments = groups_by_weight(weights), LinearMoments(linears)
-    kept = torch.load(file, weights_only=True) if file.exists() else None
-    if kept is None or not kept["squares"].keys() >= linears.keys():
-        pairs = tqdm(windows, "calibration", unit="window")
-        with moments:
-            C, G = calibrate_groups(subject, pairs, groups)
-        kept = dict(C=C, G=G, **moments.state())
+def whole_moments(subject, counts, windows, file):
+    """One pass over windows, a list of (x, y) -> WholeMoments. counts [V]: of the text. file: keeps them for a later call."""
+    linears = LinearMoments(find_linears(subject.model))
+    if file.exists():
+        kept = torch.load(file, weights_only=True)
+    else:
+        pairs = ((x.numpy(), y.numpy()) for x, y in tqdm(windows, "calibration", unit="window"))
+        with linears:
+            C, G = calibrate(subject, pairs, subject.model.device, gradients=True, sampled=True)
+        kept = dict(C=C, G=G, **linears.state())
         with written_whole(file, "make room, or choose another --out_dir") as part:
             torch.save(kept, part)
-    moments.load(kept)
-    return WholeMoments(weights, groups, kept["C"], kept["G"], moments)
+    linears.load(kept)
+    return WholeMoments(row_weights(counts), kept["C"], kept["G"], linears)
 
 
 def matrices_of(subject, targets):
-    """{name: module} of what `targets` asks for: "wte", or "all": every linear layer and the table, a head of its own too."""
+    """{name: module}. targets: "wte", the token table, and the head where that is another matrix; "all": linear layers too."""
     tables = {"wte": subject.table}
     if "head" in subject.tables:
         tables["head"] = subject.head
-    return tables if targets == ("wte",) else {**find_linears(subject.model), **tables}
+    return tables if targets == "wte" else {**find_linears(subject.model), **tables}
+
+
+class Coder:
+    """Codes a model's matrices at one budget after another."""
+
+    def __init__(self, subject, targets, texts, tokens, seed, file):
+        """texts: a TextReader; tokens: of calibration text; file: keeps the moments for a later call."""
+        self.matrices, self.subject, self.texts = matrices_of(subject, targets), subject, texts
+        self.numbers = sum(module.weight.numel() for module in self.matrices.values())
+        windows, counts = texts.calibration_windows(-(-tokens // texts.length))
+        torch.manual_seed(seed)
+        self.moments = whole_moments(subject, counts, windows, file)
+
+    @cached_property
+    def drafts(self):
+        """{name: Draft}; where there are several kinds of matrices, their prices are measured."""
+        drafts = draft_all(self.matrices, self.moments)
+        if len(drafts) > 1:
+            prices = set_prices(drafts, self.matrices, Evaluator(self.subject, self.texts.windows("calib", PROBES)))
+            print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in prices.items()), flush=True)
+        return drafts
+
+    def code(self, share, drafts=None):
+        """
+        {name: CodedMatrix} that take `share` of the matrices' float16 bytes together, and their bytes.
+
+        drafts: others than the Coder's own. Raises ValueError where the share does not pay.
+        """
+        drafts = drafts or self.drafts
+        bits, codes = fit(list(drafts.values()), share * 2 * self.numbers)
+        pairs = tqdm(list(zip(drafts.items(), bits)), "rounding", leave=False)
+        coded = {name: code(draft, b, codes) for (name, draft), b in pairs}
+        return coded, sum(made.bytes() for made in coded.values()) + levels_bytes(codes)
 
 
 def draft_all(matrices, moments):
     """{name: Draft} of matrices_of(). moments: WholeMoments"""
-    uses = dict(wte=(moments.C if "head" not in matrices else 0 * moments.C) + moments.G, head=moments.C)
+    metrics = dict(wte=moments.G if "head" in matrices else moments.C + moments.G, head=moments.C)
     drafts = {}
     for name, module in tqdm(matrices.items(), "what bits are worth", leave=False):
         W = module.weight.data.float().cpu()
         if name in TABLES:
-            drafts[name] = draft_of_table(W, moments.weights, moments.groups, uses[name])
+            drafts[name] = draft_of_table(W, moments.weights, metrics[name])
         else:
             drafts[name] = draft_layer(W, *moments.linears.of(name))
     return drafts
 
 
-def draft_of_table(W, weights, groups, metrics, feedback=True):
-    """metrics [G,d,d]: of each group; their sum is the metric of the basis. feedback: of errors, in the groups' metrics"""
-    total = metrics.sum(0)
-    decomposition = decompose(W, "fisher", weights * TOKENS, head=total, lookup=torch.zeros_like(total))
-    return draft_table(decomposition, weights, groups, metrics if feedback else None)
+def decompose_by(W, weights, metric):
+    """A table decomposed by `fisher`, with weights [V] of its rows and a metric [d,d], C + G as far as it has these uses."""
+    return decompose(W, "fisher", weights * TOKENS, head=metric, lookup=torch.zeros_like(metric))
+
+
+def draft_of_table(W, weights, metric, groups=None):
+    """groups: left out, groups_by_weight()"""
+    return draft_table(decompose_by(W, weights, metric), weights, groups or groups_by_weight(weights))
 
 
 def set_prices(drafts, matrices, evaluator):

@@ -1,6 +1,6 @@
 """
-A packed model on disk: surgery.safetensors holds the packed matrices and, in float32, all else (norms, biases); config.json's
-entry "surgery" is {"coded": [names of the matrices]}.
+A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
+float32. config.json's entry "surgery" is {"coded": [names of the matrices]}.
 """
 
 from surgery.coded_modules import install
@@ -19,7 +19,8 @@ def save(folder, hf, tokenizer, coded):
     for name, made in coded.items():
         tensors |= {f"coded.{name}.{part}": tensor.contiguous() for part, tensor in made.tensors().items()}
         inside.add(id((ends_of(hf).get(name) or hf.get_submodule(name)).weight))
-    tensors |= {name: p.detach().cpu().contiguous() for name, p in hf.named_parameters() if id(p) not in inside}
+    rest = {name: p.detach().cpu() for name, p in hf.named_parameters() if id(p) not in inside}
+    tensors |= {name: (p if p.dim() == 1 else p.half()).contiguous() for name, p in rest.items()}
     return write_folder(folder, hf, tokenizer, tensors, dict(coded=list(coded)))
 
 

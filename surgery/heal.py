@@ -22,11 +22,17 @@ WARMUP = 0.1  # of the steps
 
 def heal(student, teacher, windows, steps, rank, lr, seed, log):
     """
-    Train adapters on windows of tokens, a list of (x (1, T), y), and merge them. Each step reads one window, in random order.
-
-    log(kl) is called after each step. Returns dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
+    Train adapters on windows of tokens, a list of (x (1, T), y), and merge them -> what distil() returns.
     """
     torch.manual_seed(seed)
+    adapters = adapters_of(student, rank)
+    found = distil(student, teacher, windows, steps, [dict(params=adapters, lr=lr)], log)
+    merge_adapters(student.model)
+    return found
+
+
+def adapters_of(student, rank):
+    """Give every linear layer but the head an adapter -> their parameters; all others are frozen."""
     linears = [m for m in student.model.modules() if type(m) is nn.Linear and m is not student.head]
     for linear in linears:
         r = min(rank, *linear.weight.shape)
@@ -36,27 +42,39 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log):
     for p in adapters:
         p.requires_grad_(True)
         p.data = p.data.to(student.model.device)
-    optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=0.0, fused=True)
+    return adapters
+
+
+def distil(student, teacher, windows, steps, groups, log):
+    """
+    Train towards the teacher's distribution. Each step reads one window, in random order.
+
+    groups: AdamW's, each with its parameters and its highest learning rate. log(kl) is called after each step. Returns
+    dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
     losses, start = [], time.time()
     for step in range(steps):
         progress = (step + 0.5) / steps  # neither the first step nor the last has a rate of 0
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(progress - WARMUP, 0) / (1 - WARMUP)))
-        optimizer.param_groups[0]["lr"] = lr * rate
+        for group, lr in zip(optimizer.param_groups, highest):
+            group["lr"] = lr * rate
         x, _ = windows[order[step]]
         with torch.no_grad():
             target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0].log_softmax(-1)
         found = student.logits(student.trunk(student.lookup(x)))[0].log_softmax(-1)
         loss = F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
         loss.backward()
-        nn.utils.clip_grad_norm_(adapters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            fail(f"--heal_lr {lr}: the loss is {losses[-1]} at step {step + 1}, lower it")
+            fail(f"--heal_lr {highest[0]}: the loss is {losses[-1]} at step {step + 1}, lower it")
         log(losses[-1])
-    merge_adapters(student.model)
     last = losses[-max(1, steps // 10) :]
     tokens = steps * windows[0][0].numel()
     return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), training_kl=sum(last) / len(last))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from util_factorization import trellis
+from util_factorization import coded_matrix, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
 from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, levels_bytes, row_weights
@@ -35,7 +35,7 @@ def draft(table):
     weights, M = row_weights(counts), metric(5)
     groups = groups_by_weight(weights, groups=4)
     decomposition = decompose(table, "fisher", weights, head=M, lookup=0 * M)
-    return draft_table(decomposition, weights, groups, [M] * 4)
+    return draft_table(decomposition, weights, groups)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,25 @@ def test_the_packed_form_is_read_alike_everywhere(coded):
     assert torch.equal(again.matrix(), W)
 
 
+def test_long_columns_lie_in_several_streams(draft, monkeypatch):
+    monkeypatch.setattr(coded_matrix, "SEGMENT", 37)
+    monkeypatch.setattr(coded_matrix, "SEGMENTS_AT_ONCE", 2)
+    bits, codes = fit([draft], 16_000)
+    made = code(draft, bits[0], codes)
+    W = made.matrix()
+    assert made.bytes() == draft.bytes(bits[0], codes)
+    assert (W - (draft.Z + draft.means[group_of(draft)]) @ draft.P - draft.mean).square().mean() < 0.01
+    torch.testing.assert_close(made.lookup(torch.arange(V)), W)
+    torch.testing.assert_close(made.product(torch.ones(1, d)), W.sum(1)[None], rtol=1e-4, atol=1e-4)
+
+
+def group_of(draft):
+    found = torch.empty(V, dtype=torch.long)
+    for g, rows in enumerate(draft.groups):
+        found[rows] = g
+    return found
+
+
 def test_more_bytes_lose_less_and_frequent_rows_least(draft, table):
     errors = []
     for budget in (10_000, 16_000, 30_000):
@@ -152,7 +171,7 @@ def test_error_feedback_lowers_the_cost_in_the_metric():
 
 def test_two_matrices_share_one_water_level():
     W, M = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.eye(d)
-    one, dear = draft_layer(W, M, torch.ones(200)), draft_layer(W, M, torch.ones(200), price=16.0)
+    one, dear = draft_layer(W, M, torch.ones(200)), draft_layer(W, M, 16 * torch.ones(200))
     (few, many), _ = fit([one, dear], 7500)
     assert 1.5 < (many - few).double().mean() < 2.6  # a bit divides the error by about 4
 

@@ -33,34 +33,3 @@ def sum_of_squares(x):
     """(B, T, d) -> the sum of x x^T over tokens, [d,d] float64 on the CPU."""
     x = x.flatten(0, 1).cpu().double()
     return x.T @ x
-
-
-def calibrate_groups(model, windows, groups):
-    """
-    What the rows of each group feel -> C_g and G_g, both [G,d,d] float64: C and G of calibrate() split over groups of rows.
-
-    groups: row indices of each. A row feels h as often as the model expects its token there, so C_g = E[p_g h h^T] with p_g the
-    share of probability of the group's tokens. G_g sums g g^T over looked-up tokens of the group. Labels are drawn by the
-    model. windows: as in calibrate().
-    """
-    d = model.config.n_embd
-    group_of = torch.empty(sum(map(len, groups)), dtype=torch.long)
-    for g, rows in enumerate(groups):
-        group_of[rows] = g
-    C, G, tokens = *torch.zeros(2, len(groups), d, d, dtype=torch.float64), 0
-    model.eval().requires_grad_(False)
-    for x, _ in windows:
-        x = torch.as_tensor(x)
-        rows = model.lookup(x).requires_grad_(True)
-        h = model.trunk(rows)
-        logits = model.logits(h).flatten(0, 1)
-        p = logits.detach().softmax(-1)
-        labels = torch.multinomial(p, 1)[:, 0]
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), rows)
-        shares = torch.zeros(len(p), len(groups)).index_add_(1, group_of, p.float().cpu()).sqrt()
-        h, gradient, of_token = h.detach().flatten(0, 1).cpu().float(), gradient.flatten(0, 1).cpu(), group_of[x.flatten()]
-        for g in range(len(groups)):
-            C[g] += sum_of_squares((h * shares[:, g : g + 1])[None])
-            G[g] += sum_of_squares(gradient[of_token == g][None])
-        tokens += x.numel()
-    return C / tokens, G / tokens

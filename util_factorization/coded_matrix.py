@@ -158,7 +158,7 @@ class CodedMatrix:
             def windows(first, last):
                 some = streams[:, first:last]
                 packed = torch.nn.functional.pad(some.flatten(), (0, 2))
-                return unpack_all(packed, some.shape[0] * some.shape[1], length, b, window).view(len(some), -1)
+                return unpack_all(packed, some.shape[0] * some.shape[1], length, b, window).reshape(len(some), -1)
 
             return windows
 

@@ -1,19 +1,18 @@
 """
 Matrices into bits: what each column is worth, a budget of bytes for all matrices together, and the rounding.
 
-A matrix becomes a Draft: its rows in groups, the metric that says what an error of a row costs, and from these what a column of
-a group is worth. fit() spends the bytes over all Drafts at one water level (bits.py). code() rounds.
+A matrix becomes a Draft: its rows in groups, and what a column of a group is worth. fit() spends the bytes over all Drafts, at
+one water level (bits.py). code() rounds.
 
-    token table    P of `fisher`: in its coordinates an error counts about the same in every component. Rows lie in groups by
-                   weight, the first few, the last many
+    token table    P of `fisher`: in its coordinates an error counts the same in every component. Rows lie in groups by weight,
+                   the first few, the last many
     linear layer   cost of an error E: tr(G E C E^T), C = E[x x^T] of the input, G = E[g g^T] of the loss's gradient at the
                    output. Rows lie in groups by G's diagonal, which is what a row weighs. G's other entries are not used
 
-**Error feedback.** A group's metric is no identity: a layer's inputs correlate, and the tokens of a group meet hidden states of
-their own. With the metric M = U D U^T, U unit upper triangular, an error e of a row costs sum_j D_j (e_j + what the errors
-before j give, through U)^2. So column j is rounded after the errors before it have been added to it, and is worth D_j times its
-variance (LDLQ, as in QuIP, arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Errors
-are fed on in blocks of columns.
+**Error feedback.** A layer's inputs correlate. A basis would tell them apart, and would take as many bytes as the layer. With
+C = U D U^T, U unit upper triangular, an error e of a row costs sum_j D_j (e_j + what the errors before j give, through U)^2. So
+column j is rounded after the errors before it have been added to it, and is worth D_j times its variance (LDLQ, as in QuIP,
+arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Blocks of columns feed errors on.
 """
 
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
 LEAST_ROWS = 192  # of such a group
 COLUMNS = 16  # whose errors are fed on together
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
-DAMPING = 0.01  # of a layer's metric: this share of it is its mean eigenvalue times 1
-TABLE_DAMPING = 0.1  # the groups of a table have fewer tokens
+DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
 
 
 def row_weights(counts):
@@ -59,12 +57,12 @@ def groups_by_weight(weights, groups=GROUPS, growth=GROWTH):
 
 @dataclass
 class Draft:
-    """A matrix about to be coded. worth is in nats, twice: see DESIGN's `fisher`."""
+    """A matrix about to be coded."""
 
     Z: torch.Tensor  # [V,k]: coordinates without the groups' means, or the matrix itself
     groups: list  # of row indices
-    feedback: list  # for each group (U [k,k] or None, D [k])
-    worth: torch.Tensor  # [G,k] float64
+    worth: torch.Tensor  # [G,k] float64: twice the nats that a column costs where it has no bits
+    U: torch.Tensor | None = None  # [k,k], of feedback()
     P: torch.Tensor | None = None  # [k,d]
     mean: torch.Tensor | None = None  # [d]
     means: torch.Tensor | None = None  # [G,k]
@@ -91,29 +89,22 @@ class Draft:
         return total
 
 
-def draft_table(decomposition, weights, groups, metrics=None, price=1.0):
+def draft_table(decomposition, weights, groups):
     """
     A decomposed table (method fisher) -> Draft.
 
     weights [V]   what an error of each row weighs
     groups        row indices of each group
-    metrics       C + G of each group's own tokens [G,d,d], or None: then without error feedback
-    price         what a unit of the metric's error costs, against that of other Drafts
     """
     Z, P, mean = decomposition.factors(decomposition.full)
     means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
     for rows, m in zip(groups, means):
         Z[rows] -= m
-    feedbacks = [(None, torch.ones(len(P)))] * len(groups)
-    if metrics is not None:
-        feedbacks = [feedback(in_coordinates(M, P)) for M in metrics]
-    masses = torch.stack([weights[rows].sum() for rows in groups])
-    variances = torch.stack([weighted_square(Z[rows], weights[rows]) for rows in groups])
-    worth = price * masses[:, None] * variances * torch.stack([D for _, D in feedbacks])
-    return Draft(Z, groups, feedbacks, worth, P, mean, means)
+    worth = torch.stack([(weights[rows, None] * Z[rows].double().square()).sum(0) for rows in groups])
+    return Draft(Z, groups, worth, P=P, mean=mean, means=means)
 
 
-def draft_layer(W, C, weights, groups=None, price=1.0):
+def draft_layer(W, C, weights, groups=None):
     """
     A matrix W [out,in] of a linear layer -> Draft.
 
@@ -122,10 +113,10 @@ def draft_layer(W, C, weights, groups=None, price=1.0):
     groups        row indices of each group; left out, groups of equal size by weight
     """
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
-    mean = C.trace().item() / len(C)
-    U, D = feedback((1 - DAMPING) * C.double() / mean + DAMPING * torch.eye(len(C), dtype=torch.float64))
-    worth = [price * mean * weights[rows].sum() * weighted_square(W[rows], weights[rows]) * D for rows in groups]
-    return Draft(W, groups, [(U, D)] * len(groups), torch.stack(worth))
+    C = C.double()
+    U, D = feedback((1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype))
+    worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
+    return Draft(W, groups, worth, U)
 
 
 def layer_groups(rows):
@@ -169,7 +160,7 @@ def levels_bytes(codes):
 
 def code(draft, bits, codes):
     """Round a Draft with bits [G,k] -> CodedMatrix."""
-    coded = [code_group(draft.Z[rows], b, U, codes) for rows, b, (U, _) in zip(draft.groups, bits, draft.feedback)]
+    coded = [code_group(draft.Z[rows], b, draft.U, codes) for rows, b in zip(draft.groups, bits)]
     used = bits.any(0) if draft.P is not None else torch.ones(bits.shape[1], dtype=torch.bool)
     place = torch.empty(len(draft.Z), dtype=torch.long)
     place[torch.cat(draft.groups)] = torch.arange(len(draft.Z))
@@ -196,17 +187,6 @@ def to_int8(P):
     """[k,d] -> integers and a scale a row, which give it back to half a step."""
     scale = (P.abs().amax(1) / 127).half()
     return (P / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def weighted_square(z, weights):
-    return (weights[:, None] * z.double().square()).sum(0) / weights.sum()
-
-
-def in_coordinates(M, P):
-    """A metric [d,d] in the coordinates of P, scaled to trace d and damped; 1 where no token of the group was read."""
-    one = torch.eye(len(M), dtype=torch.float64)
-    M = P.double() @ M @ P.double().T
-    return (1 - TABLE_DAMPING) * M * (len(M) / M.trace()) + TABLE_DAMPING * one if M.trace() > 0 else one
 
 
 def feedback(M, columns=COLUMNS):

@@ -1,0 +1,94 @@
+"""--bytes: a model whose matrices are kept by bits; healed where asked, written to a folder, read back, measured."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.cli import fail
+from surgery.coded import Coder, coded_in
+from surgery.coded_folder import save
+from surgery.heal_coded import heal_coded
+from surgery.reading import load
+from surgery.subject import Subject
+from surgery.sweep import add_line
+from surgery.write_model import decode_speeds
+
+
+def pack_model(args, subject, tokenizer, texts, evaluator, folder):
+    """
+    Write the model to --out -> its record: measures of the untouched model, of the packed one, and of the healed one.
+
+    folder: keeps the calibration's moments for a later call.
+    """
+    coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
+    try:
+        coded, _ = coder.code(args.bytes)
+    except ValueError as error:
+        fail(f"--bytes {args.bytes}: {error}")
+    found = dict(untouched=evaluator.measure())
+    with coded_in(coder.matrices, coded.values()):
+        found["packed"] = evaluator.measure()
+    hf, last, training = copy.deepcopy(subject.model), "packed", {}
+    if args.heal_steps:
+        last, windows = "healed", texts.healing_windows(args.heal_steps)
+        with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
+            healing = copy.deepcopy(hf)
+            coded, training = heal_coded(
+                Subject, healing, coded, subject, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, shown(bar)
+            )
+            keep_rest(healing, hf, coded)
+    try:
+        record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject)
+        for file in (Path(args.out) / "measured.json", folder / "packed.jsonl"):
+            add_line(file, record)
+    except BaseException:
+        shutil.rmtree(args.out, ignore_errors=True)
+        raise
+    return record
+
+
+def shown(bar):
+    def log(kl):
+        bar.set_postfix_str(f"KL {kl:.4f}")
+        bar.update()
+
+    return log
+
+
+def keep_rest(healed, hf, coded):
+    """Copy what is not coded from a healed model into hf, which has the untouched model's modules."""
+    theirs = dict(healed.named_parameters())
+    inside = {id(hf.get_input_embeddings().weight), id(hf.get_output_embeddings().weight)}
+    for name, p in hf.named_parameters():
+        if name.removesuffix(".weight") not in coded and id(p) not in inside:
+            p.data.copy_(theirs[name])
+
+
+def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject):
+    """Save, read back in both forms, measure -> the record."""
+    numbers, size = save(args.out, hf, tokenizer, coded)
+    decoded, _ = load(args.out, packed=False)
+    found[last] = evaluator.measure(Subject(decoded)) | found[last]
+    packed, _ = load(args.out)
+    prompt = next(iter(evaluator.windows.values()))[0][0]
+    with torch.inference_mode():
+        apart = (packed(prompt[:, :32]).logits - decoded(prompt[:, :32]).logits).abs().max().item()
+    if apart > 1e-2:
+        raise RuntimeError(f"the packed form gives other logits than the decoded one, by {apart}")
+    speeds = decode_speeds([subject.model, decoded, packed], prompt[0, :64], steps=4)
+    memory = sum(t.numel() * t.element_size() for t in [*packed.parameters(), *packed.buffers()])
+    total = 2 * sum(p.numel() for p in subject.model.parameters())
+    names = ("untouched", "decoded", "packed")
+    return dict(
+        out=Path(args.out).name,
+        targets=args.targets,
+        bytes=dict(asked=args.bytes, coded=sum(made.bytes() for made in coded.values()), on_disk=size, in_memory=memory),
+        float16_bytes=total,
+        stored=numbers,
+        bits={name: made.bits_of_number for name, made in coded.items()},
+        tokens_per_second={name: [round(x, 2) for x in speed] for name, speed in zip(names, speeds)},
+        models=found,
+    )
