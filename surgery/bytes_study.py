@@ -13,15 +13,17 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 
-SYSTEMS = ("table", "weights")
+SYSTEMS = ("table", "weights", "cache")
 
 
 @dataclass
 class Args:
-    system: str = flag("table", "table: the token table; weights: every linear layer and the table", choices=SYSTEMS)
+    system: str = flag(
+        "table", "table: the token table; weights: every linear layer and the table; cache: keys and values", choices=SYSTEMS
+    )
     model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
-    shares: str = flag("0.3125,0.23,0.1875,0.13,0.08", "bytes for bits by component, as shares of float16, comma-separated")
+    shares: str = flag("", "bytes for bits by component, as shares of float16, comma-separated; left out, the system's own")
     rows: str = flag("", "names of the rows to measure, comma-separated; left out, all of the system")
     calib_text: str = flag("", "as python -m surgery's")
     calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each", low=1)
@@ -45,11 +47,19 @@ class Row:
 
 
 RANKS = (256, 128)
+SHARES = dict(table="0.3125,0.23,0.1875,0.13,0.08", weights="0.5,0.3125,0.25,0.1875,0.125", cache="0.25,0.1875,0.125,0.08")
 
 
 def rows_of(system, shares):
     """The rows of a system, the cheapest to measure first."""
     coded = [Row("bits", (share,)) for share in shares]
+    if system == "cache":
+        return [
+            Row("untouched"),
+            *(Row("to nearest", b) for b in ((4, 32), (3, 32))),
+            *coded,
+            Row("bits, no forecast", (0.125,)),
+        ]
     if system == "weights":
         return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
     ablations = [Row(name, (0.13,)) for name in ("bits, one group", "bits, no rotation")]
@@ -61,7 +71,7 @@ def rows_of(system, shares):
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     try:
-        shares = [float(share) for share in args.shares.split(",")]
+        shares = [float(share) for share in (args.shares or SHARES[args.system]).split(",")]
     except ValueError:
         shares = [0]
     if not all(0 < share <= 1 for share in shares):
@@ -88,12 +98,18 @@ def main(argv=None):
     folder, records = prepare_folder(args, shared | settings(chosen))
     left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:
+        from surgery.bytes_cache import CacheMeasurer
         from surgery.bytes_rows import Measurer
 
-        measurer = Measurer(args, subject, texts, folder / "calibration.pt")
+        kind = CacheMeasurer if args.system == "cache" else Measurer
+        measurer = kind(args, subject, texts, folder / "calibration.pt")
         for row in left:
             started = time.time()
-            record = dict(row=row.key, system=args.system, name=row.name, given=row.given) | measurer.measure(row)
+            try:
+                measured = measurer.measure(row)
+            except ValueError as error:  # bits or groups that do not fit
+                fail(f"row {row.key}: {error}; --rows and --shares choose others")
+            record = dict(row=row.key, system=args.system, name=row.name, given=row.given) | measured
             add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
             lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
             print(f"{row.key:28} {record['share']:7.2%}  {lost}", flush=True)

@@ -178,8 +178,12 @@ def code_cache(subject, windows, share):
     The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it.
     """
     x, e, G = gather(subject, windows)
-    whole = 16 * len(x) * x[0].shape[-1]
-    ends = 7 * len(x)  # bits at most: a layer's bits fill whole bytes
-    codes = fit(x, e, G, share * whole - 8 * id_bytes(subject.table) - ends)
+    codes = fit(x, e, G, cache_bits(subject, x, share))
     install(subject.model, codes)
     return codes
+
+
+def cache_bits(subject, x, share):
+    """Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes."""
+    ends = 7 * len(x)  # bits at most: a layer's bits fill whole bytes
+    return share * 16 * len(x) * x[0].shape[-1] - 8 * id_bytes(subject.table) - ends

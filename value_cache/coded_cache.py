@@ -60,8 +60,8 @@ class LayerCode(nn.Module):
         self.register_buffer("offsets", torch.tensor(bits, dtype=torch.long) * levels.shape[1], persistent=False)
 
     def expected(self, known):
-        """known [N,P]: what is at hand when the layer is read -> forecast of x [N,D]."""
-        return torch.addmm(self.mean, known, self.forecast)
+        """known [N,P]: what is at hand when the layer is read -> forecast of x [N,D]. Without a forecast none is read."""
+        return torch.addmm(self.mean, known[:, : len(self.forecast)], self.forecast)
 
     def encode(self, x, known):
         """x [N,D] -> windows of the trellis [N,K]."""

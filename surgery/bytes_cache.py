@@ -1,0 +1,74 @@
+"""The rows of the study of bytes that keep the cache of keys and values smaller."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+
+from surgery.coded_attention import cache_bits, coded_layers, gather, id_bytes, install
+from surgery.evaluator import Evaluator
+from surgery.subject import Subject
+from util_factorization.rounding import in_groups
+from value_cache.coded_cache import WHOLE, fit
+
+
+class CacheMeasurer:
+    """Measures rows. Each has a model of its own, or hooks that round keys and values where they are made."""
+
+    def __init__(self, args, subject, texts, file):
+        """texts: a TextReader. file is not read: the moments of a cache are gathered anew."""
+        self.subject, self.window = subject, args.window
+        self.layers = coded_layers(subject.model)
+        self.evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
+        self.windows, _ = texts.calibration_windows(-(-args.calib_tokens // args.window))
+        self.seed, self.found = args.seed, None
+
+    def measure(self, row):
+        with self.replaced(row) as (model, share):
+            record = self.evaluator.measure(model)
+        return dict(bytes=round(share * self.float16_bytes()), share=share) | record
+
+    def float16_bytes(self):
+        """Of a token's keys and values."""
+        return 2 * sum(len(layer.rows["k"]) + len(layer.rows["v"]) for layer in self.layers)
+
+    @contextmanager
+    def replaced(self, row):
+        """A context: (the model with the row's cache, its bytes as a share of float16's at one window of tokens)."""
+        if row.name == "untouched":
+            yield self.subject, 1.0
+        elif row.name == "to nearest":
+            bits, group = row.given
+            with rounded(self.layers, bits, group):
+                yield self.subject, (bits + 32 / group) / 16
+        else:
+            model, taken = self.coded(row)
+            yield model, taken / self.float16_bytes()
+
+    def coded(self, row):
+        """-> (a model whose cache is kept by bits, the bytes of a token at one window, the whole positions included)."""
+        if self.found is None:
+            torch.manual_seed(self.seed)
+            self.found = gather(self.subject, self.windows)
+        x, e, G = self.found
+        codes = fit(x, e, G, cache_bits(self.subject, x, row.given[0]), forecasts=row.name == "bits")
+        hf = copy.deepcopy(self.subject.model)
+        install(hf, codes)
+        taken = sum(code.bytes_per_token for code in codes) + id_bytes(self.subject.table)
+        return Subject(hf), taken + WHOLE / self.window * self.float16_bytes()
+
+
+@contextmanager
+def rounded(layers, bits, group):
+    """A context in which keys and values are rounded to integers of `bits` bits in groups, to nearest."""
+
+    def hook(module, inputs, output):
+        return in_groups(output.flatten(0, 1), bits, min(group, output.shape[-1]))[0].view_as(output)
+
+    parts = [layer.linears[f"{layer.name}.{part}"] for layer in layers for part in ("k_proj", "v_proj")]
+    hooks = [part.register_forward_hook(hook) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
