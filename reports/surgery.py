@@ -228,6 +228,7 @@ def write_report(folder, records, smaller):
     tables = [results, *([smaller_table(smaller, s["texts"])] if smaller else [])]
     if smaller:
         text += ["## Really smaller", "", tables[1], "", READING_SMALLER, ""]
+    # Not written_whole(), which replaces one file or a whole folder: here several files go beside others that stay.
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:
             text += draw_all(Path(part), figures(records) if len(records) > 1 else [], DRAW)

@@ -48,7 +48,7 @@ class Args:
         "texts for whiten, fisher and wte: files (.xz too), sotu for the State of the Union, datasets under data/; "
         "comma-separated, in equal shares; left out, all at hand; of a text that is evaluated on too its even documents",
     )
-    calib_tokens: int = flag(32768, "how much of them, in windows evenly spread over each", low=1)
+    calib_tokens: int = flag(32768, "tokens of --calib_text, in windows evenly spread over each text", low=1)
     eval_text: str = flag(
         "",
         "texts to evaluate on, as --calib_text's; left out, all at hand; of a text that is calibrated on too its odd documents",
@@ -58,7 +58,7 @@ class Args:
     window: int = flag(512, "tokens of a window", low=2)
     prompt: str = flag("What is machine learning?", "what each model is asked, in its chat template where it has one")
     answer_tokens: int = flag(64, "tokens of each answer, 0 for none", low=0)
-    seed: int = flag(1337, "of the sampled answer; the other one is greedy", low=0, high=2**63 - 1)
+    seed: int = flag(1337, "seed of the sampled answer; the other answer is greedy", low=0, high=2**63 - 1)
     device: str = flag("cpu", "cpu or cuda")
     out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
     out: str = flag("", "a new folder: the smaller model of the one point is written there")
@@ -68,8 +68,8 @@ class Args:
     heal_lr: float = flag(
         3e-4,
         "their highest learning rate, after a tenth of the steps; then a cosine down to 0",
-        low=1e-9,
-        high=0.999,
+        above=0,
+        below=1,
     )
 
 

@@ -2,7 +2,7 @@
 Ranks by layer for a budget of numbers.
 
 A decomposition knows the shape of a layer's error, its singular values S in the method's metric. It does not know what that
-error costs: the metric is of second order, takes two factors for independent, and is rougher for some layers than for others.
+error costs: the metric is of second order, assumes two independent factors, and is rougher for some layers than for others.
 So each layer is cut alone once. The KL divergence of that cut over its squared error is the price a of the layer's error. Its
 component i is then worth a S_i^2, and the budget goes to the components that are worth most for the numbers that they store.
 """
@@ -14,7 +14,7 @@ def unit_cost(nats, tail):
 
 
 def prices(decompositions):
-    """(Numbers that a component of each stores; the share of all numbers that one component of each takes)."""
+    """Returns (numbers per component of each, the share of all numbers that one component of each takes)."""
     each = [sum(decomposition.W.shape) for decomposition in decompositions]
     return each, sum(each) / sum(price * d.full for price, d in zip(each, decompositions))
 

@@ -91,7 +91,12 @@ class LatentAttention(nn.Module):
         return self.o_proj(y), None
 
     def late(self, q, k, c, mask):
-        """One query (B, H, 1, n), keys (B, G, S, n), latents of the values (B, S, r) -> (B, 1, H n)"""
+        """
+        One query (B, H, 1, n), keys (B, G, S, n), latents of the values (B, S, r) -> (B, 1, H n)
+
+        value_cache's LateAttention does this for our own models and our cache, and shares restore_sums(). Here the cache is
+        Hugging Face's, there are masks and grouped heads, and keys have been restored.
+        """
         q = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]  # (B, G, H/G, n)
         scores = self.scaling * q @ k.transpose(-1, -2)
         if mask is not None:
@@ -136,7 +141,7 @@ def check_attention(hf, layers):
     kind = hf.config.model_type
     rope = getattr(hf.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        fail(f"--out: the rotary angles of this {kind} change with the length of the text, and latents are rotated anew")
+        fail(f"--out cannot write this {kind}, whose rotary angles change with the length of the text: drop --out")
     for attn in map(hf.get_submodule, [layer.name for layer in layers]):
         known = all(hasattr(attn, name) for name in ("scaling", "layer_idx")) and (
             hasattr(attn, "o_proj") or hasattr(attn, "dense")
@@ -153,7 +158,8 @@ def install(hf, plan):
     """
     Give a model the modules of a plan, with biases set and factors not -> ([LowRanks of each stack], (table, head) or None).
 
-    Attention that loses k or v, or whose q, k and v are fused, becomes a LatentAttention; of others the one projection changes.
+    Attention that loses k or v, or whose q, k and v are fused, becomes a LatentAttention. In other attention only q_proj is
+    replaced.
     """
     layers = {layer.name: layer for layer in find_layers(hf)} if plan["stacks"] else {}
     turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from common.files import written_whole
 from surgery.layers import heights
-from util_factorization import MATRIX_METHODS, METHODS
+from util_factorization import MATRIX_METHODS, METHODS, MOMENTS
 from util_factorization.calibrate import calibrate
 
 
@@ -82,10 +82,10 @@ def calibration(args, points, subject, layers, texts, file):
     count = -(-args.calib_tokens // args.window)
     windows, counts = texts.calibration_windows(count, 2 * widest)
     moments, table = Moments(layers if matrix_needs else []), dict(counts=counts)
-    if matrix_needs or "head" in table_needs:
+    if matrix_needs or table_needs & MOMENTS:
         gradients = "G" in matrix_needs or "lookup" in table_needs
         kept = torch.load(file, weights_only=True) if file.exists() else dict(C={}, head=None, lookup=None)
-        gradients |= kept["lookup"] is not None  # for the points of before, which may be asked for again
+        gradients |= kept["lookup"] is not None  # keep G if an earlier sweep gathered it
         enough = kept["head"] is not None and kept["C"].keys() >= {layer.name for layer in moments.layers}
         if not enough or (gradients and kept["lookup"] is None):
             kept = gather(args, moments, windows, subject, gradients)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from common.cli import fail
+from common.cli import fail, rounded
 from surgery import allocate
 from surgery.layers import heights, stacks
-from util_factorization import MATRIX_METHODS, decompose_matrix, decompose_table
+from util_factorization import MATRIX_METHODS, METHODS, MOMENTS, decompose_matrix, decompose_table
 
 
 @dataclass
@@ -35,6 +35,12 @@ class Cut:
 
     def __exit__(self, *error):
         self.undo()
+
+    def replace(self, stack, W, everything=False):
+        """Give the stack's layers their parts of W. everything: whether every component was kept."""
+        for (layer, target), part in zip(stack, W.split(heights(stack))):
+            self.changed.append((layer, target, layer.weight(target), everything))
+            layer.set_weight(target, part)
 
     def undo(self):
         """Put the weights back."""
@@ -90,9 +96,7 @@ class Surgeon:
             facts |= dict(output_errors=rounded(decompose_matrix.relative_error(before, W, self.moments.of(stack)[0])))
         cut.add_facts("".join(dict.fromkeys(target for _, target in stack)), **facts)
         cut.stacks.append(([(layer.name, target) for layer, target in stack], factors))
-        for (layer, target), part in zip(stack, W.split(heights(stack))):
-            cut.changed.append((layer, target, layer.weight(target), rank == decomposition.full))
-            layer.set_weight(target, part)
+        cut.replace(stack, W, rank == decomposition.full)
 
     def cut_tables(self, point, cut):
         for target, table in self.subject.tables.items():
@@ -120,11 +124,12 @@ class Surgeon:
 
     def decompose_table(self, method, stack):
         """
-        Tied table: use C and G. Untied: the head uses C, the lookup uses G. whiten knows nothing of a lookup alone, so there
-        its rows count as often as their tokens occur (freq).
+        Tied table: use C and G. Untied: the head uses C, the lookup uses G. whiten has no cost for an untied lookup; freq
+        replaces it.
         """
         table = stack[0][0]
-        method = "freq" if method == "whiten" and "head" not in table.uses else method
+        needs = MOMENTS & {*METHODS[method]}
+        method = "freq" if needs and needs.isdisjoint(table.uses) else method
         moments = {use: self.table.get(use) if use in table.uses else 0 for use in ("head", "lookup")}
         return decompose_table.decompose(table.matrix.detach().clone(), method, self.table.get("counts"), **moments)
 
@@ -155,18 +160,9 @@ class Surgeon:
 
     def nats_alone(self, point, stack, rank):
         """KL divergence on calibration text when this stack alone is cut."""
-        W = self.factors(point, stack, rank).matrix()
-        before = [layer.weight(target) for layer, target in stack]
-        for (layer, target), part in zip(stack, W.split(heights(stack))):
-            layer.set_weight(target, part)
-        kl = self.probe.measure()["kl"]
-        for (layer, target), part in zip(stack, before):
-            layer.set_weight(target, part)
-        return kl
-
-
-def rounded(x):
-    return float(f"{x:.4g}")
+        with Cut() as cut:
+            cut.replace(stack, self.factors(point, stack, rank).matrix())
+            return self.probe.measure()["kl"]
 
 
 def fingerprint(model):

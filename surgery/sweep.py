@@ -26,7 +26,7 @@ def prepare_folder(args, settings):
     try:
         before = json.loads(config.read_text())["settings"] if config.exists() else {}
     except (ValueError, KeyError):
-        fail(f"--out_dir {folder} holds a config.json that is no sweep's: choose another folder")
+        fail(f"--out_dir {folder} holds a config.json that surgery did not write: choose another folder")
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]

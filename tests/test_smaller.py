@@ -199,7 +199,7 @@ def test_what_is_left_of_a_budget_goes_to_cheaper_matrices():
     generator = torch.Generator().manual_seed(0)
     wide, narrow = (decompose(torch.randn(n, 9, generator=generator), "svd") for n in (9, 2))
     ranks = allocate.spend([wide, narrow], (1.0, 1e-6), 0.99)  # of 9 components of 18 numbers and 2 of 11
-    assert ranks == [9, 1] or 18 * ranks[0] + 11 * ranks[1] > 0.99 * (162 + 22) - 11
+    assert ranks == [9, 1]
     assert allocate.prices([wide, narrow])[1] == 29 / 184
 
 

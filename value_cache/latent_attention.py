@@ -86,7 +86,12 @@ class Restoring:
 
 
 class LateAttention(CausalSelfAttention):
-    """Attends over the kept numbers. Shares the weights of a CausalSelfAttention, but for what compresses."""
+    """
+    Attends over the kept numbers. Shares the weights of a CausalSelfAttention, but for what compresses.
+
+    It reads our cache and restores no key. surgery's LatentAttention.late() does this for values in Hugging Face's cache, with
+    masks and grouped heads.
+    """
 
     def __init__(self, attn):
         nn.Module.__init__(self)

@@ -5,7 +5,7 @@ import time
 
 def by_turns(tasks, rounds, after_round=lambda i: None):
     """
-    Measure tasks by turns, round after round, so that a disturbance meets all of them; one further round warms up first.
+    Measure tasks by turns, round after round, so that other load slows all alike. One more round before warms up.
 
     tasks: {name: (prepare, run)}: run() is timed, and must wait for its device. Returns {name: [seconds, one a round]}.
     """
