@@ -125,6 +125,7 @@ def opened(args):
     """What the flags name -> (the model's name, Subject, tokenizer, chosen texts, TextReader, evaluation windows by text)."""
     import torch
 
+    from surgery.checks import check_window
     from surgery.subject import choose_model, load_subject
     from surgery.texts import TextReader, announced, choose
 
@@ -134,6 +135,7 @@ def opened(args):
     name = args.model or choose_model()
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
+    check_window(args, name, subject)
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
     return name, subject.to(args.device), tokenizer, chosen, texts, texts.evaluation_windows(args.eval_windows)
 

@@ -18,12 +18,16 @@ def check_ranks(points, layers, subject, per_group):
                 fail(f"--rank {point.value}: {name} has ranks 1 to {full}")
 
 
+def check_window(args, name, subject):
+    """The model can read a window. To be called before text is read, which may be shorter than a wrong --window."""
+    if args.window > subject.longest:
+        fail(f"--window {args.window}: {name} reads {subject.longest} tokens at most, lower --window")
+
+
 def check_subject(args, name, points, subject, tokenizer):
     """The model can read what it is given, its table can be cut, and --out can write it. name: of the model."""
     if args.out and (isinstance(subject, OwnSubject) or isinstance(tokenizer, CodecTokenizer)):
         fail("--out writes a model and a tokenizer of Hugging Face, and --model or --tokenizer is train.py's: drop --out")
-    if args.window > subject.longest:
-        fail(f"--window {args.window}: {name} reads {subject.longest} tokens at most, lower --window")
     if args.answer_tokens and not 1 <= (length := len(prompt_ids(tokenizer, args.prompt))) <= subject.longest:
         fail(f"--prompt has {length} tokens, {name} reads 1 to {subject.longest}: give another, or --answer_tokens 0")
     of_table = {p.method for p in points if p.of_table}
