@@ -1,6 +1,7 @@
 """The rows of the study of bytes that keep the cache of keys and values smaller."""
 
 import copy
+import math
 from contextlib import contextmanager
 
 import torch
@@ -63,7 +64,7 @@ def rounded(layers, bits, group):
     """A context in which keys and values are rounded to integers of `bits` bits in groups, to nearest."""
 
     def hook(module, inputs, output):
-        return in_groups(output.flatten(0, 1), bits, min(group, output.shape[-1]))[0].view_as(output)
+        return in_groups(output.flatten(0, 1), bits, math.gcd(group, output.shape[-1]))[0].view_as(output)
 
     parts = [layer.linears[f"{layer.name}.{part}"] for layer in layers for part in ("k_proj", "v_proj")]
     hooks = [part.register_forward_hook(hook) for part in parts]

@@ -1,5 +1,6 @@
 """The rows of the study of bytes: a model's matrices replaced as a row says, and what that loses."""
 
+import math
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -67,4 +68,4 @@ class Measurer:
         if row.name == "error-aware":
             metric = self.metric if name in TABLES else self.moments.linears.of(name)[0]
             metric = metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric))
-        return in_groups(W, bits, min(group, W.shape[1]), metric)
+        return in_groups(W, bits, math.gcd(group, W.shape[1]), metric)  # groups that fit the width

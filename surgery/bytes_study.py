@@ -52,17 +52,17 @@ SHARES = dict(table="0.3125,0.23,0.1875,0.13,0.08", weights="0.5,0.3125,0.25,0.1
 
 def rows_of(system, shares):
     """The rows of a system, the cheapest to measure first."""
-    coded = [Row("bits", (share,)) for share in shares]
+    coded, small = [Row("bits", (share,)) for share in shares], sorted(shares)[:2][-1]
     if system == "cache":
         return [
             Row("untouched"),
             *(Row("to nearest", b) for b in ((4, 32), (3, 32))),
             *coded,
-            Row("bits, no forecast", (0.125,)),
+            Row("bits, no forecast", (small,)),
         ]
     if system == "weights":
         return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
-    ablations = [Row(name, (0.13,)) for name in ("bits, one group", "bits, no rotation")]
+    ablations = [Row(name, (small,)) for name in ("bits, one group", "bits, no rotation")]
     plain = [Row("to nearest", b) for b in ((8, 576), (4, 32), (3, 64))]
     plain += [Row("error-aware", b) for b in ((4, 32), (4, 64), (3, 64), (2, 32))]
     return [Row("untouched"), *plain, *(Row("rank", (r,)) for r in RANKS), *coded, *ablations]
@@ -96,6 +96,7 @@ def main(argv=None):
     shared["model"] = Path(name).name if Path(name).exists() else name
     args.device = "cpu"
     folder, records = prepare_folder(args, shared | settings(chosen))
+    rows = [row for row in rows if row.name != "rank" or row.given[0] < subject.config.n_embd]
     left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:
         from surgery.bytes_cache import CacheMeasurer

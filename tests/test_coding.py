@@ -13,7 +13,7 @@ from util_factorization.coding import code, draft_layer, draft_table, feedback, 
 from util_factorization.decompose_table import decompose
 from util_factorization.packing import pack, stream_bytes, unpack
 from util_factorization.rounding import in_groups
-from util_factorization.trellis import Code, encode, gaussian_code
+from util_factorization.trellis import Code, encode, gaussian_code, gaussian_codes
 
 V, d = 700, 24
 
@@ -85,6 +85,13 @@ def test_a_window_of_the_numbers_own_bits_is_lloyds_quantiser():
     assert gaussian_code(1, 1).levels.tolist() == pytest.approx([-0.798, 0.798], abs=0.01)  # Max 1960, table I
     assert gaussian_code(2, 2).error == pytest.approx(0.1175, abs=0.003)
     assert gaussian_code(2).error < 0.085  # QTIP's and Marcellin and Fischer's trellises of 256 states; the bound is 0.0625
+
+
+def test_the_codes_on_disk_are_those_that_are_fitted():
+    for bits in (4, 8):
+        kept, fitted = gaussian_codes()[bits - 1], gaussian_code(bits)
+        torch.testing.assert_close(kept.levels, fitted.levels, rtol=0, atol=0.01)
+        assert kept.error == pytest.approx(fitted.error, rel=0.01)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

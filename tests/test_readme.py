@@ -15,7 +15,7 @@ from common.tokenizer import train_bpe
 NOT_RUN = ("git clone", "cd ", "bash scripts/test.sh", "bash scripts/run_surgery.sh", "make ")
 TOY_SURGERY = (
     "--model tiny --calib_text text/long.txt --eval_text text/other.txt --window 32 --eval_windows 2 --calib_tokens 1024 "
-    "--answer_tokens 2 --rank 4"
+    "--answer_tokens 2"
 )
 TRAINS = r"train\.py|scripts/train_|scripts/run_all"
 FEW = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
@@ -62,7 +62,9 @@ def toy_flags(command):
         return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + size
     if "-m surgery" in command:
         steps = " --heal_steps 2" if "--heal_steps" in command else ""
-        return TOY_SURGERY + steps
+        return TOY_SURGERY + (" --bytes 0.6" if "--bytes" in command else " --rank 4") + steps
+    if "run_bytes" in command:
+        return "--window 32 --eval_windows 2 --calib_tokens 1024 --shares 0.6"
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"
     if "wikitext103" in command:
@@ -78,10 +80,12 @@ def environment_of(command):
         return {name: value for name, value in FEW.items() if f"{name}=" not in command}
     if "vdproj" in command:
         return dict(PRESET="laptop_pythia")
+    if "run_bytes" in command:
+        return dict(MODEL="tiny", TEXT="text/long.txt", EVAL="text/other.txt")
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
-FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml)|Makefile|LICENSE|\.gitignore|\.ci/run"
+FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz)|Makefile|LICENSE|\.gitignore|\.ci/run"
 
 
 def tree_files(readme):

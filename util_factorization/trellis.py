@@ -14,11 +14,14 @@ number, at any place of the stream.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
 
 WINDOW = 8  # bits; 11 lowers the error by another tenth and takes ten times as long to encode
 MOST_BITS = 8  # of a number
+FITTED = Path(__file__).with_name("gaussian_codes.npz")  # levels [8, 2^WINDOW] and errors [8] of the codes
 STREAMS_AT_ONCE = 2**9  # times 2^(8 - L): the costs of all windows of these streams fit the processor's cache
 RESTART = 32  # numbers after which the least cost is taken off, so that costs keep their precision
 
@@ -47,9 +50,21 @@ def gaussian_code(bits, window=WINDOW):
     return min((fitted(Code(bits, levels, 0.0)) for levels in starts), key=lambda code: code.error)
 
 
+@lru_cache
 def gaussian_codes(window=WINDOW):
     """The Codes of 1 to MOST_BITS bits; with window=1 scalar quantisers, which encode at once and err more."""
+    if window == WINDOW:  # fitting them takes seconds
+        kept = np.load(FITTED)
+        levels, errors = torch.from_numpy(kept["levels"]).float(), kept["errors"].tolist()
+        return [Code(bits, *both) for bits, both in enumerate(zip(levels, errors), 1)]
     return [gaussian_code(bits, window) for bits in range(1, MOST_BITS + 1)]
+
+
+def write_fitted():
+    """Write gaussian_codes() to FITTED: python -c "from util_factorization.trellis import write_fitted as w; w()"."""
+    codes = [gaussian_code(bits) for bits in range(1, MOST_BITS + 1)]
+    levels = torch.stack([code.levels for code in codes]).half().numpy()
+    np.savez(FITTED, levels=levels, errors=np.array([code.error for code in codes]))
 
 
 def distortion(codes):

@@ -1,0 +1,84 @@
+"""
+A token table that trains as it will be coded: the forward pass reads the table rounded, the gradient passes straight through.
+
+    with rounding.rounded(step):  # the parameter has the values table + error, error = coded - table of the last coding
+        loss(...).backward()
+    optimizer.step()  # moves the table itself
+
+The error is a constant between codings, so the gradient at the rounded table is the table's own (Bengio et al. 2013,
+arXiv:1308.3432).
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from util_factorization.coding import code, draft_table, fit, groups_by_weight, levels_bytes, row_weights
+from util_factorization.decompose_table import decompose
+
+TOKENS = 1e9  # weights as counts, to which decompose() adds 1
+
+
+class NoRounding:
+    """Stands for StraightThrough where the table trains as it is."""
+
+    facts = state = {}
+
+    def calibrate(self, step):
+        pass
+
+    def rounded(self, step):
+        return nullcontext()
+
+
+class StraightThrough:
+    """A tied token table [V,k] that is coded again every so many steps."""
+
+    def __init__(self, parameter, share, every, counts, moments, unrounded=None):
+        """
+        parameter   of the table and the head
+        share       bytes that the coded table may take, as a share of its float16 bytes
+        every       steps from one coding to the next
+        counts [V]  how often each token occurs in the training text
+        moments     a function -> (C, G), [k,k], of calibrate() at the rounded table
+        unrounded   the table of the run that goes on, whose state() kept it; the parameter gets it back
+        """
+        self.parameter, self.budget, self.every = parameter, share * 2 * parameter.numel(), every
+        self.weights, self.moments = row_weights(torch.as_tensor(counts)), moments
+        self.groups = groups_by_weight(self.weights)
+        if unrounded is not None:
+            parameter.data.copy_(unrounded)
+        self.error, self.coded_at, self.size = torch.zeros_like(parameter), None, None
+
+    @property
+    def facts(self):
+        """What a checkpoint says about the table in it."""
+        return dict(coded_wte=dict(bytes=self.size, share=2 * self.size / (4 * self.parameter.numel())))
+
+    def calibrate(self, step):
+        """Measure anew what an error costs, then code the table. Raises ValueError where the share pays for too little."""
+        with self.rounded():
+            self.metric = sum(self.moments())
+        self.code(step)
+
+    @torch.no_grad()
+    def code(self, step):
+        table = self.parameter.detach().float().cpu()
+        parts = decompose(table, "fisher", self.weights * TOKENS, head=self.metric, lookup=torch.zeros_like(self.metric))
+        draft = draft_table(parts, self.weights, self.groups)
+        (bits,), codes = fit([draft], self.budget)
+        coded = code(draft, bits, codes)
+        self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
+        self.error = (coded.matrix() - table).to(self.parameter)
+
+    @contextmanager
+    def rounded(self, step=None):
+        """A context in which the parameter has its rounded values. step: codes first where the step is one for it."""
+        if step is not None and step % self.every == 0 and step != self.coded_at:
+            self.code(step)
+        table = self.parameter.data
+        try:
+            self.parameter.data = table + self.error
+            yield
+        finally:
+            self.parameter.data = table
