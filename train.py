@@ -13,6 +13,7 @@ from train_args import parse_args
 
 args, given = parse_args()  # before torch is imported, so that --help answers at once
 
+import copy
 import math
 import sys
 import time
@@ -25,13 +26,16 @@ from torch.distributed import all_reduce, broadcast, destroy_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
-from common.cli import finish
+from common.cli import fail, finish
 from common.dataset import TrainingText
 from common.device import ends_in_one_line, hardware, peak_flops, peak_memory, random_state, set_random_state, start_processes
 from common.evaluate import Restored, evaluate
 from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
+from model import AtTable
+from util_factorization.calibrate import calibrate
+from util_factorization.straight_through import NoRounding, StraightThrough
 
 # -- where the run starts, and on what --------------------------------------------------------------------------------
 
@@ -96,6 +100,29 @@ def learning_rate(step):
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (args.learning_rate - args.min_lr)
 
 
+# -- rounding of the token table --------------------------------------------------------------------------------------
+
+CALIB_TOKENS = 16384
+
+
+def moments():
+    """What an error of the table costs, by calibrate() on training text: two matrices of the stored table's width."""
+    count = max(2, CALIB_TOKENS // args.block_size)
+    windows = dataset.fixed_windows(count, max(1, 4096 // args.block_size), args.block_size, split="train")
+    return calibrate(AtTable(copy.deepcopy(model)), windows, device, gradients=True)
+
+
+rounding = NoRounding()
+if args.code_wte is not None and start.writes:  # else a checkpoint is evaluated, whose table is rounded already
+    if world_size > 1:
+        fail(f"--code_wte {args.code_wte} works in one process: start it without torchrun")
+    unrounded = start.state and start.state["unrounded_wte"]
+    rounding = StraightThrough(model.lm_head.weight, args.code_wte, args.code_wte_every, dataset.counts(), moments, unrounded)
+    try:
+        rounding.calibrate(start.step)
+    except ValueError as error:
+        fail(f"--code_wte {args.code_wte}: {error}")
+
 # -- where the run stands ---------------------------------------------------------------------------------------------
 
 step, last_step, best, seconds = start.step, start.last_step, None, 0.0  # best: the evaluation with the least of the criterion
@@ -146,9 +173,10 @@ def evaluate_and_keep():
     is_best = best is None or evaluation[criterion] <= best[criterion]
     best_now = evaluation if is_best else best
     facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
-    facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"])
+    facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"]) | rounding.facts
     state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best_now, seconds=seconds)
-    run.keep(model, start.base, facts, None if args.eval_only else state | random_state(device), is_best)
+    state |= rounding.state | random_state(device)
+    run.keep(model, start.base, facts, None if args.eval_only else state, is_best)
     return evaluation, best_now
 
 
@@ -185,21 +213,24 @@ with ends_in_one_line(args, device):
         # 2. evaluate and save
         if step % args.eval_interval == 0 or step in (first_step, last_step):
             paused, seconds = time.time(), progress.seconds
+            rounding.calibrate(step)
             if master:
-                evaluation, best = evaluate_and_keep()
+                with rounding.rounded():
+                    evaluation, best = evaluate_and_keep()
             progress.pause(time.time() - paused)
             stopped = args.patience is not None and not args.eval_only and patience_has_ended()
         if step == last_step or stopped:
             break
 
         # 3. forward and backward
-        for micro in range(micro_steps):
-            x, y = batch(step, micro)
-            trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
-            with autocast:
-                loss = objective(trainer(x, y)[1])
-            scaler.scale(loss / micro_steps).backward()
-            loss_sum += loss.detach() / micro_steps
+        with rounding.rounded(step):
+            for micro in range(micro_steps):
+                x, y = batch(step, micro)
+                trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
+                with autocast:
+                    loss = objective(trainer(x, y)[1])
+                scaler.scale(loss / micro_steps).backward()
+                loss_sum += loss.detach() / micro_steps
 
         # 4. clip, step, zero
         if args.grad_clip > 0:
@@ -255,6 +286,7 @@ if master:
         tokens_per_step=tokens_per_step,
         seconds=seconds,
         tokens_per_second=step * tokens_per_step / seconds if step else None,
+        **rounding.facts,
         peak_memory_bytes=peak_memory(device),
         hardware=hardware(device),
     )

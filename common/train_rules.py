@@ -27,6 +27,8 @@ def check(a):
         fail(f"--v_recon_weight {a.v_recon_weight} has no effect with --objective v_recon: drop it")
     if a.objective == "v_recon" and not a.train_only:
         fail("--objective v_recon would shrink the values to nothing: give --train_only v_compress,v_restore too")
+    if a.code_wte is not None and a.lora_rank is not None:
+        fail(f"--code_wte {a.code_wte} rounds a table that trains, and --lora_rank freezes it: drop one of the two")
     if a.lora_rank is not None:
         check_lora(a)
     elif a.save_adapters_only:
@@ -58,6 +60,8 @@ def check_shape(a):
     for name in ("n_embd_wte", "v_proj_dim", "k_proj_dim"):
         if (getattr(a, name) or 0) > a.n_embd:
             fail(f"--{name} {getattr(a, name)}: a rank lies between 1 and --n_embd {a.n_embd}")
+    if not a.tie_head and a.code_wte is not None:
+        fail(f"--code_wte {a.code_wte} needs a tied head: drop --no-tie_head")
     if not a.tie_head and a.n_embd_wte is not None:
         fail(f"--n_embd_wte {a.n_embd_wte} needs a tied head: drop --no-tie_head")
     rotated = a.rotary_pct * a.n_embd / a.n_head
@@ -108,6 +112,8 @@ def check_given(a, given):
     inert = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given.keys())
     if inert and a.lora_rank is None:
         fail(f"--{inert[0]} needs adapters: give --lora_rank too, or drop it")
+    if "code_wte_every" in given and a.code_wte is None:
+        fail(f"--code_wte_every {a.code_wte_every} has nothing to code: give --code_wte too, or drop it")
     counted = sorted({"max_iters", "eval_interval"} & given.keys())
     if counted and a.max_epochs is not None:
         fail(f"--{counted[0]} {given[counted[0]]} counts steps, and --max_epochs {a.max_epochs} counts epochs: drop one")

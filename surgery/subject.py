@@ -13,6 +13,7 @@ from common import checkpoint
 from common.cli import fail
 from common.hugging_face import read, read_model
 from common.texts import codec_of
+from model import AtTable
 from value_cache import generation
 from value_cache.kv_cache import KVCache
 
@@ -182,18 +183,21 @@ class Subject(nn.Module):
 
 
 class OwnSubject(nn.Module):
-    """Our GPT as a Subject. A dense table can be cut; a factorized one cannot, but q, k and v of its model can."""
+    """
+    Our GPT as a Subject, split at its stored table. A dense table can be cut; a factorized one cannot, but it can be coded, and
+    q, k and v of its model can be cut.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model, self.table, self.config = model, model.transformer.wte, model.config
-        self.head = nn.Sequential(model.transformer.scale_down, model.lm_head)
+        self.head, split = model.lm_head, AtTable(model)
         self.tables = tables_of(model, self.table, model.lm_head) if model.config.n_embd_wte is None else {}
         self.longest = model.config.block_size
-        self.trunk, self.logits = model.trunk, model.logits
+        self.trunk, self.logits = split.trunk, split.logits
 
     def lookup(self, x):
-        return self.model.lookup(x.to(self.table.weight.device))
+        return self.table(x.to(self.table.weight.device))
 
     def generate(self, ids, tokens, end, seed=None):
         """As Subject's; stops where block_size is full."""

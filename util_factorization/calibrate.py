@@ -8,13 +8,13 @@ def calibrate(model, windows, device="cpu", gradients=False, sampled=False):
     """
     One pass of a model over windows, an iterable of numpy (B, T) token ids and the (B, T) that follow them.
 
-    Returns (C [d,d], G [d,d] or None), float64. C = E[h h^T] of what the head reads, h after ln_f. With gradients
+    Returns (C [d,d], G [d,d] or None), float64. C = E[h h^T] of what the head reads, h after ln_f (and before that through
+    scale_down, if the model is an AtTable of a factorized table; then d stands for k). With gradients
     G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row. The loss is of the text's own next tokens
     (the empirical Fisher), or if sampled of tokens that the model draws from torch's global generator (the true Fisher).
     """
     model.to(device).eval().requires_grad_(False)
-    d, tokens = model.config.n_embd, 0
-    C, G = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    C, G, tokens = 0, 0, 0
     for x, y in windows:
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
         rows = model.lookup(x).requires_grad_(gradients)  # (B, T, d)

@@ -27,7 +27,7 @@ class NoRounding:
     def calibrate(self, step):
         pass
 
-    def rounded(self, step):
+    def rounded(self, step=None):
         return nullcontext()
 
 
@@ -40,7 +40,7 @@ class StraightThrough:
         share       bytes that the coded table may take, as a share of its float16 bytes
         every       steps from one coding to the next
         counts [V]  how often each token occurs in the training text
-        moments     a function -> (C, G), [k,k], of calibrate() at the rounded table
+        moments     a function -> (C, G), [k,k], of calibrate() at the table as it trains
         unrounded   the table of the run that goes on, whose state() kept it; the parameter gets it back
         """
         self.parameter, self.budget, self.every = parameter, share * 2 * parameter.numel(), every
@@ -48,18 +48,23 @@ class StraightThrough:
         self.groups = groups_by_weight(self.weights)
         if unrounded is not None:
             parameter.data.copy_(unrounded)
-        self.error, self.coded_at, self.size = torch.zeros_like(parameter), None, None
+        self.error, self.calibrated_at, self.coded_at = torch.zeros_like(parameter), None, None
 
     @property
     def facts(self):
         """What a checkpoint says about the table in it."""
-        return dict(coded_wte=dict(bytes=self.size, share=2 * self.size / (4 * self.parameter.numel())))
+        return dict(coded_wte=dict(bytes=self.size, share=self.size / (2 * self.parameter.numel())))
+
+    @property
+    def state(self):
+        """What a resume needs: the table in the checkpoint is the rounded one."""
+        return dict(unrounded_wte=self.unrounded)
 
     def calibrate(self, step):
-        """Measure anew what an error costs, then code the table. Raises ValueError where the share pays for too little."""
-        with self.rounded():
-            self.metric = sum(self.moments())
-        self.code(step)
+        """Measure anew what an error costs, and code the table. Raises ValueError where the share pays for too little."""
+        if step != self.calibrated_at:
+            self.metric, self.calibrated_at = sum(self.moments()), step
+            self.code(step)
 
     @torch.no_grad()
     def code(self, step):
@@ -76,9 +81,9 @@ class StraightThrough:
         """A context in which the parameter has its rounded values. step: codes first where the step is one for it."""
         if step is not None and step % self.every == 0 and step != self.coded_at:
             self.code(step)
-        table = self.parameter.data
+        self.unrounded = self.parameter.data
         try:
-            self.parameter.data = table + self.error
+            self.parameter.data = self.unrounded + self.error
             yield
         finally:
-            self.parameter.data = table
+            self.parameter.data = self.unrounded
