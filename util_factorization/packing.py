@@ -2,6 +2,7 @@
 Streams of b-bit codes in bytes; the windows of L bits overlap (trellis.py), and a number is read at any place.
 
 pack() stores many numbers of one depth in a stream. pack_rows() stores rows whose numbers have depths of their own.
+pack_halves() stores two numbers of 4 bits in a byte.
 """
 
 import math
@@ -79,3 +80,16 @@ def unpack_all(packed, streams, n, bits, window):
         part = three[:, r * bits >> 3 :: step][:, : found.shape[1]]
         found[:, : part.shape[1], r] = part >> (24 - window - (r * bits & 7)) & (2**window - 1)
     return found.flatten(1)[:, :n]
+
+
+def pack_halves(integers):
+    """int8 (..., r) from -8 to 7 -> int8 (..., (r + 1) // 2): number i in a byte's low half, number i + r/2 in its high half."""
+    low, high = integers.split((integers.shape[-1] + 1) // 2, dim=-1)
+    packed = low & 15
+    packed[..., : high.shape[-1]] |= high << 4
+    return packed
+
+
+def unpack_halves(packed, r):
+    """The inverse: int8 (..., r). Two shifts a byte, which is why 4 bits of a number that is read often are kept so."""
+    return torch.cat([packed << 4 >> 4, packed >> 4], dim=-1)[..., :r]  # shifting right keeps the sign

@@ -7,6 +7,8 @@ tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the
 
 import torch
 
+from util_factorization.packing import pack_halves, unpack_halves
+
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +61,7 @@ class Int8:
 
 
 class Int4(Int8):
-    """The same with integers from -7 to 7, two in a byte: number i in the low half, number i + r/2 in the high half."""
+    """The same with integers from -7 to 7, two in a byte."""
 
     levels = 7
 
@@ -68,13 +70,10 @@ class Int4(Int8):
         return (r + 1) // 2
 
     def pack(self, integers):
-        low, high = integers.split((self.r + 1) // 2, dim=-1)
-        packed = low & 15
-        packed[..., : high.shape[-1]] |= high << 4
-        return packed
+        return pack_halves(integers)
 
     def unpack(self, data):
-        return torch.cat([data << 4 >> 4, data >> 4], dim=-1)[..., : self.r]  # shifting right keeps the sign
+        return unpack_halves(data, self.r)
 
 
 class LayerCache:
