@@ -83,7 +83,7 @@ def unpack_all(packed, streams, n, bits, window):
 
 
 def pack_halves(integers):
-    """int8 (..., r) from -8 to 7 -> int8 (..., (r + 1) // 2): number i in a byte's low half, number i + r/2 in its high half."""
+    """int8 (..., r) from -8 to 7 -> int8 (..., (r + 1) // 2): number i in a byte's low half, i + r/2 in its high half."""
     low, high = integers.split((integers.shape[-1] + 1) // 2, dim=-1)
     packed = low & 15
     packed[..., : high.shape[-1]] |= high << 4
