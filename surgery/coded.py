@@ -74,13 +74,13 @@ class WholeMoments:
 
 def whole_moments(subject, counts, windows, file):
     """One pass over windows, a list of (x, y) -> WholeMoments. counts [V]: of the text. file: keeps them for a later call."""
-    linears = LinearMoments(find_linears(subject.model))
+    linears = LinearMoments(find_linears(subject.model, subject.head))
     if file.exists():
         kept = torch.load(file, weights_only=True)
     else:
         pairs = ((x.numpy(), y.numpy()) for x, y in tqdm(windows, "calibration", unit="window"))
         with linears:
-            C, G = calibrate(subject, pairs, subject.model.device, gradients=True, sampled=True)
+            C, G = calibrate(subject, pairs, subject.table.weight.device, gradients=True, sampled=True)
         kept = dict(C=C, G=G, **linears.state())
         with written_whole(file, "make room, or choose another --out_dir") as part:
             torch.save(kept, part)
@@ -93,7 +93,7 @@ def matrices_of(subject, targets):
     tables = {"wte": subject.table}
     if "head" in subject.tables:
         tables["head"] = subject.head
-    return tables if targets == "wte" else {**find_linears(subject.model), **tables}
+    return tables if targets == "wte" else {**find_linears(subject.model, subject.head), **tables}
 
 
 class Coder:

@@ -3,12 +3,11 @@
 import torch.nn as nn
 
 
-def find_linears(hf):
+def find_linears(model, head):
     """{name: Linear} of the trunk, not of the head; those of float weights."""
-    head = hf.get_output_embeddings()
     return {
         name: module
-        for name, module in hf.named_modules()
+        for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and module.weight.is_floating_point()
     }
 

@@ -77,7 +77,7 @@ def test_moments_are_those_of_the_inputs_and_of_the_gradients(packed):
 
 def test_layers_that_read_the_same_input_share_its_moment():
     hf = toys.llama()
-    with LinearMoments(find_linears(hf)) as moments:
+    with LinearMoments(find_linears(hf, hf.get_output_embeddings())) as moments:
         hf(WINDOWS[0][0])
     assert moments.reads["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
     assert len(moments.inputs) == 4 * 3 and moments.tokens == WINDOWS[0][0].numel()

@@ -1,12 +1,12 @@
 """
 A token table that trains as it will be coded: the forward pass reads the table rounded, the gradient passes straight through.
 
-    with rounding.rounded(step):  # the parameter has the values table + error, error = coded - table of the last coding
+    with rounding.rounded(step):  # the parameter has the values table + (coded - table).detach(): those of the last coding
         loss(...).backward()
-    optimizer.step()  # moves the table itself
+    optimizer.step()  # moves the table itself, by the gradient at the coded one
 
-The error is a constant between codings, so the gradient at the rounded table is the table's own (Bengio et al. 2013,
-arXiv:1308.3432).
+The gradient passes as if the rounding were not there (Bengio et al. 2013, arXiv:1308.3432). Between two codings the forward
+pass reads the values of the last one. Table + the last *error* would follow each step, but training would undo that error.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -48,7 +48,7 @@ class StraightThrough:
         self.groups = groups_by_weight(self.weights)
         if unrounded is not None:
             parameter.data.copy_(unrounded)
-        self.error, self.calibrated_at, self.coded_at = torch.zeros_like(parameter), None, None
+        self.calibrated_at, self.coded_at = None, None
 
     @property
     def facts(self):
@@ -74,7 +74,7 @@ class StraightThrough:
         (bits,), codes = fit([draft], self.budget)
         coded = code(draft, bits, codes)
         self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
-        self.error = (coded.matrix() - table).to(self.parameter)
+        self.coded = coded.matrix().to(self.parameter)
 
     @contextmanager
     def rounded(self, step=None):
@@ -83,7 +83,7 @@ class StraightThrough:
             self.code(step)
         self.unrounded = self.parameter.data
         try:
-            self.parameter.data = self.unrounded + self.error
+            self.parameter.data = self.coded
             yield
         finally:
             self.parameter.data = self.unrounded
