@@ -85,6 +85,8 @@ def check_bytes(args, given):
         fail(f"--bytes decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
     if not args.out:
         fail("--bytes writes a packed model: give --out FOLDER")
+    if args.device != "cpu":
+        fail(f"--bytes works on the CPU so far: drop --device {args.device}")
     args.targets = args.targets if "targets" in given else "all"
     if args.targets not in ("all", "wte"):
         fail(f"--targets {args.targets} with --bytes: give all or wte")

@@ -26,6 +26,8 @@ def load(folder, device="cpu", packed=True):
         plan = config.surgery
     except (OSError, ValueError, AttributeError):
         fail(f"{folder} has no model that surgery's --out wrote: give its folder")
+    if "coded" in plan and packed and str(device) != "cpu":
+        fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     try:
         tensors = load_file(str(Path(folder) / WEIGHTS))

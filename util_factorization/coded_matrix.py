@@ -71,15 +71,11 @@ class CodedMatrix:
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
             raise ValueError("two rows lie at one place")
         for g, rows in enumerate(self.sizes.tolist()):
-            for b in self.bits[g].unique().tolist():
-                if b and (b not in self.levels or (g, b) not in self.streams):
+            for b, columns in self.columns(g):
+                if b not in self.levels or (g, b) not in self.streams:
                     raise ValueError(f"group {g} has columns of {b} bits and no stream of them")
-                if b and self.streams[g, b].shape != (self.stream_size(g, b, rows),):
+                if self.streams[g, b].shape != (stream_size(len(columns), rows, b, self.levels[b]),):
                     raise ValueError(f"the stream of group {g} at {b} bits has {self.streams[g, b].numel()} bytes")
-
-    def stream_size(self, g, b, rows):
-        count, length = segments(rows)
-        return (self.bits[g] == b).sum().item() * count * stream_bytes(length, b, window_of(self.levels[b])) + 2
 
     @property
     def shape(self):
@@ -95,19 +91,20 @@ class CodedMatrix:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    def columns(self, g):
+        """(b, the columns that have b bits in a group), for every b above 0."""
+        return [(b, (self.bits[g] == b).nonzero()[:, 0]) for b in self.bits[g].unique().tolist() if b]
+
     def units(self, g, rows):
         """Rows of a group, long [m], counted from its first -> the values of their codes [m,k]; 0 where there are no bits."""
         out = torch.zeros(len(rows), self.bits.shape[1])
         count, length = segments(self.sizes[g].item())
         segment, at = rows // length, rows % length
-        for b in self.bits[g].unique().tolist():
-            if b:
-                columns, levels = (self.bits[g] == b).nonzero()[:, 0], self.levels[b].float()
-                window = window_of(levels)
-                stream = (torch.arange(len(columns)) * count + segment[:, None]) * stream_bytes(
-                    length, b, window
-                )  # (m, columns)
-                out[:, columns] = levels[unpack(self.streams[g, b], window, 8 * stream + at[:, None] * b)]
+        for b, columns in self.columns(g):
+            window = window_of(self.levels[b])
+            stream = torch.arange(len(columns)) * count + segment[:, None]  # (m, columns)
+            starts = 8 * stream * stream_bytes(length, b, window) + at[:, None] * b
+            out[:, columns] = self.levels[b].float()[unpack(self.streams[g, b], window, starts)]
         return out
 
     def coordinates(self, g, rows):
@@ -136,40 +133,25 @@ class CodedMatrix:
         """(places of some rows, a slice; their coordinates Z + m_g, transposed [k,rows]), through all rows."""
         start = 0
         for g, size in enumerate(self.sizes.tolist()):
-            (count, length), streams = segments(size), self.whole_streams(g)
+            count, length = segments(size)
             for first in range(0, count, SEGMENTS_AT_ONCE):
-                here = slice(first * length, min(size, (first + SEGMENTS_AT_ONCE) * length))
-                Z = torch.zeros(self.bits.shape[1], here.stop - here.start)
-                for columns, levels, windows in streams:
-                    part = windows(first, first + SEGMENTS_AT_ONCE)[:, : Z.shape[1]]
-                    Z[columns] = levels.index_select(0, part.flatten()).view(part.shape)
+                last = first + SEGMENTS_AT_ONCE
+                rows = min(size, last * length) - first * length
+                Z = torch.zeros(self.bits.shape[1], rows)
+                for b, columns in self.columns(g):
+                    windows = self.windows(g, b, first, last)[:, :rows]
+                    Z[columns] = self.levels[b].float().index_select(0, windows.flatten()).view(windows.shape)
                 Z *= self.scales[g].float()[:, None]
-                yield (
-                    slice(start + here.start, start + here.stop),
-                    Z if self.means is None else Z + self.means[g].float()[:, None],
-                )
-            start += size
+                yield slice(start, start + rows), Z if self.means is None else Z.add_(self.means[g].float()[:, None])
+                start += rows
 
-    def whole_streams(self, g):
-        """For each bit depth of a group: its columns, the levels, and windows(first, last) of all numbers of some segments."""
+    def windows(self, g, b, first, last):
+        """The windows of the columns of b bits, in segments first to last [columns, numbers]."""
         count, length = segments(self.sizes[g].item())
-
-        def reader(b, window, streams):
-            def windows(first, last):
-                some = streams[:, first:last]
-                packed = torch.nn.functional.pad(some.flatten(), (0, 2))
-                return unpack_all(packed, some.shape[0] * some.shape[1], length, b, window).reshape(len(some), -1)
-
-            return windows
-
-        found = []
-        for b in self.bits[g].unique().tolist():
-            if b:
-                columns, levels = (self.bits[g] == b).nonzero()[:, 0], self.levels[b].float()
-                found.append(
-                    (columns, levels, reader(b, window_of(levels), self.streams[g, b][:-2].view(len(columns), count, -1)))
-                )
-        return found
+        window = window_of(self.levels[b])
+        streams = self.streams[g, b][:-2].view(-1, count, stream_bytes(length, b, window))[:, first:last]
+        packed = torch.nn.functional.pad(streams.flatten(), (0, 2))
+        return unpack_all(packed, streams.shape[0] * streams.shape[1], length, b, window).reshape(len(streams), -1)
 
     def product(self, x):
         """x [..., d] -> its product with every row, [..., V]."""
@@ -195,3 +177,9 @@ def segments(rows):
 def window_of(levels):
     """Bits of a window: 2^window levels."""
     return len(levels).bit_length() - 1
+
+
+def stream_size(columns, rows, b, levels):
+    """Bytes that the columns of b bits of a group take."""
+    count, length = segments(rows)
+    return columns * count * stream_bytes(length, b, window_of(levels)) + 2
