@@ -24,7 +24,7 @@ class Args:
     model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
     shares: str = flag("", "bytes for bits by component, as shares of float16, comma-separated; left out, the system's own")
-    rows: str = flag("", "names of the rows to measure, comma-separated; left out, all of the system")
+    rows: str = flag("", "rows to measure, as 'bits' or 'rank 256', comma-separated; left out, all of the system")
     calib_text: str = flag("", "as python -m surgery's")
     calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each", low=1)
     eval_text: str = flag("", "as python -m surgery's")
@@ -78,10 +78,10 @@ def main(argv=None):
         fail(f"--shares {args.shares}: give shares of float16's bytes, above 0 and up to 1, e.g. 0.25,0.125")
     rows = rows_of(args.system, shares)
     if args.rows:
-        known = {row.name for row in rows}
-        if unknown := set(args.rows.split(",")) - known:
-            fail(f"--rows {min(unknown)}: there are {', '.join(sorted(known))}")
-        rows = [row for row in rows if row.name in args.rows.split(",")]
+        asked, known = set(args.rows.split(",")), {row.key: row for row in rows} | {row.name: row for row in rows}
+        if unknown := asked - known.keys():
+            fail(f"--rows {min(unknown)}: there are {', '.join(known)}")
+        rows = [row for row in rows if asked & {row.name, row.key}]
 
     from surgery.subject import choose_model, load_subject
     from surgery.sweep import add_line, prepare_folder, read_records
