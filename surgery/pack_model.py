@@ -29,10 +29,10 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     except ValueError as error:
         fail(f"--bytes {args.bytes}: {error}")
     found = dict(untouched=evaluator.measure())
-    with coded_in(coder.matrices, coded.values()):
-        found["packed"] = evaluator.measure()
     hf, last, training = copy.deepcopy(subject.model), "packed", {}
     if args.heal_steps:
+        with coded_in(coder.matrices, coded.values()):
+            found["packed"] = evaluator.measure()
         last, windows = "healed", texts.healing_windows(args.heal_steps)
         with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
             healing = copy.deepcopy(hf)
