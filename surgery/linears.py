@@ -14,49 +14,49 @@ def find_linears(model, head):
 
 class LinearMoments:
     """
-    A context: while it is open it gathers, of every linear layer, C = sum x x^T of its input [in,in] and, where gradients flow,
-    the sum of squares of the loss's gradient at its outputs [out]; float32. Layers that read the same tensor share one C.
+    A context: while it is open, and gradients flow, it gathers of every linear layer y = W x, over tokens t with the loss's
+    gradient g_t at y, float32:
+
+        C = sum |g_t|^2 x_t x_t^T / sum |g_t|^2   [in,in]   inputs, as far as the loss feels them
+        squares = sum g_t^2                       [out]     what a row weighs
+
+    An error E of W then costs sum_t (g_t E x_t)^2 / 2, about sum_i squares_i e_i C e_i^T / 2. K-FAC's C, which weighs all
+    tokens alike, is wrong here: the largest inputs belong to tokens whose gradient is nearly 0 (attention sinks).
     """
 
     def __init__(self, linears):
         self.linears, self.tokens = linears, 0
-        self.inputs, self.squares = {}, {}  # C by the name of the first layer that reads this input; squares by name
-        self.reads = {}  # name -> that first name
+        self.inputs, self.squares = {}, {}
 
     def __enter__(self):
-        self.last = None, None  # the tensor read last, and who read it first
         self.hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
         return self
 
     def __exit__(self, *error):
-        self.last = None, None
         for hook in self.hooks:
             hook.remove()
 
     def _hook(self, name):
         def hook(module, inputs, output):
-            if self.last[0] is not inputs[0]:
-                self.last = inputs[0], name
-                x = inputs[0].detach().flatten(0, -2).float()
-                self.inputs[name] = self.inputs.get(name, 0) + (x.T @ x).cpu()
-                self.tokens += len(x) if name == next(iter(self.linears)) else 0
-            self.reads[name] = self.last[1]
+            x = inputs[0].detach().flatten(0, -2).float()
+            self.tokens += len(x) if name == next(iter(self.linears)) else 0
             if output.requires_grad:
-                output.register_hook(lambda g: self._add_gradient(name, g))
+                output.register_hook(lambda g: self._add(name, x, g.detach().flatten(0, -2).float()))
 
         return hook
 
-    def _add_gradient(self, name, g):
-        self.squares[name] = self.squares.get(name, 0) + g.detach().flatten(0, -2).float().square().sum(0).cpu()
+    def _add(self, name, x, g):
+        x = x * g.norm(dim=1, keepdim=True)
+        self.inputs[name] = self.inputs.get(name, 0) + (x.T @ x).cpu()
+        self.squares[name] = self.squares.get(name, 0) + g.square().sum(0).cpu()
 
     def of(self, name):
-        """(C = E[x x^T] [in,in], E[g^2] [out]) of a layer."""
-        return self.inputs[self.reads[name]] / self.tokens, self.squares[name] / self.tokens
+        """(C [in,in], squares a token [out]) of a layer."""
+        return self.inputs[name] / self.squares[name].sum(), self.squares[name] / self.tokens
 
     def state(self):
         """What load() reads: plain values and tensors."""
-        return dict(inputs=self.inputs, squares=self.squares, reads=self.reads, tokens=self.tokens)
+        return dict(inputs=self.inputs, squares=self.squares, tokens=self.tokens)
 
     def load(self, state):
-        for name in ("inputs", "squares", "reads", "tokens"):
-            setattr(self, name, state[name])
+        self.inputs, self.squares, self.tokens = state["inputs"], state["squares"], state["tokens"]

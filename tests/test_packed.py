@@ -63,24 +63,33 @@ def logits(hf):
         return hf(WINDOWS[0][0]).logits
 
 
-def test_moments_are_those_of_the_inputs_and_of_the_gradients(packed):
-    name = [name for name in packed.matrices if name.endswith(("down_proj", "dense_4h_to_h"))][0]
-    module, found, moments = packed.hf.get_submodule(name), [], packed.moments.linears
-    hook = module.register_forward_hook(lambda _, inputs, output: found.append(inputs[0].flatten(0, 1)))
-    for x, _ in WINDOWS:
-        packed.subject.trunk(packed.subject.lookup(x))
-    hook.remove()
-    inputs = torch.cat(found)
-    torch.testing.assert_close(moments.of(name)[0], inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
-    assert (moments.of(name)[1] > 0).all()
+def test_moments_are_those_of_the_inputs_and_of_the_gradients():
+    """Of one token, the cost that they forecast is exact: (g E x)^2, summed over rows as if these were alone."""
+    subject = Subject(toys.llama().requires_grad_(False))
+    name, ids = "model.layers.1.mlp.down_proj", torch.tensor([[5]])
+    module, found = subject.model.get_submodule(name), []
+
+    def watch(_, inputs, output):
+        output.register_hook(lambda g: found.extend([inputs[0].detach()[0, 0], g[0, 0]]))
+
+    moments = LinearMoments({name: module})
+    with moments:
+        hook = module.register_forward_hook(watch)
+        rows = subject.lookup(ids).requires_grad_(True)
+        subject.logits(subject.trunk(rows))[0, 0, 7].backward()
+        hook.remove()
+    (x, g), (C, squares) = found, moments.of(name)
+    torch.testing.assert_close(C, x[:, None] * x)
+    torch.testing.assert_close(squares, g.square())
 
 
-def test_layers_that_read_the_same_input_share_its_moment():
-    hf = toys.llama()
-    with LinearMoments(find_linears(hf, hf.get_output_embeddings())) as moments:
-        hf(WINDOWS[0][0])
-    assert moments.reads["model.layers.1.self_attn.v_proj"] == "model.layers.1.self_attn.q_proj"
-    assert len(moments.inputs) == 4 * 3 and moments.tokens == WINDOWS[0][0].numel()
+def test_tokens_without_a_gradient_do_not_count(packed):
+    name = next(iter(find_linears(packed.hf, packed.subject.head)))
+    module, moments = packed.hf.get_submodule(name), LinearMoments({name: packed.hf.get_submodule(name)})
+    x = torch.randn(2, module.in_features).requires_grad_(True)
+    with moments:
+        (module(x)[0] ** 2).sum().backward()
+    torch.testing.assert_close(moments.of(name)[0], x[0].detach()[:, None] * x[0].detach())
 
 
 def test_prices_are_what_a_kind_costs_over_what_the_metric_forecast(packed):
