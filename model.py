@@ -448,24 +448,3 @@ class GPT(nn.Module):
             adapters=sum(2 * m.lora.A.numel() + (0 if m is t.wte else 2 * m.lora.B.numel()) for m in adapted),
         )
         return parts | dict(total=sum(parts.values()))
-
-
-class AtTable(nn.Module):
-    """A GPT in three calls, split at its stored table wte [V,k], or [V,d] if dense. What passes between them has its width."""
-
-    def __init__(self, gpt):
-        super().__init__()
-        self.gpt = gpt
-
-    def lookup(self, idx):
-        """Token ids (B, T) -> rows of wte (B, T, k)."""
-        return self.gpt.transformer.wte(idx)
-
-    def trunk(self, rows):
-        """Rows of wte (B, T, k) -> what lm_head reads (B, T, k)."""
-        t = self.gpt.transformer
-        return t.scale_down(self.gpt.trunk(t.scale_up(rows)))
-
-    def logits(self, h):
-        """What lm_head reads (B, T, k) -> logits (B, T, V)."""
-        return self.gpt.lm_head(h)

@@ -33,7 +33,7 @@ from common.evaluate import Restored, evaluate
 from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
-from model import AtTable
+from common.modules import AtTable
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
-from surgery.coded import TABLES, Coder, coded_in, decompose_by, draft_of_table, in_place
+from surgery.coded import TABLES, Coder, coded_in, in_place
 from surgery.evaluator import Evaluator
-from util_factorization.coding import draft_layer, groups_by_weight
+from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
 from util_factorization.rounding import in_groups
 
 DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
@@ -54,7 +54,7 @@ class Measurer:
             return None
         m, W = self.moments, self.matrices["wte"].weight.data.float()
         if name == "bits, one group":
-            return dict(wte=draft_of_table(W, m.weights, self.metric, [m.weights.argsort(descending=True)]))
+            return dict(wte=draft_table(W, m.weights, self.metric, [m.weights.argsort(descending=True)]))
         return dict(wte=draft_layer(W, self.metric, m.weights, groups_by_weight(m.weights)))  # no rotation
 
     def plain(self, row, name, W):

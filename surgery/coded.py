@@ -23,18 +23,15 @@ from util_factorization.coding import (
     draft_layer,
     draft_table,
     fit,
-    groups_by_weight,
     levels_bytes,
     row_weights,
     spend_over,
 )
-from util_factorization.decompose_table import decompose
 from util_factorization.trellis import distortion, gaussian_codes
 
 PROBE_BITS = 3
 PROBES = 3  # windows of calibration text on which prices are measured
 TABLES = ("wte", "head")
-TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 
 
 def kind_of(name):
@@ -136,20 +133,10 @@ def draft_all(matrices, moments):
     for name, module in tqdm(matrices.items(), "what bits are worth", leave=False):
         W = module.weight.data.float().cpu()
         if name in TABLES:
-            drafts[name] = draft_of_table(W, moments.weights, metrics[name])
+            drafts[name] = draft_table(W, moments.weights, metrics[name])
         else:
             drafts[name] = draft_layer(W, *moments.linears.of(name))
     return drafts
-
-
-def decompose_by(W, weights, metric):
-    """A table decomposed by `fisher`, with weights [V] of its rows and a metric [d,d], C + G as far as it has these uses."""
-    return decompose(W, "fisher", weights * TOKENS, head=metric, lookup=torch.zeros_like(metric))
-
-
-def draft_of_table(W, weights, metric, groups=None):
-    """groups: left out, groups_by_weight()"""
-    return draft_table(decompose_by(W, weights, metric), weights, groups or groups_by_weight(weights))
 
 
 def set_prices(drafts, matrices, evaluator):

@@ -12,8 +12,8 @@ import torch.nn as nn
 from common import checkpoint
 from common.cli import fail
 from common.hugging_face import read, read_model
+from common.modules import AtTable
 from common.texts import codec_of
-from model import AtTable
 from value_cache import generation
 from value_cache.kv_cache import KVCache
 

@@ -9,7 +9,7 @@ from conftest import TINY
 
 from common import checkpoint
 from common.dataset import write_dataset
-from model import AtTable
+from common.modules import AtTable
 from surgery.coded import draft_all, matrices_of, whole_moments
 from surgery.subject import OwnSubject
 from util_factorization.calibrate import calibrate

@@ -13,23 +13,26 @@ A rank is the special case of 0 or 16 bits. Plain quantisation is the case of on
 import torch
 
 
-def spend(worth, price, budget, distortion):
+def gains(worth, price, distortion):
     """
-    Bits for each component, up to the budget.
+    What each bit of each component saves, for each bit of the budget: [B,n], falling in B.
 
     worth [n]     the variance of a component, times the weight of its rows
     price [n]     what one bit of a component costs: its rows
-    budget        bits in all
-    distortion    c(0) = 1, c(1), ..., falling, its steps falling too: the most bits are len(distortion) - 1
-
-    Returns bits [n], whole numbers. Raises ValueError where a later bit would be worth more than an earlier one.
+    distortion    c(0) = 1, c(1), ..., falling, its steps falling too: the most bits are B = len(distortion) - 1
+    Raises ValueError where a later bit would be worth more than an earlier one.
     """
-    steps = -torch.diff(torch.tensor(distortion, dtype=torch.float64))  # [B]
+    steps = -torch.diff(torch.tensor(distortion, dtype=torch.float64))
     if (torch.diff(steps) > 0).any():
         raise ValueError("the steps of a distortion have to fall, or a later bit would be worth more than an earlier one")
-    gains = steps[:, None] * worth.double() / price  # [B,n]: error saved for each bit of budget
-    order = gains.flatten().argsort(descending=True, stable=True)
-    paid = price.expand(gains.shape).flatten()[order].cumsum(0) <= budget
-    bought = torch.zeros(gains.numel(), dtype=torch.bool)
+    return steps[:, None] * worth.double() / price
+
+
+def spend(worth, price, budget, distortion):
+    """Bits for each component [n], whole numbers, up to a budget of bits in all. As gains() otherwise."""
+    found = gains(worth, price, distortion)
+    order = found.flatten().argsort(descending=True, stable=True)
+    paid = price.expand(found.shape).flatten()[order].cumsum(0) <= budget
+    bought = torch.zeros(found.numel(), dtype=torch.bool)
     bought[order[paid]] = True
-    return bought.view(gains.shape).sum(0)
+    return bought.view(found.shape).sum(0)

@@ -15,13 +15,15 @@ column j is rounded after the errors before it have been added to it, and is wor
 arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Blocks of columns feed errors on.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
-from util_factorization.bits import spend
+from util_factorization.bits import gains, spend
 from util_factorization.coded_matrix import CodedMatrix, segments
+from util_factorization.decompose_table import decompose
 from util_factorization.packing import pack, stream_bytes
 from util_factorization.trellis import distortion, encode, gaussian_codes
 
@@ -30,6 +32,8 @@ GROWTH = 2**0.9  # each group has so many times the rows of the one before it
 LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
 LEAST_ROWS = 192  # of such a group
 COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
+BISECTIONS = 30  # of the water level
+TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
 DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
 
@@ -90,13 +94,20 @@ class Draft:
         return total
 
 
-def draft_table(decomposition, weights, groups):
+def decompose_by(table, weights, metric):
+    """A table [V,d] decomposed by `fisher`: weights [V] of its rows, metric [d,d], C + G as far as it has these uses."""
+    return decompose(table, "fisher", weights * TOKENS, head=metric, lookup=torch.zeros_like(metric))
+
+
+def draft_table(table, weights, metric, groups=None):
     """
-    A decomposed table (method fisher) -> Draft.
+    A token table [V,d] -> Draft.
 
     weights [V]   what an error of each row weighs
-    groups        row indices of each group
+    metric [d,d]  C + G, as far as the table has these uses
+    groups        row indices of each group; left out, groups_by_weight()
     """
+    decomposition, groups = decompose_by(table, weights, metric), groups or groups_by_weight(weights)
     Z, P, mean = decomposition.factors(decomposition.full)
     means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
     for rows, m in zip(groups, means):
@@ -133,26 +144,37 @@ def fit(drafts, budget, codes=None):
     of it.
     """
     codes = codes or gaussian_codes()
-    poor = ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
-    spent = 8 * (budget - levels_bytes(codes))
-    for _ in range(30):  # what the basis, the scales and the ends of streams take depends on the bits
-        if spent <= 0:
-            raise poor
-        bits = spend_over(drafts, spent, codes)
-        if not all(b.any() for b in bits):
-            raise poor
-        excess = levels_bytes(codes) + sum(draft.bytes(b, codes) for b, draft in zip(bits, drafts)) - budget
-        if excess <= 0:
-            return bits, codes
-        spent -= 8 * excess
-    raise poor
+    found = gains(*worth_and_price(drafts), distortion(codes))
+
+    def at(level):
+        """(The bits, at what they save over this level; what all takes.)"""
+        bits = split((found >= level).sum(0), drafts)
+        return bits, levels_bytes(codes) + sum(draft.bytes(b, codes) for b, draft in zip(bits, drafts))
+
+    low, high = math.log(found[found > 0].min().item()), math.log(2 * found.max().item())  # everything; nothing
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(math.exp(middle))[1] <= budget else (middle, high)
+    bits, _ = at(math.exp(high))
+    if not all(b.any() for b in bits):
+        raise ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
+    return bits, codes
+
+
+def worth_and_price(drafts):
+    """Of the columns of all groups of all Drafts, side by side [n]."""
+    return [torch.cat([f(draft).flatten() for draft in drafts]) for f in (lambda x: x.worth, Draft.price)]
+
+
+def split(bits, drafts):
+    """bits [n] -> [G,k] of each Draft."""
+    parts = bits.split([draft.worth.numel() for draft in drafts])
+    return [part.view(draft.worth.shape) for part, draft in zip(parts, drafts)]
 
 
 def spend_over(drafts, budget, codes):
-    """Bits [G,k] of each Draft, at one water level: `budget` bits for all of their numbers."""
-    worth, price = (torch.cat([f(draft).flatten() for draft in drafts]) for f in (lambda x: x.worth, Draft.price))
-    bits = spend(worth, price, budget, distortion(codes)).split([draft.worth.numel() for draft in drafts])
-    return [b.view(draft.worth.shape) for b, draft in zip(bits, drafts)]
+    """Bits [G,k] of each Draft: `budget` bits for all of their numbers, nothing else counted."""
+    return split(spend(*worth_and_price(drafts), budget, distortion(codes)), drafts)
 
 
 def levels_bytes(codes):
@@ -190,12 +212,13 @@ def to_int8(P):
     return (P / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def feedback(M, columns=COLUMNS):
+def feedback(M, columns=None):
     """
-    M = U D U^T in blocks of columns -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
+    M = U D U^T in blocks of so many columns, left out COLUMNS -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
 
     e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T.
     """
+    columns = columns or COLUMNS
     U = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # M = U U^T, upper triangular
     D = torch.empty(len(M), dtype=M.dtype)
     out = torch.zeros_like(U)

@@ -13,10 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from util_factorization.coding import code, draft_table, fit, groups_by_weight, levels_bytes, row_weights
-from util_factorization.decompose_table import decompose
-
-TOKENS = 1e9  # weights as counts, to which decompose() adds 1
+from util_factorization.coding import code, draft_table, fit, levels_bytes, row_weights
 
 
 class NoRounding:
@@ -45,7 +42,6 @@ class StraightThrough:
         """
         self.parameter, self.budget, self.every = parameter, share * 2 * parameter.numel(), every
         self.weights, self.moments = row_weights(torch.as_tensor(counts)), moments
-        self.groups = groups_by_weight(self.weights)
         if unrounded is not None:
             parameter.data.copy_(unrounded)
         self.calibrated_at, self.coded_at = None, None
@@ -69,8 +65,7 @@ class StraightThrough:
     @torch.no_grad()
     def code(self, step):
         table = self.parameter.detach().float().cpu()
-        parts = decompose(table, "fisher", self.weights * TOKENS, head=self.metric, lookup=torch.zeros_like(self.metric))
-        draft = draft_table(parts, self.weights, self.groups)
+        draft = draft_table(table, self.weights, self.metric)
         (bits,), codes = fit([draft], self.budget)
         coded = code(draft, bits, codes)
         self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
