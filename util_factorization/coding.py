@@ -214,9 +214,9 @@ def to_int8(P):
 
 def feedback(M, columns=None):
     """
-    M = U D U^T in blocks of so many columns, left out COLUMNS -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
+    M = U D U^T in blocks of columns -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
 
-    e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T.
+    e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T. columns: of a block, left out COLUMNS.
     """
     columns = columns or COLUMNS
     U = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # M = U U^T, upper triangular
