@@ -69,20 +69,14 @@ def system_figure(path, system, records):
         points = sorted((r["share"], max(worst(r), FLOOR)) for r in rows if r["name"] == name)
         style = STYLES.get(name, dict(color="#7a4fa3", marker="x"))
         ax.plot(*zip(*points), **style)
-        ax.annotate(
-            LABELS.get(name, name),
-            points[0],
-            xytext=(-6, 6),
-            textcoords="offset points",
-            ha="left",
-            fontsize=9,
-            color=style["color"],
-        )
-    ax.annotate("front: nothing is left of it and below", front[len(front) // 2], xytext=(12, -18), textcoords="offset points",
-                fontsize=8, color="grey")  # fmt: skip
+        above = dict(xytext=(-6, 6), textcoords="offset points", fontsize=9, color=style["color"])
+        ax.annotate(LABELS.get(name, name), points[0], **above)
+    beside = dict(xytext=(-12, -10), textcoords="offset points", ha="right", fontsize=8, color="grey")
+    ax.annotate("front: nothing is left of it and below", front[len(front) // 2], **beside)
     ax.set(xscale="log", yscale="log", xlabel="bytes, share of float16", ylabel="nats lost per token, the worse of two texts")
     ticks = (0.08, 0.125, 0.1875, 0.25, 0.3125, 0.5)
     ax.set_xticks(ticks, [f"{t:.0%}" if t in (0.08, 0.25, 0.5) else f"{t:.1%}" for t in ticks])
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.set_title(TITLES[system])
