@@ -175,6 +175,16 @@ def test_error_feedback_lowers_the_cost_in_the_metric(monkeypatch):
     assert cost(seeing, bits[0], codes) < 0.5 * cost(blind, even[0], codes)
 
 
+def test_a_dear_column_has_no_clipped_number():
+    """One weight of 30 standard deviations on the largest input: its error is half a step, not 25 deviations."""
+    W, C = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.diag(torch.ones(d))
+    W[7, 3], C[3, 3] = 30.0, 1e6
+    draft = draft_layer(W, C, torch.ones(200))
+    bits, codes = fit([draft], 8000)
+    assert bits[0][:, 3].min() >= 5
+    assert (code(draft, bits[0], codes).matrix() - W)[:, 3].abs().max() < 1
+
+
 def test_two_matrices_share_one_water_level():
     W, M = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.eye(d)
     one, dear = draft_layer(W, M, torch.ones(200)), draft_layer(W, M, 16 * torch.ones(200))

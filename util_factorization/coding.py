@@ -33,6 +33,7 @@ LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
 LEAST_ROWS = 192  # of such a group
 COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
 BISECTIONS = 30  # of the water level
+WHOLE_RANGE = 5  # bits from which on no number of a column is clipped
 TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
 DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
@@ -241,7 +242,7 @@ def code_groups(Z, groups, bits, U, codes):
         for (b, _), some in alike(bits[:, block], groups).items():
             columns = [(bits[g, block] == b).nonzero()[:, 0] for g in some]
             x = [aims[g][:, c] for g, c in zip(some, columns)]
-            scale = [part.square().mean(0).sqrt().clamp(min=1e-7).half().float() for part in x]
+            scale = [scale_of(part, codes[b - 1]) for part in x]
             windows = encode_columns([part / each for part, each in zip(x, scale)], codes[b - 1])
             for g, c, each, w in zip(some, columns, scale, windows):
                 read[g][:, c] = values(w, codes[b - 1], len(parts[g])) * each
@@ -250,6 +251,19 @@ def code_groups(Z, groups, bits, U, codes):
         for z, e, q in zip(parts, errors, read):
             e[:, block] = z[:, block] - q
     return scales, {(g, b): pack(torch.cat(w), b, codes[b - 1].window) for (g, b), w in found.items()}
+
+
+def scale_of(x, code):
+    """
+    What columns [rows,n] are divided by [n], as float16 keeps it: their standard deviation.
+
+    A column of many bits has them because its errors are dear; there no number may lie outside the levels. One weight of 20
+    standard deviations, on an input that is as large, cost more than all the other weights of its layer.
+    """
+    scale = x.square().mean(0).sqrt()
+    if code.bits >= WHOLE_RANGE:
+        scale = torch.maximum(scale, x.abs().amax(0) / code.levels.max())
+    return scale.clamp(min=1e-7).half().float()
 
 
 def alike(bits, groups):
