@@ -78,6 +78,7 @@ def system_figure(path, system, records):
     ax.set_xticks(ticks, [f"{t:.0%}" if t in (0.08, 0.25, 0.5) else f"{t:.1%}" for t in ticks])
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
+    ax.margins(x=0.14)  # room for the labels
     ax.grid(alpha=0.3)
     ax.set_title(TITLES[system])
     save(fig, path)
