@@ -21,12 +21,11 @@ TITLES = dict(
 LABELS = {
     "bits": "bits by component", "error-aware": "integers, error-aware rounding", "to nearest": "integers, to nearest",
     "rank": "a rank for all, float16", "bits, one group": "without groups of rows", "bits, no rotation": "without the basis",
-    "bits, no forecast": "without the forecast", "latents": "a rank for k and v, float16",
+    "bits, no forecast": "without the forecast",
 }  # fmt: skip
 STYLES = {
     "bits": dict(color="#1f5fa8", marker="o", linewidth=2.2), "error-aware": dict(color="#c8541c", marker="s"),
     "to nearest": dict(color="#8a6d3b", marker="^", linestyle="--"), "rank": dict(color="#555555", marker="D", linestyle=":"),
-    "latents": dict(color="#555555", marker="D", linestyle=":"),
 }  # fmt: skip
 READING = (
     "Bytes are those of everything that is kept, as a share of the same matrices in float16. Lost: nats per token over the "
@@ -73,7 +72,7 @@ def system_figure(path, system, records):
         ax.annotate(LABELS.get(name, name), points[0], **above)
     beside = dict(xytext=(-12, -10), textcoords="offset points", ha="right", fontsize=8, color="grey")
     ax.annotate("front: nothing is left of it and below", front[len(front) // 2], **beside)
-    ax.set(xscale="log", yscale="log", xlabel="bytes, share of float16", ylabel="nats lost per token, the worse of two texts")
+    ax.set(xscale="log", yscale="log", xlabel="bytes, share of float16", ylabel="nats lost per token, the worst text")
     ticks = (0.08, 0.125, 0.1875, 0.25, 0.3125, 0.5)
     ax.set_xticks(ticks, [f"{t:.0%}" if t in (0.08, 0.25, 0.5) else f"{t:.1%}" for t in ticks])
     ax.yaxis.set_major_formatter("{x:g}")
@@ -89,6 +88,8 @@ def write_report(folder):
     try:
         settings = json.loads((folder / "config.json").read_text())
         records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        if any("system" not in r for r in records):
+            raise ValueError
     except (OSError, ValueError) as error:
         fail(f"--runs {folder} has no finished rows ({type(error).__name__}): run scripts/run_bytes.sh first")
     s, parts = settings["settings"], []

@@ -5,13 +5,13 @@ from reports.markdown import table
 
 def packed_table(record):
     """What the packed model takes, loses and how fast it decodes, beside the untouched one."""
-    untouched, share = record["models"]["untouched"], record["float16_bytes"]
+    untouched, whole = record["models"]["untouched"], record["float16_bytes"]
     names = list(untouched["texts"])
     lines = []
     for name, m in record["models"].items():
-        size = record["bytes"]["on_disk"] if name != "untouched" else share
+        size = record["bytes"]["on_disk"] if name != "untouched" else whole
         lost = [f"{m['texts'][text]['nats']:+.4f} ± {m['texts'][text]['nats_se'] or 0:.4f}" for text in names]
-        lines.append([name, f"{size / 1e6:.1f}", f"{size / share:.1%}", *lost, f"{m['kl']:.4f}", f"{m['top1']:.1%}"])
+        lines.append([name, f"{size / 1e6:.1f}", f"{size / whole:.1%}", *lost, f"{m['kl']:.4f}", f"{m['top1']:.1%}"])
     speeds = ", ".join(f"{name} {sorted(x)[len(x) // 2]:.1f}" for name, x in record["tokens_per_second"].items())
     header = ["model", "MB", "of float16", *(f"nats lost, {name}" for name in names), "KL", "top-1"]
     return (

@@ -13,8 +13,6 @@ With --out and flags that give one point, the smaller model is written to a fold
 linear layers and the token table of that model are kept by bits: each part has the bits that it is worth.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +29,10 @@ class Args:
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
     variance: str = flag("", "shares of the energy to keep, in (0, 1], comma-separated; left out, the seed's nine")
     rank: str = flag("", "ranks to keep, comma-separated, instead of --variance or beside it")
-    bytes: float = flag(
-        0.0,
+    bytes: float | None = flag(
+        None,
         "with --out: keep every matrix by bits, in this share of all their float16 bytes; --targets all (left out) or wte",
-        low=0,
+        above=0,
         high=1,
     )
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")
@@ -62,7 +60,11 @@ class Args:
     device: str = flag("cpu", "cpu or cuda")
     out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
     out: str = flag("", "a new folder: the smaller model of the one point is written there")
-    heal_steps: int = flag(0, "steps of LoRA, a window each, before --out is written", low=0)
+    heal_steps: int = flag(
+        0,
+        "steps of LoRA before --out is written, a window each; with --bytes of the numbers around the codes too",
+        low=0,
+    )
     heal_text: str = flag("", "texts to heal on, as --calib_text's; left out, the calibration text")
     heal_rank: int = flag(16, "rank of the adapters; their scale is 2", low=1)
     heal_lr: float = flag(
@@ -87,6 +89,7 @@ def check_bytes(args, given):
         fail("--bytes writes a packed model: give --out FOLDER")
     if args.device != "cpu":
         fail(f"--bytes works on the CPU so far: drop --device {args.device}")
+    args.answer_tokens = 0
     args.targets = args.targets if "targets" in given else "all"
     if args.targets not in ("all", "wte"):
         fail(f"--targets {args.targets} with --bytes: give all or wte")
@@ -116,11 +119,10 @@ def check(args, given, points):
 
 
 def settings_of(args, name, weights, windows, texts):
-    """What the runs that write into one folder must share. windows: how many; texts: settings() of them."""
+    """What the runs that write into one folder must share. weights: a digest(); windows: how many; texts: settings()."""
     settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
     settings["model"] = Path(name).name if Path(name).exists() else name
-    digest = hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest()[:12]
-    return settings | texts | dict(weights=digest, eval_windows=windows)
+    return settings | texts | dict(weights=weights, eval_windows=windows)
 
 
 def opened(args):
@@ -148,13 +150,13 @@ def pack(args):
     from surgery.checks import check_subject
     from surgery.evaluator import Evaluator
     from surgery.pack_model import pack_model
-    from surgery.surgeon import fingerprint
+    from surgery.surgeon import digest
     from surgery.sweep import check_writable, prepare_folder
     from surgery.texts import settings
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
-    shared = settings_of(args, name, fingerprint(subject.model), sum(map(len, windows.values())), settings(chosen))
+    shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _ = prepare_folder(args, shared)
     check_writable(args.out)
     record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
@@ -177,7 +179,7 @@ def main(argv=None):
     from surgery.layers import find_layers
     from surgery.low_rank_modules import check_attention
     from surgery.moments import calibration
-    from surgery.surgeon import Surgeon, fingerprint
+    from surgery.surgeon import Surgeon, digest
     from surgery.sweep import check_writable, prepare_folder, read_records, sweep
     from surgery.texts import settings
     from surgery.write_model import write_smaller
@@ -189,7 +191,7 @@ def main(argv=None):
     check_ranks(points, layers, subject, args.layers_per_group)
     if args.out:
         check_attention(model, layers)
-    shared = settings_of(args, name, fingerprint(model), sum(map(len, windows.values())), settings(chosen))
+    shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
     folder, records = prepare_folder(args, shared)
     if args.out:
         check_writable(args.out)

@@ -40,6 +40,7 @@ class CacheMeasurer:
             yield self.subject, 1.0
         elif row.name == "to nearest":
             bits, group = row.given
+            group = math.gcd(group, *(len(layer.rows[part]) for layer in self.layers for part in "kv"))
             with rounded(self.layers, bits, group):
                 yield self.subject, (bits + 32 / group) / 16
         else:
@@ -64,7 +65,7 @@ def rounded(layers, bits, group):
     """A context in which keys and values are rounded to integers of `bits` bits in groups, to nearest."""
 
     def hook(module, inputs, output):
-        return in_groups(output.flatten(0, 1), bits, math.gcd(group, output.shape[-1]))[0].view_as(output)
+        return in_groups(output.flatten(0, 1), bits, group)[0].view_as(output)
 
     parts = [layer.linears[f"{layer.name}.{part}"] for layer in layers for part in ("k_proj", "v_proj")]
     hooks = [part.register_forward_hook(hook) for part in parts]

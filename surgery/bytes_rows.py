@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
-from surgery.coded import TABLES, Coder, coded_in, in_place
+from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.evaluator import Evaluator
 from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
 from util_factorization.rounding import in_groups
@@ -22,7 +22,7 @@ class Measurer:
         targets = "wte" if args.system == "table" else "all"
         self.coder = Coder(subject, targets, texts, args.calib_tokens, args.seed, file)
         self.matrices, self.moments, self.numbers = self.coder.matrices, self.coder.moments, self.coder.numbers
-        self.metric = self.moments.C + self.moments.G  # of a tied table
+        self.metrics = metrics_of(self.matrices, self.moments)
         self.evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
 
     def measure(self, row):
@@ -52,20 +52,25 @@ class Measurer:
         """{name: Draft} of the table with one part of the method left out; None for the whole method."""
         if name == "bits":
             return None
-        m, W = self.moments, self.matrices["wte"].weight.data.float()
-        if name == "bits, one group":
-            return dict(wte=draft_table(W, m.weights, self.metric, [m.weights.argsort(descending=True)]))
-        return dict(wte=draft_layer(W, self.metric, m.weights, groups_by_weight(m.weights)))  # no rotation
+        weights, found = self.moments.weights, {}
+        for table, metric in self.metrics.items():
+            W = self.matrices[table].weight.data.float()
+            if name == "bits, one group":
+                found[table] = draft_table(W, weights, metric, [weights.argsort(descending=True)])
+            else:  # no rotation
+                found[table] = draft_layer(W, metric, weights, groups_by_weight(weights))
+        return found
 
     def plain(self, row, name, W):
         """A row of plain quantisation or of a rank -> (the matrix as read back, its bytes)."""
         if row.name == "rank":
-            decomposition = decompose_by(W, self.moments.weights, self.metric)
+            decomposition = decompose_by(W, self.moments.weights, self.metrics[name])
             Z, P, mean = (part.half().float() for part in decomposition.factors(row.given[0]))
             return torch.addmm(mean, Z, P), 2 * (Z.numel() + P.numel() + mean.numel())
         bits, group = row.given
         metric = None
         if row.name == "error-aware":
-            metric = self.metric if name in TABLES else self.moments.linears.of(name)[0]
+            metric = self.metrics[name] if name in TABLES else self.moments.linears.of(name)[0]
             metric = metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric))
-        return in_groups(W, bits, math.gcd(group, W.shape[1]), metric)  # groups that fit the width
+        group = W.shape[1] if group == "row" else math.gcd(group, W.shape[1])  # groups that fit the width
+        return in_groups(W, bits, group, metric)

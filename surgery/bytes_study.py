@@ -63,7 +63,7 @@ def rows_of(system, shares):
     if system == "weights":
         return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
     ablations = [Row(name, (small,)) for name in ("bits, one group", "bits, no rotation")]
-    plain = [Row("to nearest", b) for b in ((8, 576), (4, 32), (3, 64))]
+    plain = [Row("to nearest", b) for b in ((8, "row"), (4, 32), (3, 64))]
     plain += [Row("error-aware", b) for b in ((4, 32), (4, 64), (3, 64), (2, 32))]
     return [Row("untouched"), *plain, *(Row("rank", (r,)) for r in RANKS), *coded, *ablations]
 
@@ -83,7 +83,9 @@ def main(argv=None):
             fail(f"--rows {min(unknown)}: there are {', '.join(known)}")
         rows = [row for row in rows if asked & {row.name, row.key}]
 
-    from surgery.subject import choose_model, load_subject
+    from surgery.checks import check_window
+    from surgery.subject import OwnSubject, choose_model, load_subject
+    from surgery.surgeon import digest
     from surgery.sweep import add_line, prepare_folder, read_records
     from surgery.texts import TextReader, announced, choose, settings
 
@@ -91,9 +93,13 @@ def main(argv=None):
     name = args.model or choose_model()
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
+    check_window(args, name, subject)
+    if args.system == "cache" and isinstance(subject, OwnSubject):
+        fail("--system cache is for a Llama, Mistral or Qwen of Hugging Face: give --system table or weights")
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
-    shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir", "tokenizer")}
+    shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
+    shared["weights"] = digest(subject.model)
     args.device = "cpu"
     folder, records = prepare_folder(args, shared | settings(chosen))
     rows = [row for row in rows if row.name != "rank" or row.given[0] < subject.table.weight.shape[1]]

@@ -100,7 +100,7 @@ class Coder:
         """texts: a TextReader; tokens: of calibration text; file: keeps the moments for a later call."""
         self.matrices, self.subject, self.texts = matrices_of(subject, targets), subject, texts
         self.numbers = sum(module.weight.numel() for module in self.matrices.values())
-        windows, counts = texts.calibration_windows(-(-tokens // texts.length))
+        windows, counts = texts.calibration_windows(-(-tokens // texts.length), 2 * subject.table.weight.shape[1])
         torch.manual_seed(seed)
         self.moments = whole_moments(subject, counts, windows, file)
 
@@ -126,10 +126,16 @@ class Coder:
         return coded, sum(made.bytes() for made in coded.values()) + levels_bytes(codes)
 
 
+def metrics_of(matrices, moments):
+    """{name: metric [d,d]} of the tables: C + G of a tied one, else of each use its own."""
+    if "head" in matrices:
+        return dict(wte=moments.G, head=moments.C)
+    return dict(wte=moments.C + moments.G)
+
+
 def draft_all(matrices, moments):
     """{name: Draft} of matrices_of(). moments: WholeMoments"""
-    metrics = dict(wte=moments.G if "head" in matrices else moments.C + moments.G, head=moments.C)
-    drafts = {}
+    metrics, drafts = metrics_of(matrices, moments), {}
     for name, module in tqdm(matrices.items(), "what bits are worth", leave=False):
         W = module.weight.data.float().cpu()
         if name in TABLES:

@@ -38,7 +38,10 @@ def fill(hf, plan, tensors, packed):
         inside.add(id(module.weight))
     for name, p in hf.named_parameters():
         if id(p) not in inside:
-            p.data.copy_(tensors.pop(name))
+            stored = tensors.pop(name)
+            if stored.shape != p.shape or not stored.isfinite().all():
+                raise ValueError(f"{name} is damaged")
+            p.data.copy_(stored)
     if tensors:
         raise ValueError(f"{min(tensors)} has no place in the model")
     install(hf, coded, packed)

@@ -1,15 +1,14 @@
 """The modules of a packed model: they read a CodedMatrix at every call, and never hold it whole in float."""
 
-import torch
 import torch.nn as nn
 
 
 class Coded(nn.Module):
-    """A CodedMatrix as buffers, so that .to(), state_dict() and counts of memory find its tensors."""
+    """A CodedMatrix whose tensors are buffers too, so that counts of memory find them. On the CPU only."""
 
-    def __init__(self, coded, dtype=torch.float32):
+    def __init__(self, coded):
         super().__init__()
-        self.coded, self.dtype = coded, dtype
+        self.coded = coded
         for name, tensor in coded.tensors().items():
             self.register_buffer(name.replace(".", "_"), tensor)
 

@@ -73,7 +73,7 @@ def distil(student, teacher, windows, steps, groups, log):
         optimizer.zero_grad()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            fail(f"--heal_lr {highest[0]}: the loss is {losses[-1]} at step {step + 1}, lower it")
+            fail(f"--heal_lr: the loss is {losses[-1]} at step {step + 1}, lower it")
         log(losses[-1])
     last = losses[-max(1, steps // 10) :]
     tokens = steps * windows[0][0].numel()

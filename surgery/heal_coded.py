@@ -16,7 +16,7 @@ from surgery.coded import TABLES
 from surgery.heal import adapters_of, distil
 from util_factorization.coding import to_int8
 
-RATE = 3e-3  # of the numbers around the codes, each relative to its size
+RATE = 3.0  # of the numbers around the codes, each relative to its size, over that of the adapters
 
 
 class TrainableCodes(nn.Module):
@@ -120,7 +120,7 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
     around = [p for made in codes.values() for p in made.parameters()] + norms
     for p in around:
         p.requires_grad_(True)
-    groups = [dict(params=around, lr=RATE)] + [dict(params=adapters, lr=lr)] * bool(adapters)
+    groups = [dict(params=around, lr=RATE * lr)] + [dict(params=adapters, lr=lr)] * bool(adapters)
     found = distil(student, teacher, windows, steps, groups, log)
     merge_adapters(hf)
     return {name: made.healed() for name, made in codes.items()}, found

@@ -25,7 +25,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     """
     coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
     try:
-        coded, _ = coder.code(args.bytes)
+        coded, taken = coder.code(args.bytes)
     except ValueError as error:
         fail(f"--bytes {args.bytes}: {error}")
     found = dict(untouched=evaluator.measure())
@@ -41,7 +41,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
             )
             keep_rest(healing, hf, coded)
     try:
-        record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject)
+        record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject, taken)
         for file in (Path(args.out) / "measured.json", folder / "packed.jsonl"):
             add_line(file, record)
     except BaseException:
@@ -67,8 +67,8 @@ def keep_rest(healed, hf, coded):
             p.data.copy_(theirs[name])
 
 
-def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject):
-    """Save, read back in both forms, measure -> the record."""
+def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken):
+    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices, levels included."""
     numbers, size = save(args.out, hf, tokenizer, coded)
     decoded, _ = load(args.out, packed=False)
     found[last] = evaluator.measure(Subject(decoded)) | found[last]
@@ -85,7 +85,7 @@ def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subjec
     return dict(
         out=Path(args.out).name,
         targets=args.targets,
-        bytes=dict(asked=args.bytes, coded=sum(made.bytes() for made in coded.values()), on_disk=size, in_memory=memory),
+        bytes=dict(asked=args.bytes, coded=taken, on_disk=size, in_memory=memory),
         float16_bytes=total,
         stored=numbers,
         bits={name: made.bits_of_number for name, made in coded.items()},

@@ -2,6 +2,8 @@
 The operation: q, k and v or the token table replaced by low-rank versions, the change checked, and everything put back.
 """
 
+import hashlib
+import json
 import zlib
 from dataclasses import dataclass, field
 
@@ -168,6 +170,11 @@ class Surgeon:
 def fingerprint(model):
     """A checksum of every parameter, by name."""
     return {name: zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy()) for name, p in model.named_parameters()}
+
+
+def digest(model):
+    """A checksum of all parameters together, by which a folder knows its model."""
+    return hashlib.sha256(json.dumps(sorted(fingerprint(model).items())).encode()).hexdigest()[:12]
 
 
 def check_changes(before, model, must=frozenset(), may=frozenset()):

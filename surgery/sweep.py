@@ -34,7 +34,8 @@ def prepare_folder(args, settings):
     if differing:
         with written_whole(config, "make room, or choose another --out_dir") as part:
             part.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
-        (folder / "calibration.pt").unlink(missing_ok=True)
+        for moments in folder.glob("calibration*.pt"):
+            moments.unlink()
     return folder, records
 
 

@@ -35,4 +35,5 @@ def spend(worth, price, budget, distortion):
     paid = price.expand(found.shape).flatten()[order].cumsum(0) <= budget
     bought = torch.zeros(found.numel(), dtype=torch.bool)
     bought[order[paid]] = True
+    bought &= found.flatten() > 0  # what is worth nothing gets nothing, however rich the budget
     return bought.view(found.shape).sum(0)

@@ -7,8 +7,9 @@ A matrix kept by bits: each column of each group of rows has the bits that it is
 Rows lie in groups. A column j of group g has b_gj bits, a scale, and a stream of codes over the group's rows (trellis.py). The
 means m_g are those of the group's coordinates.
 
-**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, bits, levels, the place of each row, and
-the streams. lookup() and product() read them in blocks; the matrix is never whole in float, unless one asks for matrix().
+**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, bits, the place of each row, the streams.
+The levels are counted once for all matrices. lookup() and product() read the tensors in blocks; the matrix is never whole in
+float, unless one asks for matrix().
 """
 
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ class CodedMatrix:
             raise ValueError("the groups do not have all rows")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
             raise ValueError("two rows lie at one place")
+        if any(len(t) != 2 ** window_of(t) or not t.isfinite().all() for t in self.levels.values()):
+            raise ValueError("the levels are damaged")
+        if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
+            raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1]} bits")
         for g, rows in enumerate(self.sizes.tolist()):
             for b, columns in self.columns(g):
                 if b not in self.levels or (g, b) not in self.streams:
