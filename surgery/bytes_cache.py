@@ -16,8 +16,8 @@ from value_cache.coded_cache import WHOLE, fit
 class CacheMeasurer:
     """Measures rows. Each has a model of its own, or hooks that round keys and values where they are made."""
 
-    def __init__(self, args, subject, texts, file):
-        """texts: a TextReader. file is not read: the moments of a cache are gathered anew."""
+    def __init__(self, args, subject, texts):
+        """texts: a TextReader."""
         self.subject, self.window = subject, args.window
         self.layers = coded_layers(subject.model)
         self.evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))

@@ -108,8 +108,10 @@ def main(argv=None):
         from surgery.bytes_cache import CacheMeasurer
         from surgery.bytes_rows import Measurer
 
-        kind = CacheMeasurer if args.system == "cache" else Measurer
-        measurer = kind(args, subject, texts, folder / "calibration.pt")
+        if args.system == "cache":
+            measurer = CacheMeasurer(args, subject, texts)
+        else:
+            measurer = Measurer(args, subject, texts, folder / "calibration.pt")
         for row in left:
             started = time.time()
             try:

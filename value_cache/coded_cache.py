@@ -10,10 +10,10 @@ x'_(l-1) is what was read back for the layer before, e the token's normalised ro
 read, so a forecast costs no byte of a token. Neighbouring layers write into one residual stream: the forecast explains most of
 the variance. Keys and values of the first layer are a function of e alone, and need no bits at all.
 
-z are coordinates of the `fisher` basis of the difference, scaled to variance 1. With S the difference's covariance and
-G = E[g g^T] of the loss's gradient at x_l, G^(1/2) S G^(1/2) = V diag(variance) V^T, and z = V^T G^(1/2) (x - forecast) /
-variance^(1/2). In nats an error of z costs its variance, in all components of all layers alike. So bits.spend() gives the bits
-of all layers at once. No scale is stored for a token.
+z are coordinates of the difference in its `fisher` basis, scaled to variance 1. S is the covariance of the difference, and
+G = E[g g^T] of the loss's gradient at x_l. Decompose G^(1/2) S G^(1/2) = V diag(variance) V^T. Then
+z = V^T G^(1/2) (x - forecast) / variance^(1/2). In nats an error of z costs its variance, in all components of all layers
+alike. So bits.spend() gives the bits of all layers at once. No scale is stored for a token.
 
 A token's components in a layer are one stream of bits: a trellis (trellis.py) whose step t adds bits[t] bits. At 2 bits it
 has two thirds of the error of single levels. A stream's first numbers have less choice, so those of the fewest bits come first.
@@ -83,10 +83,6 @@ class LayerCode(nn.Module):
     @property
     def bytes_per_token(self):
         return row_bytes(self.bits)
-
-    def constants(self):
-        """Numbers that are kept once for the model, not for a token."""
-        return sum(t.numel() for t in (self.mean, self.forecast, self.to_z, self.from_z, self.levels))
 
 
 def encode_rows(z, bits, levels):
