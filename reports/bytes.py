@@ -20,12 +20,14 @@ TITLES = dict(
 )  # fmt: skip
 LABELS = {
     "bits": "bits by component", "error-aware": "integers, error-aware rounding", "to nearest": "integers, to nearest",
-    "rank": "a rank for all, float16", "bits, one group": "without groups of rows", "bits, no rotation": "without the basis",
-    "bits, no forecast": "without the forecast",
+    "rank": "a rank for all, float16", "ranks by frequency": "ranks by frequency, float16",
+    "bits in one group": "without groups of rows", "bits without a basis": "without the basis",
+    "bits without forecasts": "without the forecast",
 }  # fmt: skip
 STYLES = {
     "bits": dict(color="#1f5fa8", marker="o", linewidth=2.2), "error-aware": dict(color="#c8541c", marker="s"),
     "to nearest": dict(color="#8a6d3b", marker="^", linestyle="--"), "rank": dict(color="#555555", marker="D", linestyle=":"),
+    "ranks by frequency": dict(color="#2e7d4f", marker="v", linestyle="-."),
 }  # fmt: skip
 READING = (
     "Bytes are those of everything that is kept, as a share of the same matrices in float16. Lost: nats per token over the "

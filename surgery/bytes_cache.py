@@ -40,7 +40,8 @@ class CacheMeasurer:
             yield self.subject, 1.0
         elif row.name == "to nearest":
             bits, group = row.given
-            group = math.gcd(group, *(len(layer.rows[part]) for layer in self.layers for part in "kv"))
+            widths = [len(layer.rows[part]) for layer in self.layers for part in "kv"]
+            group = math.gcd(*widths, *[group] * (group != "row"))
             with rounded(self.layers, bits, group):
                 yield self.subject, (bits + 32 / group) / 16
         else:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.evaluator import Evaluator
+from util_factorization.bits import spend
 from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
 from util_factorization.rounding import in_groups
 
@@ -55,7 +56,7 @@ class Measurer:
         weights, found = self.moments.weights, {}
         for table, metric in self.metrics.items():
             W = self.matrices[table].weight.data.float()
-            if name == "bits, one group":
+            if name == "bits in one group":
                 found[table] = draft_table(W, weights, metric, [weights.argsort(descending=True)])
             else:  # no rotation
                 found[table] = draft_layer(W, metric, weights, groups_by_weight(weights))
@@ -67,6 +68,9 @@ class Measurer:
             decomposition = decompose_by(W, self.moments.weights, self.metrics[name])
             Z, P, mean = (part.half().float() for part in decomposition.factors(row.given[0]))
             return torch.addmm(mean, Z, P), 2 * (Z.numel() + P.numel() + mean.numel())
+        if row.name == "ranks by frequency":
+            V, d = W.shape
+            return self.by_group(name, W, row.given[0] * (V + d))
         bits, group = row.given
         metric = None
         if row.name == "error-aware":
@@ -74,3 +78,18 @@ class Measurer:
             metric = metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric))
         group = W.shape[1] if group == "row" else math.gcd(group, W.shape[1])  # groups that fit the width
         return in_groups(W, bits, group, metric)
+
+    def by_group(self, name, W, numbers):
+        """
+        Each group of rows keeps the components that are worth most to it, in float16 -> (the matrix, its bytes).
+
+        numbers: of the basis, the means and the coordinates together. A component is kept whole or not at all: a rank is the
+        case of bits.spend() where the first bit takes the whole error away.
+        """
+        draft = draft_table(W, self.moments.weights, self.metrics[name])
+        around = draft.P.numel() + draft.mean.numel() + draft.means.numel()
+        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around, [1, 0]).view_as(draft.worth)
+        back, P = torch.empty_like(W), draft.P.half().float()
+        for rows, mean, mask in zip(draft.groups, draft.means, kept):
+            back[rows] = draft.mean + (draft.Z[rows].half() * mask + mean.half()).float() @ P
+        return back, 2 * (around + (kept * draft.sizes[:, None]).sum().item()) + -(-kept.numel() // 8)

@@ -56,16 +56,17 @@ def rows_of(system, shares):
     if system == "cache":
         return [
             Row("untouched"),
-            *(Row("to nearest", b) for b in ((4, 32), (3, 32))),
+            *(Row("to nearest", b) for b in ((8, "row"), (4, 32), (3, 32))),
             *coded,
-            Row("bits, no forecast", (small,)),
+            Row("bits without forecasts", (small,)),
         ]
     if system == "weights":
         return [Row("untouched"), *coded, *(Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))]
-    ablations = [Row(name, (small,)) for name in ("bits, one group", "bits, no rotation")]
+    ablations = [Row(name, (small,)) for name in ("bits in one group", "bits without a basis")]
     plain = [Row("to nearest", b) for b in ((8, "row"), (4, 32), (3, 64))]
     plain += [Row("error-aware", b) for b in ((4, 32), (4, 64), (3, 64), (2, 32))]
-    return [Row("untouched"), *plain, *(Row("rank", (r,)) for r in RANKS), *coded, *ablations]
+    ranks = [Row(name, (r,)) for name in ("rank", "ranks by frequency") for r in RANKS]
+    return [Row("untouched"), *plain, *ranks, *coded, *ablations]
 
 
 def main(argv=None):
@@ -102,7 +103,7 @@ def main(argv=None):
     shared["weights"] = digest(subject.model)
     args.device = "cpu"
     folder, records = prepare_folder(args, shared | settings(chosen))
-    rows = [row for row in rows if row.name != "rank" or row.given[0] < subject.table.weight.shape[1]]
+    rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
     left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:
         from surgery.bytes_cache import CacheMeasurer

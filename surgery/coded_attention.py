@@ -16,16 +16,16 @@ from common.cli import fail
 from model import rotate
 from surgery.layers import find_layers
 from surgery.low_rank_modules import Turns, check_attention
-from value_cache.coded_cache import WHOLE, fit, known_of
+from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, fit, known_of
 
 
 class Step:
-    """What the layers of one forward step hand on: the tokens' ids and rows, and the layer before as it was read back."""
+    """What the layers of one forward step hand on: the tokens' ids and rows, and the layers before as they were read back."""
 
     def __init__(self, hf):
         self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
         self.places = 8 * torch.arange(id_bytes(self.table))
-        self.ids = self.e = self.read = None
+        self.ids, self.e, self.read = None, None, []
         self.table.register_forward_hook(self.note)
 
     def note(self, module, inputs, output):
@@ -39,7 +39,7 @@ class Step:
 
     def begin(self, packed_ids):
         ids = (packed_ids.long() << self.places.to(packed_ids.device)).sum(-1)
-        self.e, self.read = rows_of(self.table, self.norm, ids), None
+        self.e, self.read = rows_of(self.table, self.norm, ids), []
 
     def known(self, like):
         return known_of(self.read, self.e.to(like.dtype))
@@ -108,10 +108,9 @@ class CodedAttention(nn.Module):
         read = self.code.decode(self.code.unpack(packed.flatten(0, 1)), known).unflatten(0, (B, -1))
         place = torch.arange(whole.shape[1], device=now.device) - pads[:, None]
         kept = ((place >= 0) & (place < WHOLE))[..., None]  # of shorter texts in a batch; the other ones have it for nothing
-        step.read = torch.cat(
-            [torch.where(kept, whole.to(read.dtype), read[:, : whole.shape[1]]), read[:, whole.shape[1] :]], 1
-        )
-        return step.read + (now - now.detach()) if cache is None else step.read
+        read = torch.cat([torch.where(kept, whole.to(read.dtype), read[:, : whole.shape[1]]), read[:, whole.shape[1] :]], 1)
+        step.read = [*step.read[1 - LAYERS_BEFORE :], read]
+        return read + (now - now.detach()) if cache is None else read
 
 
 def padding(mask, like):

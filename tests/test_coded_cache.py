@@ -7,7 +7,7 @@ from surgery.subject import Subject
 from surgery.write_model import cache_bytes
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import WINDOW, gaussian_codes
-from value_cache.coded_cache import WHOLE, encode_rows, fit, fit_levels, known_of
+from value_cache.coded_cache import GAIN_BITS, GAINS, WHOLE, encode_rows, fit, fit_levels, known_of, nearest_gain
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 modules = pytest.importorskip("surgery.coded_attention")
@@ -67,12 +67,25 @@ def test_levels_are_fitted_to_the_tails():
     torch.manual_seed(0)
     z = torch.distributions.Laplace(0, 0.5**0.5).sample((2000, 12))
     bits = [1] * 4 + [3] * 8
-    fitted = fit_levels(z[1000:], bits, levels())
-    errors = [
-        (z[:1000] - table[torch.tensor(bits), encode_rows(z[:1000], bits, table)]).square().mean()
-        for table in (levels(), fitted)
-    ]
-    assert errors[1] < 0.85 * errors[0]
+    fitted, z = fit_levels(z[1000:], bits, levels()), z[:1000]
+    z = z / GAINS[nearest_gain(z), None]
+    errors = [(z - table[torch.tensor(bits), encode_rows(z, bits, table)]).square().mean() for table in (levels(), fitted)]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_token_of_another_size_is_read_back_as_well():
+    """A gain for each token: the error of a token is in proportion to its size, also far from the size of the others."""
+    x, e, G = texts()
+    code = fit(x, e, G, 36)[1]
+    known = known_of([x[0]], e).flatten(0, 1)
+    left = x[1].flatten(0, 1) - code.expected(known)
+
+    def relative_error(size):
+        now = code.expected(known) + size * left
+        z, read = ((t - code.expected(known)) @ code.to_z for t in (now, code.decode(code.encode(now, known), known)))
+        return ((read - z).square().sum() / z.square().sum()).item()
+
+    assert relative_error(4) == pytest.approx(relative_error(1), rel=0.25)
 
 
 def texts(layers=3, D=6, d=5, B=40, T=24):
@@ -80,7 +93,7 @@ def texts(layers=3, D=6, d=5, B=40, T=24):
     draw = torch.Generator().manual_seed(0)
     e, x = torch.randn(B, T, d, generator=draw), []
     for i in range(layers):
-        before = known_of(x[-1] if x else None, e)
+        before = known_of(x[-1:], e)
         new = 0.3 * torch.randn(B, T, D, generator=draw) if i else 0
         x.append(before @ torch.randn(before.shape[-1], D, generator=draw) + new)
     G = [torch.diag(10.0 ** -torch.arange(D)) for _ in x]
@@ -88,13 +101,12 @@ def texts(layers=3, D=6, d=5, B=40, T=24):
 
 
 def read_back(codes, x, e, forecasts=True):
-    read, out = None, []
+    read = []
     for code, now in zip(codes, x):
         known = (known_of(read, e) if forecasts else e[..., :0]).flatten(0, 1)
         windows = code.unpack(code.pack(code.encode(now.flatten(0, 1), known)))
-        read = code.decode(windows, known).view_as(now)
-        out.append(read)
-    return out
+        read.append(code.decode(windows, known).view_as(now))
+    return read
 
 
 def loss(G, x, read):
@@ -104,11 +116,11 @@ def loss(G, x, read):
 
 def test_bits_are_spent_within_the_budget_and_forecasts_and_the_metric_pay():
     x, e, G = texts()
-    codes = fit(x, e, G, 24)
+    codes = fit(x, e, G, 24 + 3 * GAIN_BITS)
     assert sum(sum(code.bits) for code in codes) == 24
     assert codes[0].bits == []  # the first layer is a function of e
-    plain = fit(x, e, G, 24, forecasts=False)
-    blind = fit(x, e, [torch.eye(6)] * 3, 24)
+    plain = fit(x, e, G, 24 + 3 * GAIN_BITS, forecasts=False)
+    blind = fit(x, e, [torch.eye(6)] * 3, 24 + 3 * GAIN_BITS)
     best = loss(G, x, read_back(codes, x, e))
     assert best < 0.2 * loss(G, x, read_back(plain, x, e, forecasts=False))
     assert best < 0.5 * loss(G, x, read_back(blind, x, e))
@@ -116,14 +128,14 @@ def test_bits_are_spent_within_the_budget_and_forecasts_and_the_metric_pay():
 
 def test_many_bits_give_the_numbers_back():
     x, e, G = texts()
-    for now, read in zip(x, read_back(fit(x, e, G, 8 * 18), x, e)):
+    for now, read in zip(x, read_back(fit(x, e, G, 8 * 18 + 3 * GAIN_BITS), x, e)):
         assert (now - read)[:, WHOLE:].square().mean() < 1e-4 * now.square().mean()
 
 
 def test_no_bits_and_short_texts_are_refused():
     x, e, G = texts()
-    with pytest.raises(ValueError, match="pays for no component"):
-        fit(x, e, G, 0.5)
+    with pytest.raises(ValueError, match="pays for the gains at most"):
+        fit(x, e, G, 3 * GAIN_BITS)
     with pytest.raises(ValueError, match="give longer ones"):
         fit([now[:, :WHOLE] for now in x], e[:, :WHOLE], G, 24)
 

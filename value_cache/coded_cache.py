@@ -4,23 +4,26 @@ A cache kept by bits: each component of each layer's keys and values has the bit
 x_l [D] are the keys (before their rotation) and the values of one token in layer l, side by side. The cache does not keep them.
 It keeps z, which says how they differ from a forecast:
 
-    x_l = mean_l + F_l [x'_(l-1), e] + A_l z
+    x_l = mean_l + F_l [x'_(l-2), x'_(l-1), e] + gain A_l z
 
-x'_(l-1) is what was read back for the layer before, e the token's normalised row of the table. Both are at hand when layer l is
+x'_(l-1) is what was read back for the layer before, e the token's normalised row of the table. They are at hand when layer l is
 read, so a forecast costs no byte of a token. Neighbouring layers write into one residual stream: the forecast explains most of
 the variance. Keys and values of the first layer are a function of e alone, and need no bits at all.
 
 z are coordinates of the difference in its `fisher` basis, scaled to variance 1. S is the covariance of the difference, and
 G = E[g g^T] of the loss's gradient at x_l. Decompose G^(1/2) S G^(1/2) = V diag(variance) V^T. Then
 z = V^T G^(1/2) (x - forecast) / variance^(1/2). In nats an error of z costs its variance, in all components of all layers
-alike. So bits.spend() gives the bits of all layers at once. No scale is stored for a token.
+alike. So bits.spend() gives the bits of all layers at once.
+
+Rare words differ from their forecast most: their z is several times that of others. With the same levels for all tokens a few
+tokens in a hundred make most of the loss. So a token has a gain in each layer: the root mean square of z, in 16 steps.
 
 A token's components in a layer are one stream of bits: a trellis (trellis.py) whose step t adds bits[t] bits. At 2 bits it
 has two thirds of the error of single levels. A stream's first numbers have less choice, so those of the fewest bits come first.
-The levels are fitted to each layer: the numbers of the first and the last ones have longer tails than a Gaussian's.
+The levels are fitted to each layer. The gain stands at the end, in four bits.
 
 The forecast is fitted to what will be read back. The rounding is simulated for that, by the test channel of a code of error c:
-z' = (1 - c) z + (c (1 - c))^(1/2) noise has the error c, uncorrelated with z'.
+z' = (1 - c) z + (c (1 - c))^(1/2) gain noise has the error c, uncorrelated with z'.
 
 Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its components with bits, P known numbers.
 """
@@ -42,11 +45,14 @@ IMPOSSIBLE = 1e30  # a cost
 LLOYD_ROUNDS = 3
 SAMPLE = 4096  # tokens to which levels are fitted
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
+GAIN_BITS = 4
+GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
+LAYERS_BEFORE = 2  # that a forecast reads
 
 
 class LayerCode(nn.Module):
     """
-    Of one layer: how a token's keys and values become bytes, and back.
+    Of one layer: how a token's keys and values become bytes, and back. A layer without bits has no gain either.
 
     mean [D], forecast [P,D], to_z [D,K], from_z [K,D], bits: a list of K numbers above 0, rising; levels (most bits + 1,
     2^WINDOW): the value of each window at each depth.
@@ -54,7 +60,7 @@ class LayerCode(nn.Module):
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
         super().__init__()
-        self.bits = bits
+        self.bits, self.stream = bits, bits + [GAIN_BITS] * bool(bits)
         for name, tensor in dict(mean=mean, forecast=forecast, to_z=to_z, from_z=from_z, levels=levels).items():
             self.register_buffer(name, tensor.float())
         self.register_buffer("offsets", torch.tensor(bits, dtype=torch.long) * levels.shape[1], persistent=False)
@@ -64,25 +70,38 @@ class LayerCode(nn.Module):
         return torch.addmm(self.mean, known[:, : len(self.forecast)], self.forecast)
 
     def encode(self, x, known):
-        """x [N,D] -> windows of the trellis [N,K]."""
+        """x [N,D] -> the windows of the trellis and the gain's number, together [N, K + 1]; [N,0] without bits."""
+        if not self.bits:
+            return torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
         z = (x - self.expected(known)) @ self.to_z
-        return torch.cat([encode_rows(part, self.bits, self.levels) for part in z.split(AT_ONCE)])
+        gain = nearest_gain(z)
+        parts = (z / GAINS.to(z)[gain, None]).split(AT_ONCE)
+        return torch.cat([torch.cat([encode_rows(part, self.bits, self.levels) for part in parts]), gain[:, None]], 1)
 
     def decode(self, windows, known):
         """The inverse, to rounding: -> x [N,D]."""
-        z = self.levels.flatten()[windows + self.offsets]
+        if not self.bits:
+            return self.expected(known)
+        gain = GAINS.to(self.levels)[windows[:, -1:].long() & 2**GAIN_BITS - 1]
+        z = self.levels.flatten()[windows[:, :-1] + self.offsets] * gain
         return torch.addmm(self.expected(known), z, self.from_z)
 
     def pack(self, windows):
         """-> uint8 [N, bytes_per_token]"""
-        return pack_rows(windows, self.bits)
+        return pack_rows(windows, self.stream)
 
     def unpack(self, packed):
-        return unpack_rows(packed, self.bits, WINDOW)
+        return unpack_rows(packed, self.stream, WINDOW)
 
     @property
     def bytes_per_token(self):
-        return row_bytes(self.bits)
+        return row_bytes(self.stream)
+
+
+def nearest_gain(z):
+    """z [N,K] -> the number of the gain next to each row's root mean square [N]."""
+    size = z.square().mean(1, keepdim=True).sqrt()
+    return (size.clamp(min=1e-9).log() - GAINS.to(z).log()).abs().argmin(1)
 
 
 def encode_rows(z, bits, levels):
@@ -120,29 +139,30 @@ def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
     x           a list over layers of (B, T, D), keys and values
     e           (B, T, d), normalised rows of the table
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
-    budget      bits of a token, over all layers
+    budget      bits of a token, over all layers, the gains' too
     forecasts   false: x_l = mean_l + A_l z, for comparison
     level       what the last bit that is paid for is worth, where a fit before has told; then one pass will do
-    Raises ValueError where the budget is less than a bit, or the texts are not longer than what is kept whole.
+    Raises ValueError where the budget pays for no component, or the texts are not longer than what is kept whole.
     """
-    if budget < 1:
-        raise ValueError(f"a budget of {budget} bits a token pays for no component: give 1 or more")
+    gains = GAIN_BITS * len(x)
+    if budget < gains + 1:
+        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {gains + 1} or more")
     if e.shape[1] <= WHOLE:
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
     codes, draw = gaussian_codes(), torch.Generator().manual_seed(0)
     errors = torch.tensor(distortion(codes), dtype=torch.float64)
     steps = -errors.diff()
     for _ in range(passes if forecasts else 1):
-        found, read = [], None
+        found, read = [], []
         for now, metric in zip(x, G):
             known = known_of(read, e) if forecasts else e[..., :0]
             layer = Fitted(coded(now), coded(known), metric)
             error = errors[(layer.variances[:, None] * steps >= level).sum(1)]  # least at the first pass
-            read = now.float().clone()
-            read[:, WHOLE:] = layer.as_read(coded(now), coded(known), error, draw).unflatten(0, (len(now), -1))
+            as_read = layer.as_read(coded(now), coded(known), error, draw).unflatten(0, (len(now), -1))
+            read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        bits = spend(variances.view(1, -1), torch.ones(1), budget, errors.tolist()).view_as(variances)
+        bits = spend(variances.view(1, -1), torch.ones(1), budget - gains, errors.tolist()).view_as(variances)
         level = (variances * steps[bits - 1])[bits > 0].min().item()
     levels = torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
@@ -154,8 +174,8 @@ def coded(x):
 
 
 def known_of(read, e):
-    """What is at hand when a layer is read (..., P): the layer before, as it was read back, and the token's row."""
-    return e if read is None else torch.cat([read, e], -1)
+    """What is at hand when a layer is read (..., P): the layers before, as they were read back, a list, and the token's row."""
+    return torch.cat([*read[-LAYERS_BEFORE:], e], -1)
 
 
 class Fitted:
@@ -185,17 +205,20 @@ class Fitted:
         expected = self.expected(known)
         z = (x - expected) @ self.to_z.float()
         noise = torch.randn(z.shape, generator=draw) * (error * (1 - error) * self.variances).sqrt().float()
+        if (kept := error < 1).any():
+            noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
 
     def code(self, bits, levels):
         order = bits.argsort(stable=True)[(bits == 0).sum() :]  # of the components that have bits
         std, bits = self.variances[order].sqrt(), bits[order].tolist()
-        levels = fit_levels((self.sample[:, order] / std).float(), bits, levels)
+        levels = fit_levels((self.sample[:, order] / std).float(), bits, levels) if bits else levels
         return LayerCode(self.mean, self.forecast, self.to_z[:, order] / std, std[:, None] * self.from_z[order], bits, levels)
 
 
 def fit_levels(z, bits, levels):
-    """Lloyd's algorithm for the levels of numbers z [N,K] of variance 1, from the levels for Gaussian ones."""
+    """Lloyd's algorithm for the levels of numbers z [N,K], each row over its gain, from the levels for Gaussian ones."""
+    z = z / GAINS[nearest_gain(z), None]
     offsets = torch.tensor(bits, dtype=torch.long) * levels.shape[1]
     for _ in range(LLOYD_ROUNDS):
         chosen = torch.cat([encode_rows(part, bits, levels) for part in z.split(AT_ONCE)]).add_(offsets).flatten()
