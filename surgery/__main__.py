@@ -4,13 +4,14 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
     python -m surgery --model HuggingFaceTB/SmolLM2-135M --targets k/v/k,v --method pca,whiten --rank 96,128
 
     python -m surgery --targets k,v --mode shared_kv --method fisher --rank 192 --out smaller
-    python -m surgery --bytes 0.25 --out packed
+    python -m surgery --bytes 0.25 --cache_bytes 0.25 --out packed
 
 One process: one decomposition serves every threshold and rank, and the weights are put back after each point. Every point
 gets a line in results.jsonl of --out_dir; the same command again skips what is done. report.md and its figures are written at
 the end.
 With --out and flags that give one point, the smaller model is written to a folder: surgery.load() reads it. With --bytes the
-linear layers and the token table of that model are kept by bits: each part has the bits that it is worth.
+linear layers and the token table of that model are kept by bits, with --cache_bytes its keys and values: each part has the
+bits that it is worth.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ class Args:
     bytes: float | None = flag(
         None,
         "with --out: keep every matrix by bits, in this share of all their float16 bytes; --targets all (left out) or wte",
+        above=0,
+        high=1,
+    )
+    cache_bytes: float | None = flag(
+        None,
+        "with --out: keep keys and values by bits, in this share of a token's float16 bytes; with --bytes or alone",
         above=0,
         high=1,
     )
@@ -76,19 +83,22 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens", "out_dir",
-         "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
+SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens",
+         "out_dir", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
 def check_bytes(args, given):
-    """Refuse what --bytes contradicts."""
+    """Refuse what --bytes and --cache_bytes contradict."""
+    asks = "--bytes" if args.bytes else "--cache_bytes"
     if other := sorted({"variance", "rank", "budget", "mode", "method", "seed_faithful"} & set(given)):
-        fail(f"--bytes decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
+        fail(f"{asks} decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
     if not args.out:
-        fail("--bytes writes a packed model: give --out FOLDER")
+        fail(f"{asks} writes a packed model: give --out FOLDER")
     if args.device != "cpu":
-        fail(f"--bytes works on the CPU so far: drop --device {args.device}")
+        fail(f"{asks} works on the CPU so far: drop --device {args.device}")
+    if not args.bytes and (other := sorted({"targets", "heal_steps"} & set(given))):
+        fail(f"--{other[0]} is for matrices: give --bytes beside --cache_bytes, or drop it")
     args.answer_tokens = 0
     args.targets = args.targets if "targets" in given else "all"
     if args.targets not in ("all", "wte"):
@@ -145,9 +155,10 @@ def opened(args):
 
 
 def pack(args):
-    """--bytes: write the packed model."""
+    """--bytes, --cache_bytes: write the packed model."""
     from reports.packed import packed_table
     from surgery.checks import check_subject
+    from surgery.coded_attention import coded_layers
     from surgery.evaluator import Evaluator
     from surgery.pack_model import pack_model
     from surgery.surgeon import digest
@@ -156,6 +167,8 @@ def pack(args):
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
+    if args.cache_bytes:
+        coded_layers(subject.model)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _ = prepare_folder(args, shared)
     check_writable(args.out)
@@ -166,11 +179,12 @@ def pack(args):
 
 def main(argv=None):
     args, given = parse(Args, argv, description=__doc__)
-    if args.bytes:
+    by_bits = args.bytes or args.cache_bytes
+    if by_bits:
         check_bytes(args, given)
-    points = [] if args.bytes else make_points(args)
+    points = [] if by_bits else make_points(args)
     check(args, given, points)
-    if args.bytes:
+    if by_bits:
         return pack(args)
 
     from reports.surgery import write_report

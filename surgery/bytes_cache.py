@@ -54,10 +54,10 @@ class CacheMeasurer:
             torch.manual_seed(self.seed)
             self.found = gather(self.subject, self.windows)
         x, e, G = self.found
-        codes = fit(x, e, G, cache_bits(self.subject, x, row.given[0]), forecasts=row.name == "bits")
+        codes = fit(x, e, G, cache_bits(self.subject.model, x, row.given[0]), forecasts=row.name == "bits")
         hf = copy.deepcopy(self.subject.model)
         install(hf, codes)
-        taken = sum(code.bytes_per_token for code in codes) + id_bytes(self.subject.table)
+        taken = sum(code.bytes_per_token for code in codes) + id_bytes(hf)
         return Subject(hf), taken + WHOLE / self.window * self.float16_bytes()
 
 

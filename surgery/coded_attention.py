@@ -24,7 +24,7 @@ class Step:
 
     def __init__(self, hf):
         self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
-        self.places = 8 * torch.arange(id_bytes(self.table))
+        self.places = 8 * torch.arange(id_bytes(hf))
         self.ids, self.e, self.read = None, None, []
         self.table.register_forward_hook(self.note)
 
@@ -45,8 +45,8 @@ class Step:
         return known_of(self.read, self.e.to(like.dtype))
 
 
-def id_bytes(table):
-    return 2 if len(table.weight) <= 2**16 else 4
+def id_bytes(hf):
+    return 2 if hf.config.get_text_config().vocab_size <= 2**16 else 4
 
 
 def rows_of(table, norm, ids):
@@ -161,10 +161,14 @@ def gather(subject, windows):
     return [torch.cat(found) for found in x], e.float().cpu(), G
 
 
-def install(hf, codes):
-    """Give a model attention with a coded cache, in place. codes: a LayerCode for each layer."""
+def install(hf, codes, layers=None):
+    """
+    Give a model attention with a coded cache, in place.
+
+    codes: a LayerCode for each layer. layers: coded_layers() from before the weights were packed, where they are.
+    """
     step, turns = Step(hf), Turns(hf.base_model.rotary_emb)
-    for layer, code in zip(coded_layers(hf), codes):
+    for layer, code in zip(layers or coded_layers(hf), codes, strict=True):
         parent, last = layer.name.rsplit(".", 1)
         attn = hf.get_submodule(layer.name)
         setattr(hf.get_submodule(parent), last, CodedAttention(attn, code.to(hf.device), turns, step))
@@ -177,12 +181,12 @@ def code_cache(subject, windows, share):
     The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it.
     """
     x, e, G = gather(subject, windows)
-    codes = fit(x, e, G, cache_bits(subject, x, share))
+    codes = fit(x, e, G, cache_bits(subject.model, x, share))
     install(subject.model, codes)
     return codes
 
 
-def cache_bits(subject, x, share):
+def cache_bits(hf, x, share):
     """Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes."""
     ends = 7 * len(x)  # bits at most: a layer's bits fill whole bytes
-    return share * 16 * len(x) * x[0].shape[-1] - 8 * id_bytes(subject.table) - ends
+    return share * 16 * len(x) * x[0].shape[-1] - 8 * id_bytes(hf) - ends

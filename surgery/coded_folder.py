@@ -1,36 +1,44 @@
 """
 A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
-float32. config.json's entry "surgery" is {"coded": [names of the matrices]}.
+float32, and of a coded cache the constants, in float16. config.json's entry "surgery" is {"coded": [names of the matrices],
+"cache": [bits of the components, for each layer]}.
 """
 
+from surgery import coded_attention
 from surgery.coded_modules import install
 from surgery.model_folder import write_folder
 from util_factorization.coded_matrix import CodedMatrix
+from value_cache.coded_cache import LayerCode
 
 
-def save(folder, hf, tokenizer, coded):
+def save(folder, hf, tokenizer, coded, cache=()):
     """
     Write a new folder, whole or not at all -> (numbers, bytes) of its weights.
 
-    hf: the model that the matrices {name: CodedMatrix} were made of; coded "wte" and "head" are its two ends.
+    hf: the model that the matrices {name: CodedMatrix} were made of; coded "wte" and "head" are its two ends. cache: a
+    LayerCode for each layer, or none.
     """
-    tensors = {f"levels.{b}": levels for b, levels in next(iter(coded.values())).levels.items()}
-    inside = set()
+    tensors, inside = {}, set()
+    for made in coded.values():
+        tensors |= {f"levels.{b}": levels for b, levels in made.levels.items()}
     for name, made in coded.items():
         tensors |= {f"coded.{name}.{part}": tensor.contiguous() for part, tensor in made.tensors().items()}
         inside.add(id((ends_of(hf).get(name) or hf.get_submodule(name)).weight))
     rest = {name: p.detach().cpu() for name, p in hf.named_parameters() if id(p) not in inside}
     tensors |= {name: (p if p.dim() == 1 else p.half()).contiguous() for name, p in rest.items()}
-    return write_folder(folder, hf, tokenizer, tensors, dict(coded=list(coded)))
+    for i, code in enumerate(cache):
+        tensors |= {f"cache.{i}.{part}": tensor.cpu().contiguous() for part, tensor in code.tensors().items()}
+    return write_folder(folder, hf, tokenizer, tensors, dict(coded=list(coded), cache=[code.bits for code in cache]))
 
 
 def fill(hf, plan, tensors, packed):
     """Give a model, made from its config, the tensors of save(). Raises where a name or a shape does not fit."""
     levels = {int(name.split(".")[1]): tensors.pop(name) for name in list(tensors) if name.startswith("levels.")}
     coded, inside = {}, set()
+    cache = [layer_code(bits, taken(tensors, f"cache.{i}.")) for i, bits in enumerate(plan.get("cache", []))]
+    layers = coded_attention.coded_layers(hf) if cache else []
     for name in plan["coded"]:
-        start = f"coded.{name}."
-        own = {key[len(start) :]: tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        own = taken(tensors, f"coded.{name}.")
         module = ends_of(hf).get(name) or hf.get_submodule(name)
         coded[name] = CodedMatrix.from_tensors(own, levels)
         if coded[name].shape != module.weight.shape:
@@ -45,6 +53,25 @@ def fill(hf, plan, tensors, packed):
     if tensors:
         raise ValueError(f"{min(tensors)} has no place in the model")
     install(hf, coded, packed)
+    if cache:
+        coded_attention.install(hf, cache, layers)
+
+
+def taken(tensors, start):
+    """Take the tensors whose names begin so out of the dict -> {rest of the name: tensor}."""
+    return {name[len(start) :]: tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+
+
+def layer_code(bits, tensors):
+    """LayerCode of stored tensors. Raises ValueError where they do not fit together."""
+    K, D = len(bits), len(tensors["mean"])
+    fits = tensors["to_z"].shape == (D, K) == tensors["from_z"].T.shape and tensors["forecast"].shape[1:] == (D,)
+    deepest = len(tensors["levels"]) - 1
+    if not fits or not all(type(b) is int and 0 < b <= deepest for b in bits):
+        raise ValueError("a layer of the cache is damaged")
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise ValueError("a layer of the cache has a number that is not finite")
+    return LayerCode(bits=bits, **tensors)
 
 
 def ends_of(hf):

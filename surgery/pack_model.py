@@ -1,4 +1,7 @@
-"""--bytes: a model whose matrices are kept by bits; healed where asked, written to a folder, read back, measured."""
+"""
+--bytes and --cache_bytes: a model whose matrices and cache are kept by bits; healed where asked, written to a folder, read
+back, measured.
+"""
 
 import copy
 import shutil
@@ -9,12 +12,14 @@ from tqdm import tqdm
 
 from common.cli import fail
 from surgery.coded import Coder, coded_in
+from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
+from surgery.coded_modules import install
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line
-from surgery.write_model import decode_speeds
+from surgery.write_model import cache_bytes, decode_speeds
 
 
 def pack_model(args, subject, tokenizer, texts, evaluator, folder):
@@ -23,11 +28,13 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 
     folder: keeps the calibration's moments for a later call.
     """
-    coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
-    try:
-        coded, taken = coder.code(args.bytes)
-    except ValueError as error:
-        fail(f"--bytes {args.bytes}: {error}")
+    coded, taken = {}, 0
+    if args.bytes:
+        coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
+        try:
+            coded, taken = coder.code(args.bytes)
+        except ValueError as error:
+            fail(f"--bytes {args.bytes}: {error}")
     found = dict(untouched=evaluator.measure())
     hf, last, training = copy.deepcopy(subject.model), "packed", {}
     if args.heal_steps:
@@ -40,14 +47,27 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
                 Subject, healing, coded, subject, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, shown(bar)
             )
             keep_rest(healing, hf, coded)
+    cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []
     try:
-        record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject, taken)
+        record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject, taken, cache)
         for file in (Path(args.out) / "measured.json", folder / "packed.jsonl"):
             add_line(file, record)
     except BaseException:
         shutil.rmtree(args.out, ignore_errors=True)
         raise
     return record
+
+
+def cache_of(args, hf, coded, texts):
+    """A LayerCode for each layer, calibrated on the model as its matrices are decoded."""
+    decoded = copy.deepcopy(hf)
+    install(decoded, coded, packed=False)
+    windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
+    torch.manual_seed(args.seed)
+    try:
+        return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+    except ValueError as error:
+        fail(f"--cache_bytes {args.cache_bytes}: {error}")
 
 
 def shown(bar):
@@ -67,25 +87,28 @@ def keep_rest(healed, hf, coded):
             p.data.copy_(theirs[name])
 
 
-def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken):
+def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken, cache):
     """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices, levels included."""
-    numbers, size = save(args.out, hf, tokenizer, coded)
+    numbers, size = save(args.out, hf, tokenizer, coded, cache)
     decoded, _ = load(args.out, packed=False)
     found[last] = evaluator.measure(Subject(decoded)) | found[last]
     packed, _ = load(args.out)
     prompt = next(iter(evaluator.windows.values()))[0][0]
-    with torch.inference_mode():
-        apart = (packed(prompt[:, :32]).logits - decoded(prompt[:, :32]).logits).abs().max().item()
-    if apart > 1e-2:
-        raise RuntimeError(f"the packed form gives other logits than the decoded one, by {apart}")
+    if not cache:  # a key on the edge of two codes may fall to either side
+        with torch.inference_mode():
+            apart = (packed(prompt[:, :32]).logits - decoded(prompt[:, :32]).logits).abs().max().item()
+        if apart > 1e-2:
+            raise RuntimeError(f"the packed form gives other logits than the decoded one, by {apart}")
     speeds = decode_speeds([subject.model, decoded, packed], prompt[0, :64], steps=4)
     memory = sum(t.numel() * t.element_size() for t in [*packed.parameters(), *packed.buffers()])
     total = 2 * sum(p.numel() for p in subject.model.parameters())
     names = ("untouched", "decoded", "packed")
+    kept = [cache_bytes(hf, prompt[0]) for hf in (subject.model, packed)]
     return dict(
         out=Path(args.out).name,
         targets=args.targets,
         bytes=dict(asked=args.bytes, coded=taken, on_disk=size, in_memory=memory),
+        cache=dict(asked=args.cache_bytes, tokens=prompt.shape[1], bytes_per_token=dict(zip(["untouched", "packed"], kept))),
         float16_bytes=total,
         stored=numbers,
         bits={name: made.bits_of_number for name, made in coded.items()},

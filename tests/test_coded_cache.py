@@ -2,7 +2,11 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from surgery.coded_folder import save
+from surgery.model_folder import WEIGHTS
+from surgery.reading import load
 from surgery.subject import Subject
 from surgery.write_model import cache_bytes
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
@@ -186,6 +190,33 @@ def test_generate_with_left_padding_is_that_of_single_texts(at_quarter):
     for i, n in enumerate(lengths):
         alone = model.generate(IDS[i : i + 1, :n], attention_mask=torch.ones(1, n, dtype=torch.long), **options)
         assert torch.equal(alone[0, n:], together[i])
+
+
+def test_the_folder_reads_back_and_a_damaged_one_is_one_line(tmp_path, capsys):
+    untouched, model, codes = coded(0.12)
+    for p in (*untouched.parameters(), *model.parameters()):
+        p.data.copy_(p.data.half())  # as they are stored
+    toys.save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = toys.transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    save(tmp_path / "out", untouched, tokenizer, {}, codes)
+    read, _ = load(tmp_path / "out")
+    with torch.no_grad():
+        before, after, again = (m(IDS).logits for m in (untouched, model, read))
+    # the cache's constants are stored in 16 bits: some keys fall to other codes, and the error is another one, not a larger one
+    assert (again - before).square().mean() < 1.5 * (after - before).square().mean()
+    assert cache_bytes(read, IDS[0]) == cache_bytes(model, IDS[0])
+    prompt = IDS[:1, :5]
+    generated = read.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 9) and torch.equal(generated[:, :5], prompt)
+
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("to_z") and tensors[name].numel())
+    for bad in (tensors[name][:-1], tensors[name] * torch.nan):
+        save_file(tensors | {name: bad.contiguous()}, tmp_path / "out" / WEIGHTS, metadata=dict(format="pt"))
+        with pytest.raises(SystemExit) as stop:
+            load(tmp_path / "out")
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and "a layer of the cache" in message
 
 
 def test_gradients_pass_and_rows_without_ids_are_refused(at_quarter):

@@ -62,7 +62,7 @@ def toy_flags(command):
         return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + size
     if "-m surgery" in command:
         steps = " --heal_steps 2" if "--heal_steps" in command else ""
-        return TOY_SURGERY + (" --bytes 0.6" if "--bytes" in command else " --rank 4") + steps
+        return TOY_SURGERY + (" --bytes 0.6 --cache_bytes 0.6" if "--bytes" in command else " --rank 4") + steps
     if "run_bytes" in command:
         return "--window 32 --eval_windows 2 --calib_tokens 1024 --shares 0.6"
     if "data/pile" in command:

@@ -340,6 +340,21 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
     assert_one_line_error(operate("--rank", "4", evaluate="latin.txt"), "latin.txt", "UTF-8")
 
 
+def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_error):
+    out = tmp_path / "small"
+    for argv, *words in [
+        (["--bytes", "0.5", "--rank", "4", "--out", out], "--bytes", "--rank", "drop one"),
+        (["--bytes", "0.5"], "--bytes", "give --out"),
+        (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
+        (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
+        (["--bytes", "0.0001", "--targets", "wte", "--out", out], "--bytes 0.0001", "basis", "give more"),
+        (["--cache_bytes", "0.5", "--targets", "wte", "--out", out], "--targets", "--bytes"),
+        (["--cache_bytes", "0.001", "--out", out], "--cache_bytes 0.001", "gains", "give"),
+    ]:
+        assert_one_line_error(operate(*argv, "--window", "32", "--eval_windows", "2", "--calib_tokens", "1024"), *words)
+        assert not out.exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused(operate, clinic, assert_one_line_error):
     (clinic / "large").mkdir()
     save_tokenizer(clinic / "large", 500)

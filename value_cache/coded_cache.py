@@ -65,6 +65,11 @@ class LayerCode(nn.Module):
             self.register_buffer(name, tensor.float())
         self.register_buffer("offsets", torch.tensor(bits, dtype=torch.long) * levels.shape[1], persistent=False)
 
+    def tensors(self):
+        """What is stored, in 16 bits. to_z is as large as differences from the forecast are small: beyond float16, at times."""
+        stored = {name: getattr(self, name).half() for name in ("mean", "forecast", "from_z", "levels")}
+        return stored | dict(to_z=self.to_z.bfloat16())
+
     def expected(self, known):
         """known [N,P]: what is at hand when the layer is read -> forecast of x [N,D]. Without a forecast none is read."""
         return torch.addmm(self.mean, known[:, : len(self.forecast)], self.forecast)
