@@ -347,11 +347,16 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
         (["--bytes", "0.5"], "--bytes", "give --out"),
         (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
         (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
-        (["--bytes", "0.0001", "--targets", "wte", "--out", out], "--bytes 0.0001", "basis", "give more"),
         (["--cache_bytes", "0.5", "--targets", "wte", "--out", out], "--targets", "--bytes"),
-        (["--cache_bytes", "0.001", "--out", out], "--cache_bytes 0.001", "gains", "give"),
     ]:
-        assert_one_line_error(operate(*argv, "--window", "32", "--eval_windows", "2", "--calib_tokens", "1024"), *words)
+        assert_one_line_error(operate(*argv), *words)
+    for argv, reason in [
+        (["--bytes", "0.0001", "--targets", "wte"], "do not pay for the basis"),
+        (["--cache_bytes", "0.001"], "pays for the gains at most"),
+    ]:
+        result = operate(*argv, "--out", out, "--calib_tokens", "1024")
+        said = result.err.strip().splitlines()[-1]  # after bars of progress
+        assert result.status == 2 and " ".join(argv[:2]) in said and reason in said
         assert not out.exists()
 
 
