@@ -34,6 +34,7 @@ from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
 from common.modules import AtTable
+from common.train_step import adamw, to_device, trained_flops
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 
@@ -55,10 +56,7 @@ text = TrainingText(dataset, args, start.epoch_steps, start.steps_before, rank, 
 
 def batch(step, micro):
     """What this process reads in a micro-step: (B, T) token ids and the (B, T) that follow them, on the device."""
-    x, y = (torch.from_numpy(ids) for ids in text.batch(step, micro))
-    if device_type == "cuda":  # pinned memory lets the copy overlap with the step before
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+    return to_device(map(torch.from_numpy, text.batch(step, micro)), device)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------
@@ -79,15 +77,7 @@ def objective(lm_loss):
 with ends_in_one_line(args, device):
     model.to(device)
 trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(
-    [
-        dict(params=[p for p in trained if p.dim() >= 2], weight_decay=args.weight_decay),
-        dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0),  # biases and LayerNorms
-    ],
-    lr=args.learning_rate,
-    betas=(args.beta1, args.beta2),
-    fused=device_type in ("cuda", "cpu"),
-)
+optimizer = adamw(trained, args)
 scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
 
 
@@ -145,10 +135,7 @@ if args.compile:
     model.compile()
 trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None) if world_size > 1 else model
 
-# Backward costs one forward for the activations' gradients, and one for the trained weights'.
-trained_numbers = sum(p.numel() for p in trained)
-flops_per_token = model.flops_per_token(args.block_size)
-flops_trained = (2 + trained_numbers / parameters["total"]) * flops_per_token["total"]  # a token of training
+flops_trained = trained_flops(model, args.block_size)  # a token of training
 peak = peak_flops(device, args.dtype)
 
 
@@ -273,8 +260,8 @@ if master:
         imported=args.import_wte_npy or None,
         starts_from=start.starts_from,
         parameters=parameters,
-        parameters_trained=trained_numbers,
-        flops_per_token=flops_per_token,
+        parameters_trained=sum(p.numel() for p in trained),
+        flops_per_token=model.flops_per_token(args.block_size),
         val_unigram_entropy=dataset.unigram_entropy(),
         eval_tokens=evaluation["eval_tokens"],
         best=best,
