@@ -1,27 +1,37 @@
 """
-What decoding costs: bytes that the KV cache has allocated, tokens a second, perplexity through that cache.
+What decoding and training cost on this machine.
 
-    python bench.py --decode --runs model_weights/vdproj                    # trained models, their perplexity too
-    python bench.py --decode --shape gpt2 --context 512 --nanogpt DIR      # random weights, beside a nanoGPT checkout
+    python bench.py decode --runs model_weights/vdproj                      # trained models, their perplexity too
+    python bench.py decode --shape gpt2 --context 512 --nanogpt DIR         # random weights, beside a nanoGPT checkout
+    python bench.py train --shape gpt2 --dtypes float32,bfloat16 --vs DIR   # a training step, beside a nanoGPT checkout
+    python bench.py decode --help                                           # the flags
 
-Each model is measured dense, with compressed values and with compressed keys and values, by every number format of the cache.
-All take turns, round after round, so that other load slows all alike. The first round chooses how a compressed model
-attends; the median of all rounds is its speed.
+All models take turns, round after round, so that other load slows all alike. The median of the rounds is a model's speed.
+
+decode measures bytes that the KV cache has allocated, tokens a second, and perplexity through that cache. Each model is
+measured dense, with compressed values and with compressed keys and values, by every number format of the cache. The first
+round chooses how a compressed model attends.
+
+train measures the step of train.py: tokens a second, milliseconds of its parts, peak memory, FLOPs, and which share of the
+machine's own rate for matrix products they are.
 """
 
 import statistics
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse, rounded
-from train_args import PRESETS, ModelArgs
-from value_cache import KV_DTYPES
+from common.nanogpt import check_checkout
+from common.train_rules import check_device
+from train_args import PRESETS, ModelArgs, TrainArgs
+
+# -- decode -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
-    decode: bool = flag(False, "measure decoding; training is measured by train.py itself, in its summary.json")
+class DecodeFlags:
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
     shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
     vocab_size: int = flag(50257, "ids of that model", low=1)
@@ -38,25 +48,35 @@ class Args:
     out: str = flag("", "a file for the table, as markdown")
 
 
-def check(args):
-    if not args.decode:
-        fail("bench.py measures decoding: give --decode")
+def check_decode(args):
+    from value_cache import KV_DTYPES
+
     if bool(args.runs) == bool(args.shape):
         fail("--runs and --shape: give one of the two, trained models or a shape")
     for name in args.kv_dtypes.split(","):
         if name not in KV_DTYPES:
             fail(f"--kv_dtypes {args.kv_dtypes}: {name!r} is none of {','.join(KV_DTYPES)}")
-    if args.nanogpt and not (Path(args.nanogpt) / "model.py").is_file():
-        fail(f"--nanogpt {args.nanogpt} has no model.py: give the folder of a checkout")
-    if args.out and Path(args.out).is_dir():
-        fail(f"--out {args.out} is a folder: give a file")
+    check_files(args.out, "--nanogpt", args.nanogpt)
     if args.nanogpt and not args.shape:
         fail("--nanogpt is measured at a shape: give --shape gpt2 instead of --runs")
 
 
+def check_files(out, name, checkout):
+    """out: of --out. name: the flag that gave a nanoGPT checkout, if any."""
+    if checkout:
+        check_checkout(checkout, name)
+    if out and Path(out).is_dir():
+        fail(f"--out {out} is a folder: give a file")
+
+
+def preset_shape(name):
+    """The fields of ModelArgs at a preset."""
+    return asdict(ModelArgs()) | {field: value for field, value in PRESETS[name].items() if hasattr(ModelArgs, field)}
+
+
 def shape_of(args):
     """The fields of GPTConfig at --shape, nothing compressed, and the rank of what is compressed."""
-    shape = {name: value for name, value in (asdict(ModelArgs()) | PRESETS[args.shape]).items() if hasattr(ModelArgs, name)}
+    shape = preset_shape(args.shape)
     shape |= dict(vocab_size=args.vocab_size, dropout=0.0, block_size=max(shape["block_size"], args.context or 0))
     rank = args.rank or shape["n_embd"] * 5 // 8
     if not 1 <= rank <= shape["n_embd"]:
@@ -64,18 +84,16 @@ def shape_of(args):
     return shape, rank
 
 
-def main(argv=None):
-    args, _ = parse(Args, argv, description=__doc__)
-    check(args)
+def decode(argv):
+    args, _ = parse(DecodeFlags, argv, description=__doc__, prog="bench.py decode")
+    check_decode(args)
 
     import torch
 
     from common.device import hardware
-    from common.files import written_whole
-    from reports.markdown import table
+    from common.timing import by_turns
     from value_cache.decoding_cost import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
     from value_cache.latent_attention import WAYS, is_compressed
-    from value_cache.timing import by_turns
 
     models = random_models(*shape_of(args), args.device) if args.shape else trained_models(args.runs, args.device)
     config = models[0][1].config
@@ -104,21 +122,19 @@ def main(argv=None):
         speeds = [tasks[i, way].tokens.numel() / s for s in found]
         rows[i].setdefault("tokens_per_second", {})[way] = rounded(statistics.median(speeds))
         rows[i].setdefault("first_round", {})[way] = rounded(speeds[0])
-    text = rows_table(rows, table)
-    print(text)
     about = (
         f"`python {' '.join(map(str, sys.argv))}`: context {context}, {args.batch_size} a batch, {args.device} "
         f"({hardware(args.device)}), torch {torch.__version__}, float32 arithmetic; median of {args.rounds} rounds of "
         f"{args.steps} tokens."
     )
-    if args.out:
-        with written_whole(args.out, "give another --out") as part:
-            part.write_text(f"# Decoding\n\n{about}\n\n{text}\n")
+    show("Decoding", about, decoding_table(rows), args.out)
     finish(context=context, hardware=hardware(args.device), rows=rows)
 
 
-def rows_table(rows, table):
+def decoding_table(rows):
     """A markdown table: bytes beside the dense model's, speed beside the dense model's in the first format."""
+    from reports.markdown import table
+
     dense = {row["kv_dtype"]: row for row in rows if row["model"] == "dense"}
     bytes_16 = dense["float16"]["bytes_per_token"] if "float16" in dense else None
     plain = rows[0]  # dense, in the first format
@@ -145,6 +161,175 @@ def rows_table(rows, table):
             line += ["-"] * 4
         lines.append(line)
     return table(header, lines)
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+MODELS = ("dense", "factorized", "lora", "vdproj")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class TrainFlags:
+    shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
+    vocab_size: int = flag(50257, "ids of the models", low=1)
+    batch_size: int = flag(1, "windows of a step", low=1)
+    block_size: int | None = flag(None, "positions of a window; left out, the shape's, 256 at most", low=1)
+    dropout: float = flag(0.0, "dropout of all models; train.py has the preset's, nanoGPT none", low=0, below=1)
+    models: str = flag(
+        ",".join(MODELS),
+        "comma-separated. factorized: the token table; lora: adapters alone on that model; vdproj: values compressed to five "
+        "eighths of the width",
+    )
+    rank: int | None = flag(None, "rank of the factorized table; left out, 128, or half of the width where that is less", low=1)
+    lora_rank: int | None = flag(None, "rank of the adapters; left out, 32, or the rank of the table where that is less", low=1)
+    dtypes: str = flag("float32,bfloat16", "arithmetic of the forward pass, comma-separated; the weights are float32")
+    compile: bool = flag(False, "measure each model compiled, too")
+    steps: int = flag(2, "steps of one measurement", low=1)
+    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
+    vs: str = flag("", "a checkout of nanoGPT to measure beside, as it runs by default and at its best")
+    device: str = flag("cpu", "cpu, cuda, mps")
+    out: str = flag("", "a file for the tables, as markdown")
+
+
+def check_train(args):
+    for name, known in (("models", MODELS), ("dtypes", DTYPES)):
+        given = getattr(args, name)
+        for word in given.split(","):
+            if word not in known:
+                fail(f"--{name} {given}: {word!r} is none of {','.join(known)}")
+    check_device(args.device)
+    if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
+        fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")
+    check_files(args.out, "--vs", args.vs)
+    shape = preset_shape(args.shape)
+    if args.vs and (shape["rotary_pct"] or shape["parallel_residual"] or not shape["tie_head"]):
+        fail(f"--vs: nanoGPT has no model of --shape {args.shape}: give --shape gpt2 or laptop")
+    needs_tie = [name for name in ("factorized", "lora") if name in args.models.split(",")]
+    if needs_tie and not shape["tie_head"]:
+        fail(f"--models {needs_tie[0]} needs a tied head, and --shape {args.shape} has none: give --models dense,vdproj")
+
+
+def models_to_train(args, dataset):
+    """The models of --models, {name: TrainArgs}, and the TrainArgs of a dense one. All read the dataset's folder."""
+    shape = preset_shape(args.shape)
+    d = shape["n_embd"]
+    shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size, gradient_accumulation_steps=1)
+    shape |= dict(dataset=dataset, device=args.device)
+    rank = args.rank or min(128, max(1, d // 2))
+    if rank > d:
+        fail(f"--rank {rank} lies outside 1 to the width {d} of --shape {args.shape}: lower it")
+    top = min(rank, args.vocab_size)
+    adapters = args.lora_rank or min(32, top)
+    if adapters > top and "lora" in args.models.split(","):
+        fail(f"--lora_rank {adapters} lies above {top}, the smaller side of the table that it adapts: lower it")
+    values = max(1, d * 5 // 8)
+    known = dict(
+        dense=("dense", {}),
+        factorized=(f"factorized {rank}/{d}", dict(n_embd_wte=rank)),
+        lora=(f"LoRA {adapters} on {rank}/{d}", dict(n_embd_wte=rank, lora_rank=adapters, lora_dropout=args.dropout)),
+        vdproj=(f"V {values}/{d}", dict(v_proj_dim=values)),
+    )
+    chosen = [known[name] for name in dict.fromkeys(args.models.split(","))]
+    return {name: TrainArgs(**shape | parts) for name, parts in chosen}, TrainArgs(**shape)
+
+
+def train(argv):
+    args, _ = parse(TrainFlags, argv, description=__doc__, prog="bench.py train")
+    args.block_size = args.block_size or min(256, preset_shape(args.shape)["block_size"])
+    check_train(args)
+    models_to_train(args, "")  # refuses ranks that do not fit, before torch is imported
+
+    import torch
+
+    from common.checkpoint import move_to
+    from common.device import ends_in_one_line, hardware
+    from common.nanogpt import load_module
+    from common.training_cost import measure, plans, write_text
+
+    move_to(torch.zeros(1), args.device)  # ends where there is no such device
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # as train.py does
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 64  # all models share one forward(): each is compiled by itself
+    if args.vs:
+        load_module(args.vs, "--vs")  # ends where it is not nanoGPT's
+    with tempfile.TemporaryDirectory() as folder, ends_in_one_line(args, args.device, "start again with fewer --rounds"):
+        write_text(folder, args.vocab_size, args.block_size)
+        planned = plans(
+            *models_to_train(args, folder),
+            list(dict.fromkeys(args.dtypes.split(","))),
+            (False, True) if args.compile else (False,),
+            args.vs,
+        )
+        rows, rates = measure(planned, args.steps, args.rounds, lambda text: print(text, file=sys.stderr))
+    about = (
+        f"`python {' '.join(map(str, sys.argv))}`: one step is {args.batch_size} x {args.block_size} = "
+        f"{args.batch_size * args.block_size:,} tokens, {args.device} ({hardware(args.device)}), torch {torch.__version__}; "
+        f"median of {args.rounds} rounds of {args.steps} steps, lowest and highest beside it. {READING}"
+        + "".join(f" {dtype} products: {rate / 1e9:,.4g} GFLOP/s." for dtype, rate in rates.items())
+    )
+    show("Training", about, training_tables(rows), args.out)
+    finish(hardware=hardware(args.device), tokens_per_step=args.batch_size * args.block_size, mm_flops=rates, rows=rows)
+
+
+READING = (
+    "Memory is the peak of model, optimizer and two steps: on a card its tensors, on the CPU the resident memory of a fresh "
+    "process, less what that had before. FLOPs a token: forward, and the whole step. The share is that of the whole step's "
+    "FLOPs in this machine's own rate of matrix products in the same dtype."
+)
+
+
+def training_tables(rows):
+    """Two markdown tables: speed, memory and FLOPs with the ratios to nanoGPT; milliseconds of the parts of our steps."""
+    from common.training_cost import PARTS
+    from reports.markdown import table
+
+    versus = any("over_best" in row for row in rows)
+    header = ["model", "dtype", "tokens/s", "lowest - highest", "peak MB", "FLOPs a token", "trained", "of products"]
+    header += ["/ nanoGPT default", "/ nanoGPT best"] if versus else []
+    speeds, parts = [], []
+    for row in rows:
+        speed, memory = row["tokens_per_second"], row["peak_memory_bytes"]
+        name = [row["model"] + ", compiled" * row["compiled"] + " (its best)" * row.get("best", False), row["dtype"]]
+        line = [*name, f"{speed['median']:,.4g}", f"{speed['low']:,.4g} - {speed['high']:,.4g}"]
+        line += [f"{memory / 1e6:,.0f}" if memory is not None else "-"]
+        if "ms" in row:
+            line += [f"{row['flops_per_token']['total'] / 1e6:,.4g} M", f"{row['trained_flops'] / 1e6:,.4g} M"]
+            line += [f"{row['mm_share']:.0%}"]
+            ms = row["ms"]
+            parts.append([*name, *(f"{ms[part]:,.4g}" if part in ms else "in forward" for part in PARTS)])
+        else:
+            line += ["-"] * 3
+        if versus:
+            ratios = [row.get("over_default"), row.get("over_best")]
+            line += [f"{r['median']:.2f} ({r['low']:.2f} - {r['high']:.2f})" if r else "-" for r in ratios]
+        speeds.append(line)
+    milliseconds = table(["ms of one step", "dtype", *PARTS], parts)
+    return f"{table(header, speeds)}\n\n{milliseconds}"
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def show(title, about, text, out):
+    """Print a table; with --out, write it to that file with what it is about."""
+    from common.files import written_whole
+
+    print(text)
+    if out:
+        with written_whole(out, "give another --out") as part:
+            part.write_text(f"# {title}\n\n{about}\n\n{text}\n")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+    elif argv and argv[0] in ("decode", "train"):
+        dict(decode=decode, train=train)[argv[0]](argv[1:])
+    else:
+        fail(f"give decode or train as the first word{f', not {argv[0]}' if argv else ''}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def value_type(hint):
     return hint
 
 
-def build_parser(cls, presets, description, epilog=None):
+def build_parser(cls, presets, description, epilog=None, prog=None):
     parser = Parser(
+        prog=prog,
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -78,14 +79,15 @@ def build_parser(cls, presets, description, epilog=None):
     return parser
 
 
-def parse(cls, argv=None, presets=None, description=None, epilog=None):
+def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None):
     """
     Read the command line into cls: its defaults, then the preset's values, then what was given.
 
-    presets: name -> {field: value}; the preset is chosen by the field `preset`.
+    presets: name -> {field: value}; the preset is chosen by the field `preset`. prog: what --help calls the program, if it is
+    not the file's name.
     Returns (the instance, the dict of flags that were given).
     """
-    parser = build_parser(cls, presets or {}, description, epilog)
+    parser = build_parser(cls, presets or {}, description, epilog, prog)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:

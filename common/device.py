@@ -47,12 +47,12 @@ def pick_card(device, world_size):
 
 
 @contextmanager
-def ends_in_one_line(args, device):
-    """What stops a run from outside ends in one line: Ctrl-C, and memory that is too small."""
+def ends_in_one_line(args, device, then="--init_from resume goes on from the last evaluation"):
+    """What stops a run from outside ends in one line: Ctrl-C, and memory that is too small. then: what to do after Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: --init_from resume goes on from the last evaluation", file=sys.stderr)
+        print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:  # torch raises a class of its own for CUDA only
         words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

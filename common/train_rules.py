@@ -12,8 +12,7 @@ LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "
 
 def check(a):
     """Refuse flags that contradict each other: one line names both and says what to change."""
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", a.device):
-        fail(f"--device {a.device}: give cuda, cuda:1, cpu or mps")
+    check_device(a.device)
     if a.init_from != "prev_run":  # there the checkpoint fixes the shape
         check_shape(a)
     check_table(a)
@@ -35,6 +34,11 @@ def check(a):
         fail("--save_adapters_only needs adapters: give --lora_rank too")
     if a.dtype == "float16" and not a.device.startswith("cuda"):
         fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
+
+
+def check_device(device):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        fail(f"--device {device}: give cuda, cuda:1, cpu or mps")
 
 
 def check_table(a):

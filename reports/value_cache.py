@@ -11,7 +11,7 @@ from reports.rows import provenance_lines, read_curve
 READING = (
     "Losses, perplexities and errors are those of the best checkpoint, read back; it is chosen on the same fixed windows "
     "that are reported. An epoch is {epoch} steps. KV reduction counts the numbers that a cache keeps of a token; bench.py "
-    "--decode measures the bytes that a cache allocates. Missed is the share of the values' variance over the tokens that "
+    "decode measures the bytes that a cache allocates. Missed is the share of the values' variance over the tokens that "
     "v_restore does not give back, mean over layers; recon is the experiment's own measure, mean (V - V_restored)^2, which "
     "depends on the scale of V. No loss asks for restored keys: the cross-entropy alone trains their compression. Tokens: "
     "those of what a run starts from + its own. ± is the standard deviation over seeds. The p values are not corrected for "

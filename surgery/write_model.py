@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.timing import by_turns
 from surgery.heal import heal
 from surgery.low_rank_folder import save
 from surgery.low_rank_modules import shrink
@@ -14,7 +15,6 @@ from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import check_changes, fingerprint
 from surgery.sweep import add_line
-from value_cache.timing import by_turns
 
 
 def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, folder):

@@ -94,7 +94,7 @@ def test_vdproj_runs_every_model_under_one_condition_and_reports(copy, vdproj):
 def test_bench_of_the_trained_models(copy, vdproj, run_main, monkeypatch):
     monkeypatch.chdir(copy)  # whose datasets are the toy ones
     monkeypatch.setattr("common.dataset.ROOT", copy / "data")
-    result = run_main("bench.py", "--decode", "--runs", copy / "model_weights" / "vdproj", "--steps", 2, "--rounds", 1)
+    result = run_main("bench.py", "decode", "--runs", copy / "model_weights" / "vdproj", "--steps", 2, "--rounds", 1)
     assert result.status == 0, result.err
     rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
     evaluated = json.loads((copy / "model_weights" / "vdproj" / "kvdproj_end_to_end_r80" / "summary.json").read_text())["final"]

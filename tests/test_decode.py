@@ -323,7 +323,7 @@ def test_bench_of_a_shape_counts_bytes_and_seconds(run_main, tmp_path, monkeypat
 
     monkeypatch.setitem(train_args.PRESETS, "laptop", train_args.PRESETS["laptop"] | dict(n_embd=64, n_layer=1))
     small = ("--vocab_size", 50, "--context", 20, "--steps", 4, "--rounds", 1, "--kv_dtypes", "float16,int8")
-    result = run_main("bench.py", "--decode", "--shape", "laptop", *small, "--out", tmp_path / "a" / "bench.md")
+    result = run_main("bench.py", "decode", "--shape", "laptop", *small, "--out", tmp_path / "a" / "bench.md")
     assert result.status == 0, result.err
     rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
     assert rows["V 40/64", "float16"]["bytes_per_token"] == 0.8125 * rows["dense", "float16"]["bytes_per_token"]
@@ -334,16 +334,18 @@ def test_bench_of_a_shape_counts_bytes_and_seconds(run_main, tmp_path, monkeypat
 
 def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
     for words, argv in [
-        (["--decode"], ["--shape", "laptop"]),
-        (["--runs and --shape"], ["--decode"]),
-        (["--kv_dtypes", "int2"], ["--decode", "--shape", "laptop", "--kv_dtypes", "int2"]),
-        (["pythia_baseline", "train_vdproj.sh"], ["--decode", "--runs", tmp_path]),
-        (["--context 20", "--steps 24"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
-        (["--nanogpt", "model.py"], ["--decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
-        (["--rank 900"], ["--decode", "--shape", "laptop", "--rank", 900]),
-        (["--rank 0", "1 or more"], ["--decode", "--shape", "laptop", "--rank", 0]),
-        (["--context 0", "1 or more"], ["--decode", "--shape", "laptop", "--context", 0]),
-        (["--out", "folder"], ["--decode", "--shape", "laptop", "--out", tmp_path]),
-        (["--device cuda"], ["--decode", "--shape", "laptop", "--vocab_size", 50, "--device", "cuda"]),
+        (["decode or train"], []),
+        (["decode or train", "not --shape"], ["--shape", "laptop"]),
+        (["decode or train", "not eat"], ["eat", "--shape", "laptop"]),
+        (["--runs and --shape"], ["decode"]),
+        (["--kv_dtypes", "int2"], ["decode", "--shape", "laptop", "--kv_dtypes", "int2"]),
+        (["pythia_baseline", "train_vdproj.sh"], ["decode", "--runs", tmp_path]),
+        (["--context 20", "--steps 24"], ["decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
+        (["--nanogpt", "model.py"], ["decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
+        (["--rank 900"], ["decode", "--shape", "laptop", "--rank", 900]),
+        (["--rank 0", "1 or more"], ["decode", "--shape", "laptop", "--rank", 0]),
+        (["--context 0", "1 or more"], ["decode", "--shape", "laptop", "--context", 0]),
+        (["--out", "folder"], ["decode", "--shape", "laptop", "--out", tmp_path]),
+        (["--device cuda"], ["decode", "--shape", "laptop", "--vocab_size", 50, "--device", "cuda"]),
     ]:
         assert_one_line_error(run_main("bench.py", *argv), *words)

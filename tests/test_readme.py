@@ -57,7 +57,9 @@ def test_a_readme_command_runs(prepared, command):
 
 
 def toy_flags(command):
-    if "bench.py" in command:
+    if "bench.py train" in command:
+        return "--vocab_size 97 --block_size 16 --steps 1 --rounds 1 --models dense --dtypes float32"
+    if "bench.py decode" in command:
         size = " --vocab_size 97" if "--shape" in command else ""
         return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + size
     if "-m surgery" in command:

@@ -1,7 +1,5 @@
-"""What decoding costs: models dense and compressed, the loss through a cache, and tasks that value_cache/timing.py measures."""
+"""What decoding costs: models dense and compressed, the loss through a cache, and tasks that common/timing.py measures."""
 
-import importlib.util
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from common import checkpoint
 from common.cli import fail
 from common.dataset import Dataset
 from common.evaluate import evaluate
+from common.nanogpt import nanogpt
 from model import GPT, GPTConfig
 from value_cache.kv_cache import KVCache
 from value_cache.latent_attention import Decode, decoder
@@ -71,11 +70,7 @@ class NanoGPT:
     """The generate() of a nanoGPT checkout at the same shape, as a task. It has no cache, so it makes a few tokens only."""
 
     def __init__(self, folder, config, B, context, steps, dtype, device):
-        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        shape = {name: getattr(config, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
-        self.model = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval().to(device)
+        self.model = nanogpt(folder, config, "--nanogpt").eval().to(device)
         self.steps = min(steps, 4)
         self.idx = torch.randint(config.vocab_size, (B, context - self.steps), device=device)
         self.autocast = torch.autocast(device, dtype) if dtype else nullcontext()

@@ -35,9 +35,9 @@ import torch
 import torch.nn as nn
 
 from common.modules import linear, shared_copy
+from common.timing import by_turns
 from model import CausalSelfAttention, NoRotary
 from value_cache.kv_cache import KVCache
-from value_cache.timing import by_turns
 
 WAYS = ("restore", "late", "fold")
 

@@ -1,5 +1,6 @@
 """How long things take, measured by turns."""
 
+import statistics
 import time
 
 
@@ -18,3 +19,8 @@ def by_turns(tasks, rounds, after_round=lambda i: None):
             seconds[name].append(time.perf_counter() - start)
         after_round(i)
     return {name: found[1:] for name, found in seconds.items()}
+
+
+def spread(values):
+    """The median of some measurements, and the smallest and the largest of them."""
+    return dict(median=statistics.median(values), low=min(values), high=max(values))

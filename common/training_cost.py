@@ -1,0 +1,355 @@
+"""What a training step costs: the step as a task of common/timing.py, its parts, its memory, and this machine's own rate."""
+
+import io
+import multiprocessing
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from common.checkpoint import move_to
+from common.cli import fail
+from common.dataset import Dataset, TrainingText, write_dataset
+from common.device import peak_memory
+from common.nanogpt import nanogpt
+from common.start import begin
+from common.timing import by_turns, spread
+from common.train_step import adamw, to_device, trained_flops
+from model import GPTConfig
+
+PARTS = ("data", "forward", "loss", "backward", "clip", "optimizer")
+TOKENS = 2**20  # of the text that is read: 2 MB
+
+
+def write_text(folder, vocab_size, block_size):
+    """A dataset of random ids: the time of a step does not depend on what it reads."""
+    ids = np.random.default_rng(0).integers(vocab_size, size=max(TOKENS, 2 * block_size))
+    write_dataset(folder, ids, ids[: block_size + 1], dict(vocab_size=vocab_size, tokenizer="none"))
+
+
+def wait_for(device):
+    """Wait until the device has done what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def autocast_of(device, dtype):
+    return nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))
+
+
+def matrix_rate(rows, d, device, dtype):
+    """FLOP/s of this machine: the best of some products (rows, d) x (d, 4 d), as in an MLP. 1,024 rows at most, to be short."""
+    rows = min(rows, 1024)
+    a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((rows, d), (d, 4 * d)))
+    seconds, end = [], time.perf_counter() + 0.5
+    while len(seconds) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * d * 4 * d / min(seconds[1:])  # the first one warms up
+
+
+class PartsTimer:
+    """Milliseconds of each part of a step. It waits for the device after each part, so a step that it times is slower."""
+
+    def __init__(self, device):
+        self.device, self.ms = device, {}
+
+    def start(self):
+        wait_for(self.device)
+        self.last = time.perf_counter()
+
+    def __call__(self, part):
+        wait_for(self.device)
+        now = time.perf_counter()
+        self.ms.setdefault(part, []).append(1000 * (now - self.last))
+        self.last = now
+
+
+def untimed(part):
+    """Stands for a PartsTimer where the whole step is timed."""
+
+
+class Trainee:
+    """A model that trains, as train.py starts it. The steps in several dtypes share it: its weights are float32 in all."""
+
+    def __init__(self, args):
+        """args: TrainArgs. Its dataset is a folder of write_text()."""
+        start = begin(args, {})
+        self.args, self.device, self.tokens = args, args.device, args.batch_size * args.block_size
+        self.model = move_to(start.model, args.device).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = adamw(self.trained, args)
+        self.text = TrainingText(start.dataset, args, None, 0, 0, 1)
+        self.flops_per_token = self.model.flops_per_token(args.block_size)
+        self.trained_flops = trained_flops(self.model, args.block_size)
+        torch.manual_seed(args.seed)  # draws the dropout, as in train.py
+
+
+class Step:
+    """The step of train.py, with one micro-step and a constant rate: a task of common/timing.py, in one dtype."""
+
+    def __init__(self, trainee, dtype, compiled=False, steps=1):
+        self.trainee, self.compiled, self.steps, self.done = trainee, compiled, steps, 0
+        self.autocast = autocast_of(trainee.device, dtype)
+        self.scaler = torch.amp.GradScaler(trainee.device.split(":")[0], enabled=dtype == "float16")
+        self.forward = torch.compile(trainee.model) if compiled else trainee.model
+        self.timer = PartsTimer(trainee.device)
+
+    def run(self):
+        for _ in range(self.steps):
+            self.step()
+        wait_for(self.trainee.device)
+
+    def run_in_parts(self):
+        """The same number of steps, with each part timed by self.timer."""
+        for _ in range(self.steps):
+            self.timer.start()
+            self.step(self.timer)
+
+    def part_ms(self):
+        """Median ms of each part, without those of the first run, which warms up. A compiled forward pass includes the loss."""
+        return {part: median(found[self.steps :] or found) for part, found in self.timer.ms.items()}
+
+    def step(self, after=untimed):
+        """One step -> its loss, on the device. after(part) is called at the end of each part."""
+        t = self.trainee
+        x, y = to_device(map(torch.from_numpy, t.text.batch(self.done, 0)), t.device)
+        after("data")
+        with self.autocast:
+            if after is untimed or self.compiled:
+                loss = self.forward(x, y)[1]
+                after("forward")
+            else:  # the two halves of GPT.forward()
+                h = t.model.hidden(x)
+                after("forward")
+                loss = F.cross_entropy(t.model.logits(h).flatten(0, 1), y.flatten())
+                after("loss")
+        self.scaler.scale(loss).backward()
+        after("backward")
+        if t.args.grad_clip > 0:
+            self.scaler.unscale_(t.optimizer)
+            torch.nn.utils.clip_grad_norm_(t.trained, t.args.grad_clip)
+        after("clip")
+        self.scaler.step(t.optimizer)
+        self.scaler.update()
+        t.optimizer.zero_grad(set_to_none=True)
+        after("optimizer")
+        self.done += 1
+        return loss.detach()
+
+
+# -- nanoGPT ----------------------------------------------------------------------------------------------------------
+
+
+def nanogpt_default(device):
+    """The (dtype, compiled, fused) of nanoGPT's train.py. On a CPU: those of its README, which turns off the compiler there."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16", True, True
+    return "float32", False, False  # it has no autocast there, and fuses AdamW on cards alone
+
+
+class NanoGPT:
+    """The model of a nanoGPT checkout that trains, at the shape of a dense model of ours. Its steps share it."""
+
+    def __init__(self, folder, args):
+        """args: TrainArgs of the dense model. Its dataset is a folder of write_text()."""
+        dataset = Dataset(args.dataset)
+        shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
+        torch.manual_seed(args.seed)
+        model = nanogpt(folder, GPTConfig(vocab_size=dataset.vocab_size, **shape), "--vs")
+        self.args, self.device, self.tokens = args, args.device, args.batch_size * args.block_size
+        self.model = move_to(model, args.device).train()
+        self.ids = dataset.folder / "train.bin", dataset.train.dtype
+        self.optimizers = {}  # by whether they are fused
+
+    def optimizer(self, fused):
+        if fused not in self.optimizers:
+            a = self.args
+            with redirect_stdout(io.StringIO()):  # it prints what it decays
+                self.optimizers[fused] = self.model.configure_optimizers(
+                    a.weight_decay, a.learning_rate, (a.beta1, a.beta2), "cuda" if fused else "cpu"
+                )  # it fuses where it is told that the device is a card
+        return self.optimizers[fused]
+
+    def batch(self):
+        """Its get_batch(): a new memmap for each batch, two int64 tensors (B, T)."""
+        path, dtype = self.ids
+        B, T = self.args.batch_size, self.args.block_size
+        data = np.memmap(path, dtype=dtype, mode="r")
+        starts = torch.randint(len(data) - T, (B,))
+        x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        return to_device((x, y), self.device)
+
+
+class NanoGPTStep:
+    """
+    The step of nanoGPT's train.py, a task of common/timing.py. That file is a script, so its loop is repeated here.
+
+    Its line of log at each step is left out: it waits for the device.
+    """
+
+    def __init__(self, trainee, dtype, compiled, fused, steps=1):
+        self.trainee, self.steps, self.optimizer = trainee, steps, trainee.optimizer(fused)
+        self.autocast = autocast_of(trainee.device, dtype)
+        self.scaler = torch.amp.GradScaler(trainee.device.split(":")[0], enabled=dtype == "float16")
+        self.forward = torch.compile(trainee.model) if compiled else trainee.model
+        self.next = trainee.batch()
+
+    def run(self):
+        for _ in range(self.steps):
+            self.step()
+        wait_for(self.trainee.device)
+
+    def step(self):
+        """One step -> its loss, on the device."""
+        t = self.trainee
+        with self.autocast:
+            loss = self.forward(*self.next)[1]
+        self.next = t.batch()  # read while a card still computes
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def high_water(device):
+    """The largest number of bytes so far: of the card's tensors, or of this process where it computes on the CPU."""
+    status = Path("/proc/self/status")
+    if device == "cpu" and status.exists():  # getrusage() also counts the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+    return peak_memory(device)
+
+
+def load_libraries():
+    """Make a tiny step: what torch loads at a first step is no part of a model's memory."""
+    tiny = torch.nn.Linear(8, 8)
+    tiny(torch.ones(1, 8)).sum().backward()
+    torch.optim.AdamW(tiny.parameters(), fused=True).step()
+
+
+def peak_of_two_steps(step_class, trainee_class, trainee_args, step_args):
+    """Bytes that a model, its optimizer and two steps need at most."""
+    device = trainee_args[-1].device
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        load_libraries()
+        before = high_water(device)
+    step = step_class(trainee_class(*trainee_args), *step_args)
+    for _ in range(2):  # the first one makes the optimizer's state
+        step.step()
+    wait_for(device)
+    return high_water(device) - before
+
+
+def peak_bytes(step_class, trainee_class, trainee_args, step_args):
+    """
+    Peak memory of a training step in bytes; None where it is not measured.
+
+    A card counts its tensors. On the CPU it is the resident memory of a fresh process, less what that process had before it
+    built the model. A compiled step is not measured there, since the compiler works in the same process.
+
+    trainee_args: what the trainee takes, TrainArgs last. step_args: what the step takes after it, (dtype, compiled, ...).
+    """
+    args, compiled = trainee_args[-1], step_args[1]
+    if args.device.startswith("cuda"):
+        return peak_of_two_steps(step_class, trainee_class, trainee_args, step_args)
+    if args.device != "cpu" or compiled:
+        return None
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(peak_of_two_steps, step_class, trainee_class, trainee_args, step_args).result()
+    except BrokenProcessPool:
+        sizes = f"--batch_size {args.batch_size} or --block_size {args.block_size}"
+        fail(f"a step ended its process, as the system does where memory is out: lower {sizes}")
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+def plans(models, dense, dtypes, compiles, checkout):
+    """
+    What is measured: [(name, step_class, trainee_class, trainee_args, step_args)]; nanoGPT's come last, its default first.
+
+    models: {name: TrainArgs}. dense: TrainArgs of nanoGPT's model. compiles: (False,) or (False, True).
+    """
+    found = [
+        (name, Step, Trainee, (args,), (dtype, compiled))
+        for name, args in models.items()
+        for compiled in compiles
+        for dtype in dtypes
+    ]
+    if checkout:
+        default = nanogpt_default(dense.device)
+        better = [(dtype, compiled, True) for compiled in compiles for dtype in dict.fromkeys((*dtypes, "bfloat16"))]
+        for setting in (default, *(setting for setting in better if setting != default)):
+            name = "nanoGPT, default" if setting == default else "nanoGPT, fused AdamW"
+            found.append((name, NanoGPTStep, NanoGPT, (checkout, dense), setting))
+    return found
+
+
+def measure(planned, steps, rounds, say):
+    """
+    Measure the plans by turns -> one row each: a dict of tokens a second, ms of the parts, peak bytes, FLOPs, and ratios.
+
+    A plan is an entry of plans(). say(text): reports how far it is.
+    """
+    rows, trainees, tasks = [], {}, {}
+    for name, _, _, _, (dtype, compiled, *_) in planned:
+        rows.append(dict(model=name, dtype=dtype, compiled=compiled))
+    for row, (_, *plan) in zip(rows, planned):  # before there are other models in memory
+        say(f"peak memory of {row['model']}, {row['dtype']}")
+        row["peak_memory_bytes"] = peak_bytes(*plan)
+    for i, (name, step_class, trainee_class, trainee_args, step_args) in enumerate(planned):
+        key = name if trainee_class is Trainee else trainee_class
+        if key not in trainees:
+            trainees[key] = trainee_class(*trainee_args)
+        tasks[i] = step_class(trainees[key], *step_args, steps=steps)
+    runs = {i: (lambda: None, task.run) for i, task in tasks.items()}
+    runs |= {(i, PARTS): (lambda: None, task.run_in_parts) for i, task in tasks.items() if isinstance(task, Step)}
+    seconds = by_turns(runs, rounds, lambda i: say(f"round {i}/{rounds}"))
+    rates = {}  # FLOP/s by dtype
+    for i, task in tasks.items():
+        row, trainee = rows[i], task.trainee
+        row["tokens_per_second"] = spread([steps * trainee.tokens / s for s in seconds[i]])
+        if isinstance(task, Step):
+            if row["dtype"] not in rates:
+                size = trainee.tokens, trainee.args.n_embd
+                rates[row["dtype"]] = matrix_rate(*size, trainee.device, row["dtype"])
+            row |= dict(ms=task.part_ms(), flops_per_token=trainee.flops_per_token, trained_flops=trainee.trained_flops)
+            row["mm_share"] = row["tokens_per_second"]["median"] * trainee.trained_flops / rates[row["dtype"]]
+    add_ratios(rows, seconds)
+    return rows, rates
+
+
+def add_ratios(rows, seconds):
+    """Add to each of our rows the speed over nanoGPT's default and over the fastest of its rows, round by round."""
+    theirs = [i for i, row in enumerate(rows) if "ms" not in row]
+    if not theirs:
+        return
+    best = min(theirs, key=lambda i: median(seconds[i]))
+    for i, row in enumerate(rows):
+        if "ms" in row:
+            for name, other in (("over_default", theirs[0]), ("over_best", best)):
+                row[name] = spread([b / a for a, b in zip(seconds[i], seconds[other])])
+    rows[best]["best"] = True
