@@ -30,6 +30,7 @@ from common.cli import fail, finish
 from common.dataset import TrainingText
 from common.device import ends_in_one_line, hardware, peak_flops, peak_memory, random_state, set_random_state, start_processes
 from common.evaluate import Restored, evaluate
+from common.optimizer import make_optimizer
 from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
@@ -77,7 +78,7 @@ def objective(lm_loss):
 with ends_in_one_line(args, device):
     model.to(device)
 trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = adamw(trained, args)
+optimizer = make_optimizer(args, model)
 scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
 
 
@@ -195,7 +196,7 @@ with ends_in_one_line(args, device):
         # 1. the rate
         lr = learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)  # runs that older versions began have none
 
         # 2. evaluate and save
         if step % args.eval_interval == 0 or step in (first_step, last_step):

@@ -105,7 +105,12 @@ class OptimArgs:
     )
     max_train_samples: int | None = flag(None, "sequences of an epoch, from the start of the text; left out, all of it", low=1)
     patience: int | None = flag(None, "stop after this many evaluations without a better one; left out, never", low=1)
+    optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = flag(1e-4, "after the warmup", above=0)
+    muon_lr: float = flag(0.03, "Muon's learning rate, with --optimizer muon; it follows the same schedule", above=0)
+    table_lr: float | None = flag(
+        None, "learning rate of the token table, its scale matrices and the head; left out, --learning_rate", above=0
+    )
     min_lr: float = flag(5e-6, "at the end of the cosine", low=0)
     warmup_iters: int = flag(500, "steps of linear warmup", low=0)
     lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters", low=1)

@@ -118,6 +118,8 @@ def check_given(a, given):
         fail(f"--{inert[0]} needs adapters: give --lora_rank too, or drop it")
     if "code_wte_every" in given and a.code_wte is None:
         fail(f"--code_wte_every {a.code_wte_every} has nothing to code: give --code_wte too, or drop it")
+    if "muon_lr" in given and a.optimizer != "muon":
+        fail(f"--muon_lr {a.muon_lr} has nothing to train: give --optimizer muon too, or drop it")
     counted = sorted({"max_iters", "eval_interval"} & given.keys())
     if counted and a.max_epochs is not None:
         fail(f"--{counted[0]} {given[counted[0]]} counts steps, and --max_epochs {a.max_epochs} counts epochs: drop one")

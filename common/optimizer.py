@@ -1,0 +1,98 @@
+"""
+The optimizers of train.py: AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest.
+
+Muon (K. Jordan, 2024) keeps a running mean of the gradient, as momentum does, and steps along the nearest matrix whose
+singular values are all about 1. So directions that the gradient shows weakly are learned as fast as the others. A Newton-Schulz
+iteration finds that matrix by products alone. The token table, scale matrices, positions, biases and norms stay with AdamW.
+"""
+
+import torch
+
+MOMENTUM = 0.95
+A, B, C = 3.4445, -4.7750, 2.0315  # of x -> a x + b x^3 + c x^5, which takes singular values to between 0.7 and 1.2
+ROUNDS = 5
+TABLES = ("wte", "lm_head", "scale_up", "scale_down")
+
+
+def make_optimizer(args, model, device_type):
+    """
+    The optimizer of a model's trained parameters. Each of its param_groups has a "rate" over args.learning_rate.
+
+    Weight decay acts on matrices only.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own_rate = {name for name in trained if args.table_lr and set(name.split(".")) & set(TABLES)}
+    muon = {name for name, p in trained.items() if args.optimizer == "muon" and p.dim() == 2 and ".h." in name}
+    matrices = {name for name, p in trained.items() if p.dim() >= 2} - own_rate - muon
+
+    def group(names, lr=args.learning_rate, decay=args.weight_decay):
+        params = [p for name, p in trained.items() if name in names]
+        return [dict(params=params, rate=lr / args.learning_rate, weight_decay=decay)] if params else []
+
+    vectors = trained.keys() - matrices - own_rate - muon  # biases and LayerNorms
+    groups = group(matrices) + group(vectors, decay=0.0) + group(own_rate, args.table_lr)
+    betas = (args.beta1, args.beta2)
+    adamw = torch.optim.AdamW(groups, args.learning_rate, betas, fused=device_type in ("cuda", "cpu")) if groups else None
+    if not muon:
+        return adamw
+    return Both(Muon(group(muon, args.muon_lr), args.muon_lr), *[adamw] * bool(groups))
+
+
+class Both:
+    """Several optimizers as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state):
+        for part, its in zip(self.parts, state, strict=True):
+            part.load_state_dict(its)
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), some in by_shape.items():
+                for p in some:
+                    self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
+                ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # as Nesterov does
+                size = group["lr"] * max(1, rows / columns) ** 0.5
+                for p, direction in zip(some, orthogonal(ahead.bfloat16())):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(direction, alpha=size)
+
+
+def orthogonal(M):
+    """M [n,a,b] -> about U V^T [n,a,b] of each matrix's U S V^T."""
+    if M.shape[1] > M.shape[2]:
+        return orthogonal(M.mT).mT
+    X = M / M.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ROUNDS):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
+    return X
