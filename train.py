@@ -28,7 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint
 from common.cli import fail, finish
 from common.dataset import TrainingText
-from common.device import ends_in_one_line, hardware, peak_flops, peak_memory, random_state, set_random_state, start_processes
+from common.device import (
+    ends_in_one_line,
+    hardware,
+    peak_flops,
+    peak_memory,
+    random_state,
+    set_random_state,
+    settle_dtype,
+    start_processes,
+)
 from common.evaluate import Restored, evaluate
 from common.optimizer import make_optimizer
 from common.progress import Progress
@@ -45,6 +54,7 @@ start = begin(args, given)
 args, model, dataset = start.args, start.model, start.dataset
 rank, world_size, device = start_processes(args)
 device_type = device.split(":")[0]
+args.dtype, dtype_reason = settle_dtype(args, device, world_size)
 master = rank == 0  # the process that evaluates, writes and speaks
 autocast = nullcontext() if args.dtype == "float32" else torch.autocast(device_type, getattr(torch, args.dtype))
 
@@ -126,6 +136,8 @@ if start.state:
         set_random_state(start.state, device)
 run = RunFolder(args, start.resumed_at) if start.writes and master else NoRunFolder()
 progress = Progress(args, master, step, last_step, seconds, tokens_per_step)
+if dtype_reason:
+    progress.say(dtype_reason)
 if start.state:
     progress.say(f"resuming {args.out_dir} at step {step}")
     start.state = None  # frees its memory

@@ -131,8 +131,8 @@ class RunArgs:
     device: str = flag("cuda", "cuda, cuda:1, cpu, mps")
     dtype: str = flag(
         "float16",
-        "arithmetic of the forward pass; float16 trains with a GradScaler",
-        choices=("float32", "bfloat16", "float16"),
+        "arithmetic of the forward pass; float16 trains with a GradScaler; auto measures which is fastest here",
+        choices=("float32", "bfloat16", "float16", "auto"),
     )
     compile: bool = flag(True, "torch.compile the model")
     wandb_log: bool = flag(False, "log to Weights & Biases too; offline where there is no key")

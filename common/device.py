@@ -4,11 +4,12 @@ import os
 import platform
 import resource
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed import init_process_group
+from torch.distributed import broadcast, init_process_group
 
 from common.cli import fail
 
@@ -70,6 +71,38 @@ def hardware(device):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def product_rate(device, dtype, rows, inner, columns, seconds=0.3):
+    """FLOP/s of matrix products [rows,inner] x [inner,columns] on a device: the best of those that fit into the seconds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns / best
+
+
+def settle_dtype(args, device, world_size):
+    """--dtype auto -> (the arithmetic that is fastest here, a line that says why). Every process takes what the first found."""
+    if args.dtype != "auto":
+        return args.dtype, None
+    if device.startswith("cuda"):
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        return dtype, f"dtype {dtype}: what this card computes fast in"
+    if device == "mps":
+        return "float32", "dtype float32: the others are not tried on mps"
+    shape = args.batch_size * args.block_size, args.n_embd, args.mlp_expansion_factor * args.n_embd
+    rates = torch.tensor([product_rate(device, dtype, *shape) for dtype in (torch.float32, torch.bfloat16)])
+    if world_size > 1:
+        broadcast(rates, 0)
+    plain, half = (rates / 1e9).tolist()
+    dtype = "bfloat16" if half > plain else "float32"
+    return dtype, f"dtype {dtype}: products run at {plain:.0f} GFLOP/s in float32, {half:.0f} in bfloat16"
 
 
 def peak_flops(device, dtype):

@@ -241,6 +241,14 @@ def test_bfloat16_trains(train, tmp_path):
     assert train(out_dir=tmp_path / "run", dtype="bfloat16").status == 0
 
 
+def test_auto_settles_on_an_arithmetic_that_the_checkpoint_keeps(train, tmp_path):
+    result = train(out_dir=tmp_path / "run", dtype="auto")
+    assert result.status == 0 and "GFLOP/s in float32" in result.out
+    settled = checkpoint.load(tmp_path / "run" / "last.pt")["args"]["dtype"]
+    assert settled in ("float32", "bfloat16") and f"dtype {settled}:" in result.out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dtype"] == settled
+
+
 @pytest.mark.slow
 def test_compiled_equals_eager(train, tmp_path, monkeypatch):
     # The backend that traces forward and backward without generating C++, which takes half a minute on a CPU.
