@@ -49,16 +49,17 @@ class CacheMeasurer:
             yield model, taken / self.float16_bytes()
 
     def coded(self, row):
-        """-> (a model whose cache is kept by bits, the bytes of a token at one window, the whole positions included)."""
+        """-> (a model whose cache is kept by bits, the bytes of a token at one window: the whole positions are paid for too)."""
         if self.found is None:
             torch.manual_seed(self.seed)
             self.found = gather(self.subject, self.windows)
         x, e, G = self.found
-        codes = fit(x, e, G, cache_bits(self.subject.model, x, row.given[0]), forecasts=row.name == "bits")
+        whole = WHOLE / self.window
+        codes = fit(x, e, G, cache_bits(self.subject.model, x, row.given[0] - whole), forecasts=row.name == "bits")
         hf = copy.deepcopy(self.subject.model)
         install(hf, codes)
         taken = sum(code.bytes_per_token for code in codes) + id_bytes(hf)
-        return Subject(hf), taken + WHOLE / self.window * self.float16_bytes()
+        return Subject(hf), taken + whole * self.float16_bytes()
 
 
 @contextmanager
