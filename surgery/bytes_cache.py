@@ -49,7 +49,7 @@ class CacheMeasurer:
             yield model, taken / self.float16_bytes()
 
     def coded(self, row):
-        """-> (a model whose cache is kept by bits, the bytes of a token at one window: the whole positions are paid for too)."""
+        """-> (a model whose cache is kept by bits, bytes of a token at one window: it pays for the whole positions too)."""
         if self.found is None:
             torch.manual_seed(self.seed)
             self.found = gather(self.subject, self.windows)
