@@ -44,7 +44,7 @@ from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
 from common.modules import AtTable
-from common.train_step import adamw, to_device, trained_flops
+from common.train_step import to_device, trained_flops
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 

@@ -73,18 +73,25 @@ def hardware(device):
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def product_rate(device, dtype, rows, inner, columns, seconds=0.3):
-    """FLOP/s of matrix products [rows,inner] x [inner,columns] on a device: the best of those that fit into the seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        wait()
+def wait_for(device):
+    """Wait until the device has done what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_rate(rows, d, device, dtype):
+    """FLOP/s of this machine: the best of some products (rows, d) x (d, 4 d), as in an MLP. 1,024 rows at most, to be short."""
+    rows = min(rows, 1024)
+    a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((rows, d), (d, 4 * d)))
+    seconds, end = [], time.perf_counter() + 0.5
+    while len(seconds) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
-        a @ b
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * inner * columns / best
+        torch.mm(a, b)
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * d * 4 * d / min(seconds[1:])  # the first one warms up
 
 
 def settle_dtype(args, device, world_size):
@@ -96,8 +103,8 @@ def settle_dtype(args, device, world_size):
         return dtype, f"dtype {dtype}: what this card computes fast in"
     if device == "mps":
         return "float32", "dtype float32: the others are not tried on mps"
-    shape = args.batch_size * args.block_size, args.n_embd, args.mlp_expansion_factor * args.n_embd
-    rates = torch.tensor([product_rate(device, dtype, *shape) for dtype in (torch.float32, torch.bfloat16)])
+    rows = args.batch_size * args.block_size
+    rates = torch.tensor([matrix_rate(rows, args.n_embd, device, dtype) for dtype in ("float32", "bfloat16")])
     if world_size > 1:
         broadcast(rates, 0)
     plain, half = (rates / 1e9).tolist()

@@ -14,7 +14,7 @@ ROUNDS = 5
 TABLES = ("wte", "lm_head", "scale_up", "scale_down")
 
 
-def make_optimizer(args, model, device_type):
+def make_optimizer(args, model):
     """
     The optimizer of a model's trained parameters. Each of its param_groups has a "rate" over args.learning_rate.
 
@@ -32,7 +32,7 @@ def make_optimizer(args, model, device_type):
     vectors = trained.keys() - matrices - own_rate - muon  # biases and LayerNorms
     groups = group(matrices) + group(vectors, decay=0.0) + group(own_rate, args.table_lr)
     betas = (args.beta1, args.beta2)
-    adamw = torch.optim.AdamW(groups, args.learning_rate, betas, fused=device_type in ("cuda", "cpu")) if groups else None
+    adamw = torch.optim.AdamW(groups, args.learning_rate, betas, fused=args.device != "mps") if groups else None
     if not muon:
         return adamw
     return Both(Muon(group(muon, args.muon_lr), args.muon_lr), *[adamw] * bool(groups))

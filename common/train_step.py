@@ -1,26 +1,11 @@
 """The parts of one training step that train.py and bench.py share."""
 
-import torch
-
 
 def to_device(tensors, device):
     """Copy tensors to the device. From pinned memory, the copy to a card overlaps with the step before."""
     if device.startswith("cuda"):
         return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
     return [t.to(device) for t in tensors]
-
-
-def adamw(trained, args):
-    """AdamW for the parameters that train. Biases and norms have no weight decay. args: OptimArgs, and the device."""
-    return torch.optim.AdamW(
-        [
-            dict(params=[p for p in trained if p.dim() >= 2], weight_decay=args.weight_decay),
-            dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0),  # biases and LayerNorms
-        ],
-        lr=args.learning_rate,
-        betas=(args.beta1, args.beta2),
-        fused=args.device.split(":")[0] in ("cuda", "cpu"),
-    )
 
 
 def trained_flops(model, T):

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from common.checkpoint import move_to
 from common.cli import fail
 from common.dataset import Dataset, TrainingText, write_dataset
-from common.device import peak_memory
+from common.device import matrix_rate, peak_memory, wait_for
 from common.nanogpt import nanogpt
+from common.optimizer import make_optimizer
 from common.start import begin
 from common.timing import by_turns, spread
-from common.train_step import adamw, to_device, trained_flops
+from common.train_step import to_device, trained_flops
 from model import GPTConfig
 
 PARTS = ("data", "forward", "loss", "backward", "clip", "optimizer")
@@ -35,29 +36,8 @@ def write_text(folder, vocab_size, block_size):
     write_dataset(folder, ids, ids[: block_size + 1], dict(vocab_size=vocab_size, tokenizer="none"))
 
 
-def wait_for(device):
-    """Wait until the device has done what it was told to do."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
-
-
 def autocast_of(device, dtype):
     return nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))
-
-
-def matrix_rate(rows, d, device, dtype):
-    """FLOP/s of this machine: the best of some products (rows, d) x (d, 4 d), as in an MLP. 1,024 rows at most, to be short."""
-    rows = min(rows, 1024)
-    a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((rows, d), (d, 4 * d)))
-    seconds, end = [], time.perf_counter() + 0.5
-    while len(seconds) < 4 or time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * rows * d * 4 * d / min(seconds[1:])  # the first one warms up
 
 
 class PartsTimer:
@@ -90,7 +70,7 @@ class Trainee:
         self.args, self.device, self.tokens = args, args.device, args.batch_size * args.block_size
         self.model = move_to(start.model, args.device).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.trained, args)
+        self.optimizer = make_optimizer(args, self.model)
         self.text = TrainingText(start.dataset, args, None, 0, 0, 1)
         self.flops_per_token = self.model.flops_per_token(args.block_size)
         self.trained_flops = trained_flops(self.model, args.block_size)

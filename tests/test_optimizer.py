@@ -39,7 +39,7 @@ def test_orthogonal_keeps_the_directions_and_evens_the_sizes():
 def test_each_trained_weight_has_one_optimizer_and_its_rate(tiny_model, shape):
     model = tiny_model(**shape)
     args = TrainArgs(optimizer="muon", learning_rate=1e-3, muon_lr=0.02, table_lr=5e-3)
-    optimizer = make_optimizer(args, model, "cpu")
+    optimizer = make_optimizer(args, model)
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: group["rate"] * 1e-3 for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -53,7 +53,7 @@ def test_each_trained_weight_has_one_optimizer_and_its_rate(tiny_model, shape):
 
 def test_adamw_alone_is_one_optimizer_of_two_groups(tiny_model):
     """As in runs that older versions began, so that they resume."""
-    optimizer = make_optimizer(TrainArgs(), tiny_model(), "cpu")
+    optimizer = make_optimizer(TrainArgs(), tiny_model())
     assert not isinstance(optimizer, Both) and len(optimizer.param_groups) == 2
 
 
