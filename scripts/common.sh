@@ -59,7 +59,7 @@ train_run() {
   local out=$OUT/$1 name=$2
   shift 2
   if [ -f "$out/summary.json" ]; then
-    grep -q "\"preset\": \"$PRESET[_\"]" "$out/summary.json" ||
+    grep -Eq "\"preset\": \"$PRESET(_finetune|_lora|_recon)?\"" "$out/summary.json" ||
       mistake "$out was not run with PRESET=$PRESET: give its preset, or another OUT="
     [ -z "${source_run:-}" ] || [ ! "$source_run/ckpt.pt" -nt "$out/summary.json" ] ||
       mistake "$out started from an older $source_run: delete the folder to run it again"
