@@ -2,12 +2,15 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.coded import coded_in, draft_all, matrices_of, set_prices, whole_moments
+from surgery.bytes_rows import Measurer
+from surgery.bytes_study import Row
+from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
 from surgery.coded_folder import save
 from surgery.coded_modules import CodedLinear, install
 from surgery.evaluator import Evaluator
@@ -148,3 +151,23 @@ def test_a_damaged_folder_is_one_line(packed, folder, tmp_path, capsys, part):
         load(bad)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and WEIGHTS in message
+
+
+def test_ranks_by_frequency_beat_one_rank_at_equal_bytes(packed):
+    """In the metric, by the rows' weights. With numbers for all, the matrix comes back to float16's precision."""
+    moments, metrics = packed.moments, metrics_of(packed.matrices, packed.moments)
+    measurer = SimpleNamespace(moments=moments, metrics=metrics, by_group=Measurer.by_group)
+    W = packed.matrices["wte"].weight.data
+    V, d = W.shape
+
+    def loss(made):
+        error = (W - made).double()
+        return (moments.weights * ((error @ metrics["wte"]) * error).sum(1)).sum()
+
+    for rank in (8, 16):
+        one, size = Measurer.plain(measurer, Row("rank", (rank,)), "wte", W)
+        many, size_by_group = Measurer.by_group(measurer, "wte", W, rank * (V + d) + d * d)
+        assert loss(many) < loss(one)
+        assert size_by_group <= size + 2 * d * d + d * 10 / 8 + 1  # the whole basis, and which components each group keeps
+    whole, _ = Measurer.by_group(measurer, "wte", W, 10**9)
+    assert loss(whole) < 1e-5 * loss(torch.zeros_like(W))
