@@ -12,8 +12,8 @@ decode measures bytes that the KV cache has allocated, tokens a second, and perp
 measured dense, with compressed values and with compressed keys and values, by every number format of the cache. The first
 round chooses how a compressed model attends.
 
-train measures the step of train.py: tokens a second, milliseconds of its parts, peak memory, FLOPs, and which share of the
-machine's own rate for matrix products they are.
+train measures the step of train.py by AdamW: tokens a second, milliseconds of its parts, peak memory, FLOPs, and which share of
+the machine's own rate for matrix products they are.
 """
 
 import statistics

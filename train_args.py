@@ -111,10 +111,10 @@ class OptimArgs:
     table_lr: float | None = flag(
         None, "learning rate of the token table, its scale matrices and the head; left out, --learning_rate", above=0
     )
-    min_lr: float = flag(5e-6, "at the end of the cosine", low=0)
+    min_lr: float = flag(5e-6, "at the end of the cosine; Muon's and the table's rates fall in proportion", low=0)
     warmup_iters: int = flag(500, "steps of linear warmup", low=0)
     lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters", low=1)
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only", low=0)
+    weight_decay: float = flag(0.1, "on matrices only", low=0)
     beta1: float = flag(0.9, "AdamW's", low=0, below=1)
     beta2: float = flag(0.95, "AdamW's", low=0, below=1)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0)
@@ -191,7 +191,10 @@ PRESETS["laptop_finetune"] = PRESETS["laptop"] | dict(
     max_iters=200, eval_interval=50, learning_rate=7.5e-4, muon_lr=5e-3, table_lr=5e-3, warmup_iters=10, weight_decay=0.01
 )
 
-PRESETS["laptop_lora"] = PRESETS["laptop_adamw_lora"]  # adapters train by AdamW
+# As many further steps. Adapters train by AdamW; its rate was not tuned.
+PRESETS["laptop_lora"] = PRESETS["laptop_adamw_lora"] | dict(
+    dtype="auto", max_iters=200, eval_interval=50, learning_rate=1e-3, warmup_iters=10
+)
 
 # Experiments 1-13 on two CPU cores: half the width, so that twice the steps fit into the same minutes (2.0M tokens, fewer
 # than the text has), at four times the rate. Its table is fuller, so that what a rank costs and how it is chosen

@@ -27,19 +27,21 @@ def make_optimizer(args, model):
 
     def group(names, lr=args.learning_rate, decay=args.weight_decay):
         params = [p for name, p in trained.items() if name in names]
-        return [dict(params=params, rate=lr / args.learning_rate, weight_decay=decay)] if params else []
+        return dict(params=params, rate=lr / args.learning_rate, weight_decay=decay)
 
-    vectors = trained.keys() - matrices - own_rate - muon  # biases and LayerNorms
-    groups = group(matrices) + group(vectors, decay=0.0) + group(own_rate, args.table_lr)
-    betas = (args.beta1, args.beta2)
-    adamw = torch.optim.AdamW(groups, args.learning_rate, betas, fused=args.device != "mps") if groups else None
+    # Two groups at least, also empty ones: a run resumes with as many as it began with.
+    groups = [group(matrices), group(trained.keys() - matrices - own_rate - muon, decay=0.0)]  # biases and LayerNorms last
+    if own_rate:
+        groups.append(group(own_rate, args.table_lr))
+    adamw = torch.optim.AdamW(groups, args.learning_rate, (args.beta1, args.beta2), fused=args.device != "mps")
     if not muon:
         return adamw
-    return Both(Muon(group(muon, args.muon_lr), args.muon_lr), *[adamw] * bool(groups))
+    plain = args.device == "cpu" and args.dtype == "float32"  # some processors are very slow in bfloat16
+    return Both(Muon([group(muon, args.muon_lr)], args.muon_lr, dtype=torch.float32 if plain else torch.bfloat16), adamw)
 
 
 class Both:
-    """Several optimizers as one."""
+    """Two optimizers as one."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -67,8 +69,10 @@ class Both:
 class Muon(torch.optim.Optimizer):
     """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
 
-    def __init__(self, params, lr, weight_decay=0.0):
+    def __init__(self, params, lr, weight_decay=0.0, dtype=torch.bfloat16):
+        """dtype: of the products that make a step orthogonal."""
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -79,10 +83,12 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), some in by_shape.items():
                 for p in some:
-                    self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
+                    if p not in self.state:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    self.state[p]["mean"].lerp_(p.grad, 1 - MOMENTUM)
                 ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # as Nesterov does
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, direction in zip(some, orthogonal(ahead.bfloat16())):
+                for p, direction in zip(some, orthogonal(ahead.to(self.dtype))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(direction, alpha=size)
 

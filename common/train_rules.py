@@ -169,10 +169,12 @@ def resume_args(stored, given, kind):
         if given.get(name, stored.get(name)) != stored.get(name):
             unit = "epochs" if stored.get("max_epochs") else "steps"
             fail(f"--{name} {given[name]}: the run with --init_from resume counts {unit}, drop the flag")
+    given = {name: value for name, value in given.items() if (name, value) != ("dtype", "auto")}  # it is settled
     for name, value in given.items():
         if name not in may_change and value != stored.get(name, value):
+            began = "(none)" if stored[name] in (None, "") else stored[name]
             fail(
-                f"--{name} {value} contradicts --init_from resume, the run was started with {stored[name] or '(none)'}: "
+                f"--{name} {value} contradicts --init_from resume, the run was started with {began}: "
                 "drop the flag, or start a new run in another --out_dir"
             )
     args = kind(**(stored | given | dict(init_from=stored["init_from"])))

@@ -13,9 +13,20 @@ def packed_table(record):
         lost = [f"{m['texts'][text]['nats']:+.4f} ± {m['texts'][text]['nats_se'] or 0:.4f}" for text in names]
         lines.append([name, f"{size / 1e6:.1f}", f"{size / whole:.1%}", *lost, f"{m['kl']:.4f}", f"{m['top1']:.1%}"])
     speeds = ", ".join(f"{name} {sorted(x)[len(x) // 2]:.1f}" for name, x in record["tokens_per_second"].items())
-    cache = record["cache"]["bytes_per_token"]
+    cache = cache_line(record["cache"])
     header = ["model", "MB", "of float16", *(f"nats lost, {name}" for name in names), "KL", "top-1"]
     return (
         f"{table(header, lines)}\n\nTokens/s after 64 tokens: {speeds}. In memory {record['bytes']['in_memory'] / 1e6:.1f} MB. "
-        f"Cache, bytes a token: {cache['packed']:,.0f}, untouched in float32 {cache['untouched']:,.0f}."
+        f"{cache}"
     )
+
+
+def cache_line(cache):
+    """Bytes of a token, its share of float16, and from how many tokens on the cache saves more than its constants take."""
+    float16, packed = cache["bytes_per_token"]["untouched"] / 2, cache["bytes_per_token"]["packed"]  # measured in float32
+    line = f"Cache: {packed:,.0f} bytes a token at {cache['tokens']} tokens, float16 {float16:,.0f}"
+    if not cache["asked"]:
+        return line + "."
+    constants = cache["constants"]
+    saved = f"saved from {constants / (float16 - packed):,.0f} tokens on"
+    return f"{line} ({packed / float16:.1%}); its constants are {constants / 1e6:.1f} MB, {saved}."

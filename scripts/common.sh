@@ -1,6 +1,7 @@
 # Sourced by the training scripts after setup.sh: picks preset, data and folder, and runs train.py once.
 #
 #   PRESET    gpt2 | laptop | laptop13   left out: gpt2 where torch sees a GPU, else laptop (laptop13 for experiments 1-13)
+#             laptop_adamw               the laptop's model by AdamW in 1,000 steps, of which some results are
 #             pythia70m | laptop_pythia  the same for compressed keys and values
 #   DATASET   wikitext103 | pile | sotu  left out: wikitext103 with gpt2, pile with pythia70m, sotu with the laptop's or where
 #                                        the others cannot be had
@@ -54,6 +55,16 @@ start_from() {
   [ -f "$source_run/summary.json" ] || mistake "Checkpoint not found, or not trained to its end: $source_run: run scripts/$2 first"
 }
 
+# same_optimizer FOLDER FLAGS...: whether a finished run had its preset's optimizer; runs of before had no such flag. A flag wins.
+same_optimizer() {
+  python - "$@" << 'EOF'
+import json, sys, train_args
+args = json.load(open(sys.argv[1] + "/config.json"))["args"]
+now = train_args.PRESETS.get(args["preset"], {}).get("optimizer", "adamw")
+sys.exit("--optimizer" not in sys.argv and args.get("optimizer", "adamw") != now)
+EOF
+}
+
 # train_run FOLDER WANDB_NAME FLAGS...: starts the run, resumes an interrupted one, leaves a finished one alone
 train_run() {
   local out=$OUT/$1 name=$2
@@ -61,6 +72,8 @@ train_run() {
   if [ -f "$out/summary.json" ]; then
     grep -Eq "\"preset\": \"$PRESET(_finetune|_lora|_recon)?\"" "$out/summary.json" ||
       mistake "$out was not run with PRESET=$PRESET: give its preset, or another OUT="
+    same_optimizer "$out" "$@" ||
+      mistake "$out was trained by another optimizer than PRESET=$PRESET has: PRESET=laptop_adamw, another OUT=, or delete it"
     [ -z "${source_run:-}" ] || [ ! "$source_run/ckpt.pt" -nt "$out/summary.json" ] ||
       mistake "$out started from an older $source_run: delete the folder to run it again"
     echo "$out is done; delete the folder to run it again"

@@ -16,7 +16,7 @@ LAPTOP=laptop13
 source scripts/common.sh
 take_cards
 root=$OUT
-case $PRESET in gpt2) K=${K:-64 128 256 512} ;; laptop) K=${K:-16 32 64 128} ;; *) K=${K:-8 16 32 64} ;; esac
+case $PRESET in gpt2) K=${K:-64 128 256 512} ;; laptop | laptop_adamw) K=${K:-16 32 64 128} ;; *) K=${K:-8 16 32 64} ;; esac
 METHODS=${METHODS-centered freq whiten joint fisher} BEST=${BEST-fisher}
 if [ -n "${ONLY13:-}" ]; then METHODS="" BEST=""; fi
 # A mistake in ranks, methods or flags shows here, not after the baseline has been trained.

@@ -7,7 +7,7 @@ source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
 start_from gpt_baseline train_baseline_gpt2.sh
 case ${1:-} in
-  "" | --*) case $PRESET in laptop) ranks=16,32,64,128 ;; laptop13) ranks=8,16,32,64 ;; *) ranks=64,128,256,512 ;; esac ;;
+  "" | --*) case $PRESET in laptop | laptop_adamw) ranks=16,32,64,128 ;; laptop13) ranks=8,16,32,64 ;; *) ranks=64,128,256,512 ;; esac ;;
   *) ranks=$1; shift ;;
 esac
 folder=$OUT/pca_factorized

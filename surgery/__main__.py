@@ -109,8 +109,8 @@ def check(args, given, points):
     """Refuse contradictions before anything is loaded."""
     if args.seed_faithful and (taken := sorted({"targets", "mode", "method"} & set(given))):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
-    if args.heal_text and not args.heal_steps:
-        fail("--heal_text is what --heal_steps reads: give --heal_steps, or drop it")
+    if not args.heal_steps and (other := sorted({"heal_text", "heal_rank", "heal_lr"} & set(given))):
+        fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
     if not args.out:
         if args.heal_steps:
             fail("--heal_steps heals the model that --out writes: give --out FOLDER")
@@ -158,7 +158,7 @@ def pack(args):
     """--bytes, --cache_bytes: write the packed model."""
     from reports.packed import packed_table
     from surgery.checks import check_subject
-    from surgery.coded_attention import coded_layers
+    from surgery.coded_attention import check_cache
     from surgery.evaluator import Evaluator
     from surgery.pack_model import pack_model
     from surgery.surgeon import digest
@@ -168,7 +168,7 @@ def pack(args):
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
     if args.cache_bytes:
-        coded_layers(subject.model)
+        check_cache(subject.model, args.cache_bytes, args.window)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _ = prepare_folder(args, shared)
     check_writable(args.out)

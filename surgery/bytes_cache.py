@@ -55,7 +55,9 @@ class CacheMeasurer:
             self.found = gather(self.subject, self.windows)
         x, e, G = self.found
         whole = WHOLE / self.window
-        codes = fit(x, e, G, cache_bits(self.subject.model, x, row.given[0] - whole), forecasts=row.name == "bits")
+        codes = fit(
+            x, e, G, cache_bits(self.subject.model, len(x), x[0].shape[-1], row.given[0] - whole), forecasts=row.name == "bits"
+        )
         hf = copy.deepcopy(self.subject.model)
         install(hf, codes)
         taken = sum(code.bytes_per_token for code in codes) + id_bytes(hf)

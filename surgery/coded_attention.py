@@ -16,7 +16,7 @@ from common.cli import fail
 from model import rotate
 from surgery.layers import find_layers
 from surgery.low_rank_modules import Turns, check_attention
-from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, fit, known_of
+from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, fit, known_of, least_bits
 
 
 class Step:
@@ -35,7 +35,8 @@ class Step:
         """-> uint8 (B, T, 2 or 4)"""
         if self.ids is None or self.ids.shape != like.shape[:2]:
             raise ValueError("a coded cache keeps the tokens' ids: give the model input_ids, not inputs_embeds")
-        return (self.ids[..., None] >> self.places.to(like.device)).to(torch.uint8)
+        ids, self.ids = self.ids, None  # each is read once
+        return (ids[..., None] >> self.places.to(like.device)).to(torch.uint8)
 
     def begin(self, packed_ids):
         ids = (packed_ids.long() << self.places.to(packed_ids.device)).sum(-1)
@@ -80,7 +81,8 @@ class CodedAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             read = self.through_cache(now.to(self.code.mean.dtype), attention_mask, past_key_values).to(now.dtype)
         k, v = map(self.heads, read.chunk(2, -1))  # (B, G, S, n)
-        (S, (cos, sin)) = k.shape[2], self.turns(k.shape[2], x)
+        S = k.shape[2]
+        cos, sin = self.turns(S, x)
         q, k = self.q_norm(self.heads(self.q_proj(x))), self.k_norm(k)
         q, k = rotate(q, cos[:, S - T :], sin[:, S - T :]), rotate(k, cos, sin)
         causal = attention_mask is None and T > 1
@@ -107,7 +109,7 @@ class CodedAttention(nn.Module):
         known = step.known(now).flatten(0, 1)
         read = self.code.decode(self.code.unpack(packed.flatten(0, 1)), known).unflatten(0, (B, -1))
         place = torch.arange(whole.shape[1], device=now.device) - pads[:, None]
-        kept = ((place >= 0) & (place < WHOLE))[..., None]  # of shorter texts in a batch; the other ones have it for nothing
+        kept = ((place >= 0) & (place < WHOLE))[..., None]  # shorter texts of a batch begin later
         read = torch.cat([torch.where(kept, whole.to(read.dtype), read[:, : whole.shape[1]]), read[:, whole.shape[1] :]], 1)
         step.read = [*step.read[1 - LAYERS_BEFORE :], read]
         return read + (now - now.detach()) if cache is None else read
@@ -130,7 +132,17 @@ def coded_layers(hf):
     check_attention(hf, layers)
     if any(layer.fused for layer in layers) or not hasattr(hf.base_model.layers[0], "input_layernorm"):
         fail(f"a coded cache: a {hf.config.model_type} has q, k and v in one matrix, give a Llama, Mistral or Qwen")
+    if slides(hf.config.get_text_config()):
+        fail(f"a coded cache: this {hf.config.model_type} forgets what lies outside a sliding window, give another model")
     return layers
+
+
+def slides(config):
+    """Whether a layer's cache drops positions that lie outside a window: the whole first ones would get lost."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def gather(subject, windows):
@@ -181,12 +193,28 @@ def code_cache(subject, windows, share):
     The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it.
     """
     x, e, G = gather(subject, windows)
-    codes = fit(x, e, G, cache_bits(subject.model, x, share))
+    codes = fit(x, e, G, cache_bits(subject.model, len(x), x[0].shape[-1], share))
     install(subject.model, codes)
     return codes
 
 
-def cache_bits(hf, x, share):
-    """Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes."""
-    ends = 7 * len(x)  # bits at most: a layer's bits fill whole bytes
-    return share * 16 * len(x) * x[0].shape[-1] - 8 * id_bytes(hf) - ends
+def cache_bits(hf, layers, numbers, share):
+    """
+    Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes.
+
+    numbers: of a token's keys and values in one of the layers.
+    """
+    ends = 7 * layers  # bits at most: a layer's bits fill whole bytes
+    return share * 16 * layers * numbers - 8 * id_bytes(hf) - ends
+
+
+def check_cache(hf, share, window):
+    """Refuse a model, a --cache_bytes share or a --window that no cache can be made of, before anything is measured."""
+    layers = coded_layers(hf)
+    numbers, count = len(layers[0].rows["k"]) + len(layers[0].rows["v"]), len(layers)
+    least = least_bits(count)
+    if (found := cache_bits(hf, count, numbers, share)) < least:
+        lowest = share + (least - found) / (16 * count * numbers)
+        fail(f"--cache_bytes {share} does not pay for a token's id, gains and a component: give {lowest + 0.0005:.3f} or more")
+    if window <= WHOLE:
+        fail(f"--window {window}: the first {WHOLE} positions of a coded cache are kept whole, give a longer one")

@@ -1,6 +1,6 @@
 """
 A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
-float32, and of a coded cache the constants, in float16. config.json's entry "surgery" is {"coded": [names of the matrices],
+float32, and of a coded cache the constants, in 16 bits. config.json's entry "surgery" is {"coded": [names of the matrices],
 "cache": [bits of the components, for each layer]}.
 """
 
@@ -8,7 +8,8 @@ from surgery import coded_attention
 from surgery.coded_modules import install
 from surgery.model_folder import write_folder
 from util_factorization.coded_matrix import CodedMatrix
-from value_cache.coded_cache import LayerCode
+from util_factorization.trellis import WINDOW
+from value_cache.coded_cache import LAYERS_BEFORE, LayerCode
 
 
 def save(folder, hf, tokenizer, coded, cache=()):
@@ -35,8 +36,8 @@ def fill(hf, plan, tensors, packed):
     """Give a model, made from its config, the tensors of save(). Raises where a name or a shape does not fit."""
     levels = {int(name.split(".")[1]): tensors.pop(name) for name in list(tensors) if name.startswith("levels.")}
     coded, inside = {}, set()
-    cache = [layer_code(bits, taken(tensors, f"cache.{i}.")) for i, bits in enumerate(plan.get("cache", []))]
-    layers = coded_attention.coded_layers(hf) if cache else []
+    layers = coded_attention.coded_layers(hf) if plan.get("cache") else []
+    cache = [layer_code(i, bits, taken(tensors, f"cache.{i}."), layers) for i, bits in enumerate(plan.get("cache", []))]
     for name in plan["coded"]:
         own = taken(tensors, f"coded.{name}.")
         module = ends_of(hf).get(name) or hf.get_submodule(name)
@@ -62,15 +63,15 @@ def taken(tensors, start):
     return {name[len(start) :]: tensors.pop(name) for name in list(tensors) if name.startswith(start)}
 
 
-def layer_code(bits, tensors):
-    """LayerCode of stored tensors. Raises ValueError where they do not fit together."""
-    K, D = len(bits), len(tensors["mean"])
-    fits = tensors["to_z"].shape == (D, K) == tensors["from_z"].T.shape and tensors["forecast"].shape[1:] == (D,)
-    deepest = len(tensors["levels"]) - 1
-    if not fits or not all(type(b) is int and 0 < b <= deepest for b in bits):
-        raise ValueError("a layer of the cache is damaged")
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise ValueError("a layer of the cache has a number that is not finite")
+def layer_code(i, bits, tensors, layers):
+    """LayerCode of layer i of stored tensors. Raises ValueError where they do not fit the layers."""
+    K, D, d = len(bits), len(layers[i].rows["k"]) + len(layers[i].rows["v"]), layers[i].width
+    known = d + D * min(i, LAYERS_BEFORE)
+    shapes = dict(mean=(D,), forecast=(known, D), to_z=(D, K), from_z=(K, D), levels=(len(tensors["levels"]), 2**WINDOW))
+    if any(tensors[name].shape != shape or not tensors[name].isfinite().all() for name, shape in shapes.items()):
+        raise ValueError(f"layer {i} of the cache is damaged")
+    if bits != sorted(bits) or not all(type(b) is int and 0 < b < len(tensors["levels"]) for b in bits):
+        raise ValueError(f"layer {i} of the cache has damaged bits")
     return LayerCode(bits=bits, **tensors)
 
 

@@ -51,10 +51,27 @@ def test_each_trained_weight_has_one_optimizer_and_its_rate(tiny_model, shape):
     assert decayed == {name for name in rates if model.get_parameter(name).dim() >= 2}
 
 
-def test_adamw_alone_is_one_optimizer_of_two_groups(tiny_model):
-    """As in runs that older versions began, so that they resume."""
-    optimizer = make_optimizer(TrainArgs(), tiny_model())
+@pytest.mark.parametrize("shape", [dict(), dict(n_embd_wte=8, lora_rank=2, lora_targets="wte,q_proj")])
+def test_adamw_alone_is_one_optimizer_of_two_groups(tiny_model, shape):
+    """As in runs that older versions began, so that they resume; adapters have no vectors."""
+    optimizer = make_optimizer(TrainArgs(), tiny_model(**shape))
     assert not isinstance(optimizer, Both) and len(optimizer.param_groups) == 2
+
+
+def test_a_gradient_that_overflows_skips_both(tiny_model):
+    model = tiny_model()
+    optimizer = make_optimizer(TrainArgs(optimizer="muon"), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for scale in (float("inf"), 1.0):
+        loss = model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))[1]
+        scaler.scale(loss * scale).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters() if name != "transformer.wpe.weight"]
+        assert all(moved) if scale == 1.0 else not any(moved)
 
 
 def test_muon_trains_and_resumes_bit_for_bit(train, tmp_path):

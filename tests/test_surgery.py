@@ -348,11 +348,13 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
         (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
         (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
         (["--cache_bytes", "0.5", "--targets", "wte", "--out", out], "--targets", "--bytes"),
+        (["--cache_bytes", "0.001", "--out", out], "--cache_bytes 0.001", "gains", "give 0."),
+        (["--cache_bytes", "0.5", "--window", "4", "--out", out], "--window 4", "longer"),
+        (["--bytes", "0.5", "--heal_rank", "4", "--out", out], "--heal_rank", "--heal_steps"),
     ]:
         assert_one_line_error(operate(*argv), *words)
     for argv, reason in [
         (["--bytes", "0.0001", "--targets", "wte"], "do not pay for the basis"),
-        (["--cache_bytes", "0.001"], "pays for the gains at most"),
     ]:
         result = operate(*argv, "--out", out, "--calib_tokens", "1024")
         said = result.err.strip().splitlines()[-1]  # after bars of progress

@@ -177,10 +177,8 @@ def attributes_of(source, *objects):
 
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
-    files = [
-        "train.py",
-        *(f"common/{name}.py" for name in ("start", "dataset", "device", "evaluate", "progress", "run_folder", "train_step")),
-    ]
+    names = ("start", "dataset", "device", "evaluate", "optimizer", "progress", "run_folder", "train_step")
+    files = ["train.py", *(f"common/{name}.py" for name in names)]
     read = set().union(*(attributes_of((REPO / file).read_text(), "args", "a") for file in files))
     read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of train_rules.py only checks
     read |= attributes_of((REPO / "model.py").read_text(), "config", "c") & {f.name for f in fields(GPTConfig)}

@@ -52,7 +52,7 @@ LAYERS_BEFORE = 2  # that a forecast reads
 
 class LayerCode(nn.Module):
     """
-    Of one layer: how a token's keys and values become bytes, and back. A layer without bits has no gain either.
+    This is how a token's keys and values become bytes in one layer, and back. A layer without bits has no gain either.
 
     mean [D], forecast [P,D], to_z [D,K], from_z [K,D], bits: a list of K numbers above 0, rising; levels (most bits + 1,
     2^WINDOW): the value of each window at each depth.
@@ -111,7 +111,7 @@ def nearest_gain(z):
 
 def encode_rows(z, bits, levels):
     """
-    z [N,K] of variance 1 -> the windows [N,K] of least squared error in each row (as trellis.viterbi, which see).
+    z [N,K] of variance 1 -> the windows [N,K] of least squared error in each row (see trellis.viterbi).
 
     Here each number has a depth of its own, and the stream before the first number is 0.
     """
@@ -149,9 +149,8 @@ def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
     level       what the last bit that is paid for is worth, where a fit before has told; then one pass will do
     Raises ValueError where the budget pays for no component, or the texts are not longer than what is kept whole.
     """
-    gains = GAIN_BITS * len(x)
-    if budget < gains + 1:
-        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {gains + 1} or more")
+    if budget < least_bits(len(x)):
+        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least_bits(len(x))} or more")
     if e.shape[1] <= WHOLE:
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
     codes, draw = gaussian_codes(), torch.Generator().manual_seed(0)
@@ -167,10 +166,15 @@ def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        bits = spend(variances.view(1, -1), torch.ones(1), budget - gains, errors.tolist()).view_as(variances)
+        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), errors.tolist()).view_as(variances)
         level = (variances * steps[bits - 1])[bits > 0].min().item()
     levels = torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
+
+
+def least_bits(layers):
+    """Of a budget: the gains, and a bit."""
+    return GAIN_BITS * layers + 1
 
 
 def coded(x):
