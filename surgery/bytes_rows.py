@@ -9,7 +9,7 @@ from tqdm import tqdm
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.evaluator import Evaluator
 from util_factorization.bits import spend
-from util_factorization.coding import decompose_by, draft_small_table, draft_table
+from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
 from util_factorization.rounding import in_groups
 
 DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
@@ -59,7 +59,7 @@ class Measurer:
             if name == "bits in one group":
                 found[table] = draft_table(W, weights, metric, [weights.argsort(descending=True)])
             else:  # no rotation
-                found[table] = draft_small_table(W, weights, metric)
+                found[table] = draft_layer(W, metric, weights, groups_by_weight(weights))
         return found
 
     def plain(self, row, name, W):

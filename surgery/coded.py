@@ -21,10 +21,8 @@ from util_factorization.calibrate import calibrate
 from util_factorization.coding import (
     code,
     draft_layer,
-    draft_small_table,
     draft_table,
     fit,
-    least_forecast,
     levels_bytes,
     row_weights,
     spend_over,
@@ -109,22 +107,11 @@ class Coder:
     @cached_property
     def drafts(self):
         """{name: Draft}; where there are several kinds of matrices, their prices are measured."""
-        drafts, self.prices = draft_all(self.matrices, self.moments), {}
+        drafts = draft_all(self.matrices, self.moments)
         if len(drafts) > 1:
-            evaluator = Evaluator(self.subject, self.texts.windows("calib", PROBES))
-            self.prices = set_prices(drafts, self.matrices, evaluator)
-            print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in self.prices.items()), flush=True)
+            prices = set_prices(drafts, self.matrices, Evaluator(self.subject, self.texts.windows("calib", PROBES)))
+            print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in prices.items()), flush=True)
         return drafts
-
-    def drafts_at(self, share):
-        """The drafts; a table's without a basis where it is forecast to lose less so, at this share of its own bytes."""
-        found = dict(self.drafts)
-        for name, metric in metrics_of(self.matrices, self.moments).items():
-            W = self.matrices[name].weight.data.float().cpu()
-            plain = draft_small_table(W, self.moments.weights, metric)
-            plain.worth *= self.prices.get(kind_of(name), 1.0)
-            found[name] = least_forecast([found[name], plain], share * 2 * W.numel())
-        return found
 
     def code(self, share, drafts=None):
         """
@@ -132,7 +119,7 @@ class Coder:
 
         drafts: others than the Coder's own. Raises ValueError where the share does not pay.
         """
-        drafts = drafts or self.drafts_at(share)
+        drafts = drafts or self.drafts
         bits, codes = fit(list(drafts.values()), share * 2 * self.numbers)
         pairs = tqdm(list(zip(drafts.items(), bits)), "rounding", leave=False)
         coded = {name: code(draft, b, codes) for (name, draft), b in pairs}

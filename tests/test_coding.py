@@ -9,18 +9,7 @@ import torch
 from util_factorization import coded_matrix, coding, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.coding import (
-    code,
-    draft_layer,
-    draft_small_table,
-    draft_table,
-    feedback,
-    fit,
-    groups_by_weight,
-    least_forecast,
-    levels_bytes,
-    row_weights,
-)
+from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, levels_bytes, row_weights
 from util_factorization.packing import pack, stream_bytes, unpack
 from util_factorization.rounding import in_groups
 from util_factorization.trellis import Code, encode, gaussian_code, gaussian_codes
@@ -249,13 +238,3 @@ def test_the_streams_that_are_encoded_at_once_do_not_matter(monkeypatch):
     found = encode(x, code)
     monkeypatch.setattr(trellis, "STREAMS_AT_ONCE", 2)
     assert torch.equal(encode(x, code), found)
-
-
-def test_a_table_of_few_rows_does_without_a_basis():
-    """A basis of 64 x 64 takes as many bytes as 64 rows of eight bits: few rows cannot pay for it, many can."""
-    for rows, small in ((200, True), (8000, False)):
-        W = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
-        weights = torch.full((rows,), 1 / rows, dtype=torch.float64)
-        drafts = [make(W, weights, metric(0, 64)) for make in (draft_table, draft_small_table)]
-        budget = 0.15 * 2 * W.numel() + levels_bytes(gaussian_codes())
-        assert (least_forecast(drafts, budget).P is None) == small

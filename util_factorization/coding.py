@@ -5,7 +5,7 @@ A matrix becomes a Draft: its rows in groups, and what a column of a group is wo
 one water level (bits.py). code() rounds.
 
     token table    P of `fisher`: in its coordinates an error counts the same in every component. Rows lie in groups by weight,
-                   the first few, the last many. A table of few rows does without P, as a layer does
+                   the first few, the last many
     linear layer   cost of an error E: tr(G E C E^T), C = E[x x^T] of the input, G = E[g g^T] of the loss's gradient at the
                    output. Rows lie in groups by G's diagonal, which is what a row weighs. G's other entries are not used
 
@@ -130,24 +130,6 @@ def draft_layer(W, C, weights, groups=None):
     U, D = feedback((1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype))
     worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
     return Draft(W, groups, worth, U)
-
-
-def draft_small_table(table, weights, metric):
-    """A token table that cannot pay for a basis, as a layer with a table's groups -> Draft. As draft_table() otherwise."""
-    return draft_layer(table, metric, weights, groups_by_weight(weights))
-
-
-def least_forecast(drafts, budget):
-    """Of Drafts of one matrix, the one that is forecast to lose least at a budget of bytes."""
-
-    def forecast(draft):
-        try:
-            (bits,), codes = fit([draft], budget)
-        except ValueError:  # it does not pay
-            return math.inf
-        return (draft.worth * torch.tensor(distortion(codes), dtype=torch.float64)[bits]).sum().item()
-
-    return min(drafts, key=forecast)
 
 
 def layer_groups(rows):

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from util_factorization.coding import code, draft_small_table, draft_table, fit, least_forecast, levels_bytes, row_weights
+from util_factorization.coding import code, draft_table, fit, levels_bytes, row_weights
 
 
 class NoRounding:
@@ -65,8 +65,7 @@ class StraightThrough:
     @torch.no_grad()
     def code(self, step):
         table = self.parameter.detach().float().cpu()
-        drafts = [make(table, self.weights, self.metric) for make in (draft_table, draft_small_table)]
-        draft = least_forecast(drafts, self.budget)
+        draft = draft_table(table, self.weights, self.metric)
         (bits,), codes = fit([draft], self.budget)
         coded = code(draft, bits, codes)
         self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
