@@ -70,8 +70,10 @@ def system_figure(path, system, records):
         points = sorted((r["share"], max(worst(r), FLOOR)) for r in rows if r["name"] == name)
         style = STYLES.get(name, dict(color="#7a4fa3", marker="x"))
         ax.plot(*zip(*points), **style)
-        above = dict(xytext=(-6, 6), textcoords="offset points", fontsize=9, color=style["color"])
-        ax.annotate(LABELS.get(name, name), points[0], **above)
+        place = dict(xytext=(-6, 6))
+        if points[0][0] > 0.4:  # at the right edge
+            place = dict(xytext=(6, -14 if name == "ranks by frequency" else 6), ha="right")
+        ax.annotate(LABELS.get(name, name), points[0], textcoords="offset points", fontsize=9, color=style["color"], **place)
     beside = dict(xytext=(-12, -10), textcoords="offset points", ha="right", fontsize=8, color="grey")
     ax.annotate("front: nothing is left of it and below", front[len(front) // 2], **beside)
     ax.set(xscale="log", yscale="log", xlabel="bytes, share of float16", ylabel="nats lost per token, the worst text")
