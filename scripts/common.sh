@@ -57,12 +57,10 @@ start_from() {
 
 # same_optimizer FOLDER FLAGS...: whether a finished run had its preset's optimizer; runs of before had no such flag. A flag wins.
 same_optimizer() {
-  python - "$@" << 'EOF'
-import json, sys, train_args
+  python -c 'import json, sys, train_args
 args = json.load(open(sys.argv[1] + "/config.json"))["args"]
 now = train_args.PRESETS.get(args["preset"], {}).get("optimizer", "adamw")
-sys.exit("--optimizer" not in sys.argv and args.get("optimizer", "adamw") != now)
-EOF
+sys.exit("--optimizer" not in sys.argv and args.get("optimizer", "adamw") != now)' "$@"
 }
 
 # train_run FOLDER WANDB_NAME FLAGS...: starts the run, resumes an interrupted one, leaves a finished one alone

@@ -157,3 +157,13 @@ def test_scripts_run_from_any_folder(copy, main_job, tmp_path):
         (tmp_path, f"'{copy}/scripts/train_baseline_gpt2.sh'"),
     ):
         assert "gpt_baseline is done" in succeed(f"bash {script}", folder, PRESET="laptop").stdout
+
+
+def test_a_run_by_another_optimizer_is_not_taken_for_done(copy, tmp_path):
+    """Folders of before have no flag for it: they were trained by AdamW."""
+    folder = tmp_path / "runs" / "gpt_baseline"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"preset": "laptop"}')
+    (folder / "config.json").write_text('{"args": {"preset": "laptop"}}')
+    done = run("bash scripts/train_baseline_gpt2.sh", copy, PRESET="laptop", OUT=str(tmp_path / "runs"))
+    assert done.returncode == 2 and "another optimizer" in done.stderr and "laptop_adamw" in done.stderr
