@@ -31,10 +31,19 @@ from train_args import PRESETS, ModelArgs, TrainArgs
 
 
 @dataclass
-class DecodeFlags:
+class Flags:
+    """What decode and train share."""
+
+    vocab_size: int = flag(50257, "ids of models with random weights", low=1)
+    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
+    device: str = flag("cpu", "cpu, cuda, mps")
+    out: str = flag("", "a file for the tables, as markdown")
+
+
+@dataclass
+class DecodeFlags(Flags):
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
     shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
-    vocab_size: int = flag(50257, "ids of that model", low=1)
     rank: int | None = flag(
         None, "numbers that its compressed keys and values have; left out, five eighths of its width", low=1
     )
@@ -42,10 +51,7 @@ class DecodeFlags:
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
     batch_size: int = flag(1, "texts side by side", low=1)
     steps: int = flag(24, "tokens of one measurement", low=1)
-    rounds: int = flag(3, "measurements of each", low=1)
     nanogpt: str = flag("", "a checkout of nanoGPT, which has no cache, to measure beside it at the same shape and context")
-    device: str = flag("cpu", "cpu, cuda, mps")
-    out: str = flag("", "a file for the table, as markdown")
 
 
 def check_decode(args):
@@ -170,9 +176,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class TrainFlags:
+class TrainFlags(Flags):
     shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
-    vocab_size: int = flag(50257, "ids of the models", low=1)
     batch_size: int = flag(1, "windows of a step", low=1)
     block_size: int | None = flag(None, "positions of a window; left out, the shape's, 256 at most", low=1)
     dropout: float = flag(0.0, "dropout of all models; train.py has the preset's, nanoGPT none", low=0, below=1)
@@ -186,10 +191,7 @@ class TrainFlags:
     dtypes: str = flag("float32,bfloat16", "arithmetic of the forward pass, comma-separated; the weights are float32")
     compile: bool = flag(False, "measure each model compiled, too")
     steps: int = flag(2, "steps of one measurement", low=1)
-    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
     vs: str = flag("", "a checkout of nanoGPT to measure beside, as it runs by default and at its best")
-    device: str = flag("cpu", "cpu, cuda, mps")
-    out: str = flag("", "a file for the tables, as markdown")
 
 
 def check_train(args):

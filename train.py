@@ -17,7 +17,6 @@ import copy
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
 from common.modules import AtTable
-from common.train_step import to_device, trained_flops
+from common.train_step import autocast_of, to_device, trained_flops
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 
@@ -56,7 +55,7 @@ rank, world_size, device = start_processes(args)
 device_type = device.split(":")[0]
 args.dtype, dtype_reason = settle_dtype(args, device, world_size)
 master = rank == 0  # the process that evaluates, writes and speaks
-autocast = nullcontext() if args.dtype == "float32" else torch.autocast(device_type, getattr(torch, args.dtype))
+autocast = autocast_of(device, args.dtype)
 
 # -- data -------------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,14 @@
 """The parts of one training step that train.py and bench.py share."""
 
+from contextlib import nullcontext
+
+import torch
+
+
+def autocast_of(device, dtype):
+    """A context for the forward pass in an arithmetic, e.g. "bfloat16"."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))
+
 
 def to_device(tensors, device):
     """Copy tensors to the device. From pinned memory, the copy to a card overlaps with the step before."""

@@ -6,7 +6,7 @@ import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ from common.nanogpt import nanogpt
 from common.optimizer import make_optimizer
 from common.start import begin
 from common.timing import by_turns, spread
-from common.train_step import to_device, trained_flops
+from common.train_step import autocast_of, to_device, trained_flops
 from model import GPTConfig
 
 PARTS = ("data", "forward", "loss", "backward", "clip", "optimizer")
@@ -34,10 +34,6 @@ def write_text(folder, vocab_size, block_size):
     """A dataset of random ids: the time of a step does not depend on what it reads."""
     ids = np.random.default_rng(0).integers(vocab_size, size=max(TOKENS, 2 * block_size))
     write_dataset(folder, ids, ids[: block_size + 1], dict(vocab_size=vocab_size, tokenizer="none"))
-
-
-def autocast_of(device, dtype):
-    return nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))
 
 
 class PartsTimer:

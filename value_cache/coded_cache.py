@@ -137,7 +137,7 @@ def encode_rows(z, bits, levels):
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
+def fit(x, e, G, budget, forecasts=True):
     """
     Calibration text -> a LayerCode for each layer.
 
@@ -146,7 +146,6 @@ def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
     budget      bits of a token, over all layers, the gains' too
     forecasts   false: x_l = mean_l + A_l z, for comparison
-    level       what the last bit that is paid for is worth, where a fit before has told; then one pass will do
     Raises ValueError where the budget pays for no component, or the texts are not longer than what is kept whole.
     """
     if budget < least_bits(len(x)):
@@ -155,8 +154,8 @@ def fit(x, e, G, budget, forecasts=True, level=0.0, passes=PASSES):
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
     codes, draw = gaussian_codes(), torch.Generator().manual_seed(0)
     errors = torch.tensor(distortion(codes), dtype=torch.float64)
-    steps = -errors.diff()
-    for _ in range(passes if forecasts else 1):
+    steps, level = -errors.diff(), 0.0  # level: what the last bit that is paid for is worth
+    for _ in range(PASSES if forecasts else 1):
         found, read = [], []
         for now, metric in zip(x, G):
             known = known_of(read, e) if forecasts else e[..., :0]
