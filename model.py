@@ -24,6 +24,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from loss import head_loss
+
 
 @dataclass
 class GPTConfig:
@@ -156,11 +158,9 @@ class CausalSelfAttention(nn.Module):
         T, S = q.shape[1], k.shape[1]
         k, v = self.rotary_read(self.k_restore(k), 0), self.v_restore(v)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, width / H)
-        dropout = self.dropout if self.training else 0.0
+        mask, dropout = None if T in (1, S) else causal_mask(T, S, q.device), self.dropout * self.training
         # is_causal lets the first query see the first key alone. That is right where all positions are computed at once.
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if T in (1, S) else causal_mask(T, S, q.device), dropout_p=dropout, is_causal=T == S
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
         return y.transpose(1, 2).flatten(-2)
 
 
@@ -192,8 +192,7 @@ class Block(nn.Module):
 
     def forward(self, x, cache=NO_CACHE):
         x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class ParallelBlock(Block):
@@ -246,9 +245,13 @@ class Adapter(nn.Module):
         """s B A [out, in], what merging adds to W."""
         return self.scale * self.B @ self.A
 
+    def down(self, x):
+        """x (..., in) -> s x A^T (..., r)"""
+        return self.scale * F.linear(self.dropout(x), self.A)
+
     def forward(self, x):
         """x (..., in) -> s x A^T B^T (..., out)"""
-        return self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+        return F.linear(self.down(x), self.B)
 
     def transposed(self, x):
         """x (..., out) -> s x B A (..., in)"""
@@ -309,18 +312,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         d, k = config.n_embd, config.n_embd_wte
-        # a dense table passes through identities: forward() is the same for both
-        scale_up = nn.Identity() if k is None else nn.Linear(k, d, bias=config.n_embd_wte_mean)
-        scale_down = nn.Identity() if k is None else ScaleDown(k, d, bias=False)
         block = BLOCKS[config.parallel_residual, config.norms_per_layer]
         parts = dict(
             wte=nn.Embedding(config.vocab_size, k or d),
-            scale_up=scale_up,
+            # a dense table passes through identities: forward() is the same for both
+            scale_up=nn.Identity() if k is None else nn.Linear(k, d, bias=config.n_embd_wte_mean),
             wpe=NoPositions() if config.rotary_pct else nn.Embedding(config.block_size, d),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(d, bias=config.bias),
-            scale_down=scale_down,
+            scale_down=nn.Identity() if k is None else ScaleDown(k, d, bias=False),
         )
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(k or d, config.vocab_size, bias=False)
@@ -338,8 +339,7 @@ class GPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_residual = name.endswith(("c_proj", "mlp_down"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         if self.config.n_embd_wte is not None and self.config.factor_init == "matched":
@@ -352,11 +352,10 @@ class GPT(nn.Module):
         The rows of scale^T get unit norm, as a PCA's have. The naive draw, N(0, 0.02) for every factor, gives a table of
         std 0.02^2 sqrt(k): 0.0032 at k = 64.
         """
-        d, k = self.config.n_embd, self.config.n_embd_wte
-        nn.init.normal_(self.transformer.wte.weight, std=0.02 * math.sqrt(d / k))
-        nn.init.normal_(self.transformer.scale_up.weight, std=1 / math.sqrt(d))
-        if not self.config.n_embd_wte_scale_tying:
-            nn.init.normal_(self.transformer.scale_down.weight, std=1 / math.sqrt(d))
+        d, k, t = self.config.n_embd, self.config.n_embd_wte, self.transformer
+        nn.init.normal_(t.wte.weight, std=0.02 * math.sqrt(d / k))
+        for scale in dict.fromkeys((t.scale_up.weight, t.scale_down.weight)):  # one tensor where they are tied
+            nn.init.normal_(scale, std=1 / math.sqrt(d))
 
     @torch.no_grad()
     def import_factors(self, wte, scale_up, scale_down, mean=None):
@@ -397,8 +396,7 @@ class GPT(nn.Module):
     def trunk(self, x, cache=NO_CACHE):
         """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). cache: the positions before them."""
         t = self.transformer
-        pos = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
-        x = t.drop(x + t.wpe(pos))
+        x = t.drop(x + t.wpe(torch.arange(cache.length, cache.length + x.shape[1], device=x.device)))
         for layer, block in enumerate(t.h):
             x = block(x, cache[layer])
         return t.ln_f(x)
@@ -411,19 +409,21 @@ class GPT(nn.Module):
         """The output of ln_f (B, T, d) -> logits (B, T, V)."""
         return self.lm_head(self.transformer.scale_down(h))
 
+    def loss(self, h, targets):
+        """The output of ln_f (B, T, d), the next tokens (B, T) -> the mean cross-entropy of their logits in nats."""
+        return head_loss(self.transformer.scale_down(h), targets, self.lm_head.weight, getattr(self.lm_head, "lora", None))
+
     def forward(self, idx, targets=None):
-        """Token ids (B, T) and the next tokens (B, T) -> logits (B, T, V) and the mean cross-entropy in nats."""
-        logits = self.logits(self.hidden(idx))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
+        """Token ids (B, T) -> (logits (B, T, V), None), or with the next tokens (B, T) -> (None, their loss)."""
+        h = self.hidden(idx)
+        return (self.logits(h), None) if targets is None else (None, self.loss(h, targets))
 
     def count_parameters(self):
         """Stored numbers by group, and their total. A tied tensor counts once. Adapters are a group: merging removes them."""
         group_of = dict(lora="adapters", k_compress="kv_compression", k_restore="kv_compression", v_compress="kv_compression")
         group_of |= dict(v_restore="kv_compression", wte="token_table", scale_up="token_table", scale_down="token_table")
         group_of |= dict(lm_head="head", wpe="positions", attn="attention", mlp="mlp")  # the first that fits
-        groups = ("token_table", "head", "positions", "attention", "kv_compression", "mlp", "norms", "adapters")
-        counts = dict.fromkeys(groups, 0)
+        counts = dict.fromkeys("token_table head positions attention kv_compression mlp norms adapters".split(), 0)
         for name, p in self.named_parameters():  # yields a tied tensor once
             parts = name.split(".")
             counts[next((group for part, group in group_of.items() if part in parts), "norms")] += p.numel()

@@ -75,10 +75,12 @@ restored = None if args.v_proj_dim is None or args.v_proj_narrow else Restored(m
 criterion = "v_recon" if args.objective == "v_recon" else "val_loss"  # the best checkpoint has the least of it
 
 
-def objective(lm_loss):
-    """The loss that trains. lm_loss: the cross-entropy of the forward pass that has just been made."""
+def objective(x, y):
+    """The loss that trains, of a forward pass over x and the next tokens y, (B, T) each."""
     if args.objective == "v_recon":
+        trainer(x)
         return restored.loss()
+    lm_loss = trainer(x, y)[1]
     return lm_loss + args.v_recon_weight * restored.loss() if args.v_recon_weight else lm_loss
 
 
@@ -227,7 +229,7 @@ with ends_in_one_line(args, device):
                 x, y = batch(step, micro)
                 trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
                 with autocast:
-                    loss = objective(trainer(x, y)[1])
+                    loss = objective(x, y)
                 scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach() / micro_steps
 

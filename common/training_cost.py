@@ -13,7 +13,6 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from common.checkpoint import move_to
 from common.cli import fail
@@ -110,7 +109,7 @@ class Step:
             else:  # the two halves of GPT.forward()
                 h = t.model.hidden(x)
                 after("forward")
-                loss = F.cross_entropy(t.model.logits(h).flatten(0, 1), y.flatten())
+                loss = t.model.loss(h, y)
                 after("loss")
         self.scaler.scale(loss).backward()
         after("backward")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,7 @@ def copy_to_hugging_face(model, activation):
 def test_logits_and_loss_equal_hugging_face_gpt2(tiny_model, ours, theirs):
     model = tiny_model(activation=ours, n_layer=3)
     x = ids(model)
-    logits, loss = model(x[:, :-1], x[:, 1:])
+    logits, loss = model(x[:, :-1])[0], model(x[:, :-1], x[:, 1:])[1]
     with torch.no_grad():
         hf = copy_to_hugging_face(model, theirs)(x, labels=x)
     torch.testing.assert_close(logits, hf.logits[:, :-1], atol=1e-4, rtol=1e-4)
@@ -80,6 +81,68 @@ def test_no_position_sees_a_later_one(tiny_model):
     before, after = model(x)[0], model(changed)[0]
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", ["dense", "factorized", "untied", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model, monkeypatch, parts, dtype):
+    """By chunks that do not divide the tokens. In bfloat16 both round, at other places."""
+    lora = dict(n_embd_wte=8, lora_rank=2, lora_alpha=3.0, lora_targets="wte,q_proj")
+    model = tiny_model(**dict(dense={}, factorized=dict(n_embd_wte=8), untied=dict(tie_head=False), adapters=lora)[parts])
+    for name, p in model.named_parameters():
+        p.requires_grad_(parts != "adapters" or ".lora." in name)
+    monkeypatch.setattr("loss.CHUNK", 20)
+    x, y = ids(model), ids(model).flip(0)
+
+    def plain():
+        return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+
+    found = []
+    for loss in (plain, lambda: model(x, y)[1]):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss()
+        (3 * value).backward()
+        found.append((value.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (value, ours) = found
+    atol = 1e-6 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(value, expected, rtol=atol, atol=0)
+    assert ours.keys() == gradients.keys()
+    for name, g in gradients.items():
+        if "k_proj.bias" in name:  # a softmax does not see it: its gradient is the rounding alone
+            continue
+        assert (ours[name] - g).norm() <= 20 * atol * g.norm(), name
+
+
+def test_training_with_the_loss_in_chunks_stays_with_plain_training(tiny_config):
+    """200 steps of AdamW: float32 to 1e-6 at each, bfloat16 within the noise of its own rounding."""
+    torch.manual_seed(0)
+    text = torch.randint(1, 4, (200, 4 * 17)).cumsum(1).remainder(97).unflatten(1, (4, 17))
+
+    def curve(dtype, plain):
+        torch.manual_seed(1)
+        model = GPT(tiny_config())
+        if plain:
+            model.loss = lambda h, y: F.cross_entropy(model.logits(h).flatten(0, 1), y.flatten())
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
+        losses = []
+        for rows in text:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(rows[:, :-1], rows[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    exact, rounded = curve(torch.float32, True), curve(torch.bfloat16, True)
+    torch.testing.assert_close(curve(torch.float32, False), exact, atol=1e-6, rtol=0)
+    assert exact[0] > 4 and exact[-1] < 2  # it has learnt
+    noise = (rounded - exact).abs().max()
+    assert 0 < noise and (curve(torch.bfloat16, False) - exact).abs().max() < 1.5 * noise
 
 
 # -- the factorized table ---------------------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""The loss of a language model's head: mean cross-entropy, without all logits in memory at once."""
+
+import torch
+from torch.nn import functional as F
+
+CHUNK = 1024  # tokens whose logits are in memory at once; on a CPU, products of fewer are slower: 6% at 512, a fifth at 256
+BLOCK = 16  # tokens of a softmax on a CPU: small enough for its cache
+
+
+def head_loss(x, targets, table, adapter=None):
+    """
+    The mean cross-entropy in nats of the logits x @ table^T. x (B, T, m), targets: ids (B, T), table (V, m).
+
+    adapter: the table's, or None. Its r columns stand beside the table's, so that there is one product. Logits have autocast's
+    dtype, and the softmax of a few tokens at a time is computed in float32.
+    """
+    if adapter is None:
+        return HeadLoss.apply(x.flatten(0, 1), targets.flatten(), torch.is_grad_enabled(), table)
+    x = torch.cat([x, adapter.down(x)], -1)
+    return HeadLoss.apply(x.flatten(0, 1), targets.flatten(), torch.is_grad_enabled(), table, adapter.B)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The forward pass computes the gradients too, chunk by chunk. The backward pass would have to compute all logits again."""
+
+    @staticmethod
+    def forward(ctx, x, targets, learns, *tables):
+        """x (N, m), targets (N,), tables (V, m_i) side by side, the m_i add up to m. learns: whether gradients are wanted."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, table = x.to(dtype), [t.to(dtype) for t in tables]
+        table = table[0] if len(table) == 1 else torch.cat(table, 1)
+        loss, dx, gradients = 0, torch.empty_like(x), [None] * len(tables)
+        for x_c, y_c, dx_c in zip(x.split(CHUNK), targets.split(CHUNK), dx.split(CHUNK)):
+            logits = x_c @ table.T
+            loss += sum_and_gradient(logits, y_c)
+            if learns:
+                torch.mm(logits, table, out=dx_c)
+                for i, part in enumerate(x_c.split([t.shape[1] for t in tables], 1)):
+                    if ctx.needs_input_grad[3 + i]:  # a frozen table needs none
+                        more = (logits.T @ part).float()
+                        gradients[i] = more if gradients[i] is None else gradients[i].add_(more)
+        ctx.save_for_backward(dx, *gradients)
+        return loss / len(targets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, *gradients = ctx.saved_tensors
+        scale = grad / len(dx)
+        return dx * scale, None, None, *(None if g is None else g.mul_(scale) for g in gradients)
+
+
+def sum_and_gradient(logits, targets):
+    """The sum of the cross-entropy of logits (N, V). Writes its gradient over them: the probabilities, less 1 at the target."""
+    loss = 0
+    size = BLOCK if logits.device.type == "cpu" else len(logits)
+    for z, y in zip(logits.split(size), targets.split(size)):
+        p = F.log_softmax(z, 1, dtype=torch.float32)
+        at_target = torch.arange(len(y), device=y.device), y
+        loss -= p[at_target].sum()
+        p.exp_()[at_target] -= 1
+        z.copy_(p)
+    return loss
