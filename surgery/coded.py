@@ -23,7 +23,7 @@ from util_factorization.coding import (
     draft_layer,
     draft_table,
     fit,
-    levels_bytes,
+    depths_of,
     row_weights,
     spend_over,
 )
@@ -120,10 +120,10 @@ class Coder:
         drafts: others than the Coder's own. Raises ValueError where the share does not pay.
         """
         drafts = drafts or self.drafts
-        bits, codes = fit(list(drafts.values()), share * 2 * self.numbers)
-        pairs = tqdm(list(zip(drafts.items(), bits)), "rounding", leave=False)
+        depths, codes = fit(list(drafts.values()), share * 2 * self.numbers)
+        pairs = tqdm(list(zip(drafts.items(), depths)), "rounding", leave=False)
         coded = {name: code(draft, b, codes) for (name, draft), b in pairs}
-        return coded, sum(made.bytes() for made in coded.values()) + levels_bytes(codes)
+        return coded, sum(made.bytes() for made in coded.values())
 
 
 def metrics_of(matrices, moments):
@@ -153,10 +153,11 @@ def set_prices(drafts, matrices, evaluator):
     found = {}
     for kind, names in kinds.items():
         chosen = [drafts[name] for name in names]
-        bits = spend_over(chosen, PROBE_BITS * sum(draft.Z.numel() for draft in chosen), codes)
-        errors = torch.tensor(distortion(codes), dtype=torch.float64)
-        forecast = sum((draft.worth * errors[b]).sum().item() for draft, b in zip(chosen, bits)) / 2
-        with coded_in({name: matrices[name] for name in names}, [code(*both, codes) for both in zip(chosen, bits)]):
+        steps = spend_over(chosen, PROBE_BITS * sum(draft.Z.numel() for draft in chosen), codes)
+        errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
+        forecast = sum((draft.worth * errors[s]).sum().item() for draft, s in zip(chosen, steps)) / 2
+        made = [code(draft, depths_of(s, codes), codes) for draft, s in zip(chosen, steps)]
+        with coded_in({name: matrices[name] for name in names}, made):
             found[kind] = max(evaluator.measure()["kl"], 0.0) / forecast
     for name, draft in drafts.items():
         draft.worth *= found[kind_of(name)]

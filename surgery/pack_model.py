@@ -85,7 +85,7 @@ def keep_rest(healed, hf, coded):
 
 
 def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken, cache):
-    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices, levels included."""
+    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices."""
     numbers, size = save(args.out, hf, tokenizer, coded, cache)
     decoded, _ = load(args.out, packed=False)
     found[last] = evaluator.measure(Subject(decoded)) | found[last]

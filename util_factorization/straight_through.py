@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from util_factorization.coding import code, draft_table, fit, levels_bytes, row_weights
+from util_factorization.coding import code, draft_table, fit, row_weights
+from util_factorization.trellis import FAST_WINDOW, gaussian_codes
 
 
 class NoRounding:
@@ -66,9 +67,9 @@ class StraightThrough:
     def code(self, step):
         table = self.parameter.detach().float().cpu()
         draft = draft_table(table, self.weights, self.metric)
-        (bits,), codes = fit([draft], self.budget)
-        coded = code(draft, bits, codes)
-        self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
+        (depths,), codes = fit([draft], self.budget, gaussian_codes(FAST_WINDOW))
+        coded = code(draft, depths, codes)
+        self.size, self.coded_at = coded.bytes(), step
         self.coded = coded.matrix().to(self.parameter)
 
     @contextmanager

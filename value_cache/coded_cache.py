@@ -34,7 +34,7 @@ import torch.nn as nn
 from util_factorization.bits import spend
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.spectrum import root
-from util_factorization.trellis import WINDOW, distortion, gaussian_codes
+from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads
@@ -55,7 +55,7 @@ class LayerCode(nn.Module):
     This is how a token's keys and values become bytes in one layer, and back. A layer without bits has no gain either.
 
     mean [D], forecast [P,D], to_z [D,K], from_z [K,D], bits: a list of K numbers above 0, rising; levels (most bits + 1,
-    2^WINDOW): the value of each window at each depth.
+    2^FAST_WINDOW): the value of each window at each depth.
     """
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
@@ -96,7 +96,7 @@ class LayerCode(nn.Module):
         return pack_rows(windows, self.stream)
 
     def unpack(self, packed):
-        return unpack_rows(packed, self.stream, WINDOW)
+        return unpack_rows(packed, self.stream, FAST_WINDOW)
 
     @property
     def bytes_per_token(self):
@@ -115,7 +115,7 @@ def encode_rows(z, bits, levels):
 
     Here each number has a depth of its own, and the stream before the first number is 0.
     """
-    (N, K), L, z, levels = z.shape, WINDOW, z.float().T.contiguous(), levels.float()
+    (N, K), L, z, levels = z.shape, FAST_WINDOW, z.float().T.contiguous(), levels.float()
     cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []
     cost[0] = 0
     for t, b in enumerate(bits):
@@ -152,8 +152,8 @@ def fit(x, e, G, budget, forecasts=True):
         raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least_bits(len(x))} or more")
     if e.shape[1] <= WHOLE:
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
-    codes, draw = gaussian_codes(), torch.Generator().manual_seed(0)
-    errors = torch.tensor(distortion(codes), dtype=torch.float64)
+    codes, draw = gaussian_codes(FAST_WINDOW), torch.Generator().manual_seed(0)
+    errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
     steps, level = -errors.diff(), 0.0  # level: what the last bit that is paid for is worth
     for _ in range(PASSES if forecasts else 1):
         found, read = [], []
@@ -165,9 +165,9 @@ def fit(x, e, G, budget, forecasts=True):
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), errors.tolist()).view_as(variances)
+        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), distortion(codes)).view_as(variances)
         level = (variances * steps[bits - 1])[bits > 0].min().item()
-    levels = torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in codes)])
+    levels = torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
 
 
