@@ -7,6 +7,7 @@ adapters alone, and base the files that the frozen weights come from and their h
 """
 
 import hashlib
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +23,27 @@ from model import GPT, GPTConfig
 BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
 
-def save(path, model, base=None, hint="make room, then resume the run", **rest):
-    """Write a checkpoint, whole or not at all. base: see base_of(); with it, adapters alone are saved. rest: other entries."""
+def save(path, model, base=None, hint="make room, then resume the run", previous=None, **rest):
+    """
+    Write a checkpoint, whole or not at all.
+
+    base: see base_of(); with it, adapters alone are saved. previous: the name that the file there keeps. rest: other entries.
+    """
     state = model.state_dict()
     if base is not None:
         state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
         rest = dict(base=base, **rest)
-    with written_whole(path, hint) as part:
+    with written_whole(path, hint, previous=previous) as part:
         torch.save(dict(model=state, config=asdict(model.config), **rest), part)
+
+
+def is_whole(path):
+    """Whether a checkpoint's file is as it was written: its checksums hold. torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # a damaged archive can raise nearly anything
+        return False
 
 
 def save_new(out, model, **facts):

@@ -103,8 +103,11 @@ class Dataset:
         The draw depends on the key alone, (seed, step, micro-step). So a resumed run, a run over more cards and another model
         all read the same text.
         """
-        starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
-        return self._windows(self.train, starts, block_size)
+        return self._windows(self.train, self.starts(batch_size, block_size, *key), block_size)
+
+    def starts(self, batch_size, block_size, *key):
+        """Where in the training text the windows of a batch() begin."""
+        return np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
 
     def epoch_steps(self, step_size, block_size, samples=None):
         """
@@ -128,9 +131,12 @@ class Dataset:
         The sequences from `place` on in the order of an epoch, two int64 arrays (B, T). The order depends on the key alone,
         (seed, epoch).
         """
+        return self._windows(self.train, self.epoch_starts(batch_size, block_size, samples, place, *key), block_size)
+
+    def epoch_starts(self, batch_size, block_size, samples, place, *key):
+        """Where in the training text the sequences of an epoch_batch() begin."""
         samples = (len(self.train) - 1) // block_size if samples is None else samples
-        order = shuffled(samples, key)
-        return self._windows(self.train, order[place : place + batch_size] * block_size, block_size)
+        return shuffled(samples, key)[place : place + batch_size] * block_size
 
     def fixed_windows(self, count, batch_size, block_size, split="val"):
         """
@@ -170,10 +176,20 @@ class TrainingText:
 
     def batch(self, step, micro):
         """Two int64 arrays (B, T): token ids, and the ids that follow them."""
-        a, place = self.args, micro * self.world_size + self.rank
+        draw = self.dataset.batch if self.epoch_steps is None else self.dataset.epoch_batch
+        return draw(*self._place(step, micro * self.world_size + self.rank))
+
+    def starts(self, step):
+        """Where in train.bin the windows of a step begin, those of all processes."""
+        find = self.dataset.starts if self.epoch_steps is None else self.dataset.epoch_starts
+        places = range(self.args.gradient_accumulation_steps)
+        return [int(start) for place in places for start in find(*self._place(step, place))]
+
+    def _place(self, step, place):
+        """What draws the place-th micro-step of a step, counted over all processes: arguments of the dataset's methods."""
+        a = self.args
         if self.epoch_steps is None:
-            return self.dataset.batch(a.batch_size, a.block_size, a.seed, self.steps_before + step, place)
+            return a.batch_size, a.block_size, a.seed, self.steps_before + step, place
         epoch, within = divmod(step, self.epoch_steps)
         place = (within * a.gradient_accumulation_steps + place) * a.batch_size
-        key = a.seed, self.steps_before + epoch
-        return self.dataset.epoch_batch(a.batch_size, a.block_size, a.max_train_samples, place, *key)
+        return a.batch_size, a.block_size, a.max_train_samples, place, a.seed, self.steps_before + epoch

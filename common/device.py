@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed import broadcast, init_process_group
+from torch.distributed import all_reduce, broadcast, destroy_process_group, init_process_group
 
 from common.cli import fail
 
@@ -31,8 +31,14 @@ def start_processes(args):
     if device.startswith("cuda"):
         device = pick_card(device, world_size)
     if world_size > 1:
-        init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, device
+
+
+def end_processes():
+    """Wait until every process is here, then part: torchrun ends all where one leaves early."""
+    all_reduce(torch.zeros(()))
+    destroy_process_group()
 
 
 def pick_card(device, world_size):

@@ -40,6 +40,19 @@ def make_optimizer(args, model):
     return Both(Muon([group(muon, args.muon_lr)], args.muon_lr, dtype=torch.float32 if plain else torch.bfloat16), adamw)
 
 
+def skip_where(optimizer, skipped):
+    """
+    The next step() changes nothing where `skipped`, a 0-dim bool tensor on the device, is true.
+
+    Fused AdamW and Muon read it on the device. What is not fused has to be told, so there the program waits.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        if part.defaults.get("fused", True):
+            part.found_inf = skipped.float()  # the name that a GradScaler gives it
+        elif skipped:
+            part.zero_grad(set_to_none=True)
+
+
 class Both:
     """Two optimizers as one."""
 
@@ -69,6 +82,8 @@ class Both:
 class Muon(torch.optim.Optimizer):
     """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
 
+    found_inf = None  # see skip_where()
+
     def __init__(self, params, lr, weight_decay=0.0, dtype=torch.bfloat16):
         """dtype: of the products that make a step orthogonal."""
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
@@ -85,12 +100,18 @@ class Muon(torch.optim.Optimizer):
                 for p in some:
                     if p not in self.state:
                         self.state[p]["mean"] = torch.zeros_like(p)
+                    p.grad = self.unless_skipped(p.grad, self.state[p]["mean"])
                     self.state[p]["mean"].lerp_(p.grad, 1 - MOMENTUM)
                 ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # as Nesterov does
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, direction in zip(some, orthogonal(ahead.to(self.dtype))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                decay = self.unless_skipped(1 - group["lr"] * group["weight_decay"], 1.0)
+                for p, direction in zip(some, self.unless_skipped(orthogonal(ahead.to(self.dtype)), 0.0)):
+                    p.mul_(decay)
                     p.sub_(direction, alpha=size)
+
+    def unless_skipped(self, value, otherwise):
+        """value, or `otherwise` where skip_where() says so; nothing waits for the device."""
+        return value if self.found_inf is None else torch.where(self.found_inf > 0, otherwise, value)
 
 
 def orthogonal(M):

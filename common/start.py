@@ -1,5 +1,6 @@
 """Where a run of train.py starts: its flags settled, its text, its model with weights, and how far an earlier run had come."""
 
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from common import checkpoint
 from common.cli import fail
 from common.dataset import Dataset
 from common.factor_files import read_factors, read_facts
+from common.run_folder import PREVIOUS
 from common.train_rules import check_schedule, check_shape, resume_args, trained_names
 from model import GPT, GPTConfig
 
@@ -24,8 +26,9 @@ class Start:
     starts_from   dict(part, ckpt, tokens): which weights are trained already, where they are from, on how many tokens; or None
     base          of adapters that are saved alone: the files of the frozen weights and their hash; or None
     step          where the run goes on; 0 for a new one
+    evaluates_at  the step that it evaluates first, whatever it is; None where it goes on between two evaluations
     last_step     where it ends
-    state         what a resume restores: best, seconds, optimizer, scaler, rng, cuda_rng; or None
+    state         what a resume restores, the dict of last.pt; or None
     writes        false where it evaluates a run that is there, whose folder then stays as it is
     """
 
@@ -37,6 +40,7 @@ class Start:
     starts_from: dict | None
     base: dict | None
     step: int
+    evaluates_at: int | None
     last_step: int
     state: dict | None
     writes: bool
@@ -87,6 +91,7 @@ def begin(args, given):
         starts_from=starts_from,
         base=checkpoint.base_of(model, args) if args.save_adapters_only else None,
         step=step,
+        evaluates_at=step if not goes_on or previous.get("evaluated", True) else None,  # older versions saved at evaluations
         last_step=last_step,
         state=previous if goes_on else None,
         writes=goes_on or not resuming,
@@ -97,9 +102,21 @@ def read_stopped(args, given):
     """What a run left behind: last.pt to go on with, ckpt.pt to evaluate -> (its dict, its flags)."""
     hint = "start the run without --init_from resume, or give the --out_dir of one that was started"
     base_files = {name: given[name] for name in checkpoint.BASE_FILES if name in given}
-    path = Path(args.out_dir) / ("ckpt.pt" if args.eval_only else "last.pt")
+    path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
     previous = checkpoint.load(path, hint=hint, **base_files)
     return previous, resume_args(previous["args"], given, type(args))
+
+
+def whole_last(folder):
+    """The file to go on with: last.pt, or the one before it where that is damaged."""
+    last, previous = folder / "last.pt", folder / PREVIOUS
+    if checkpoint.is_whole(last) or not (last.exists() or previous.exists()):
+        return last
+    state = "damaged" if last.exists() else "missing"
+    if not checkpoint.is_whole(previous):
+        fail(f"{last} is {state}, and so is {PREVIOUS}: delete {folder} and start the run again")
+    print(f"{last} is {state}: going on from {PREVIOUS}", file=sys.stderr)
+    return previous
 
 
 def read_previous(args, given):

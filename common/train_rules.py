@@ -150,8 +150,8 @@ def trained_names(args, names):
 
 # A resume may change only what leaves the steps planned so far as they were.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_epochs", "patience", "lr_decay_iters", "eval_interval",
-              "eval_only", "log_interval", "device", "compile", "wandb_log", "wandb_project", "wandb_run_name",
-              "tensorboard_log"}  # fmt: skip
+              "eval_only", "checkpoint_minutes", "log_interval", "device", "compile", "wandb_log", "wandb_project",
+              "wandb_run_name", "tensorboard_log"}  # fmt: skip
 MAY_CHANGE_EVAL_ONLY = MAY_CHANGE | {"dataset", "batch_size", "eval_iters", "dtype"}
 
 
