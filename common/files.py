@@ -97,6 +97,18 @@ class Claim:
         self.release = weakref.finalize(self, give_up, descriptor, file, os.getpid())
 
 
+def claim_folder(folder, flag, name=".lock"):
+    """Make a folder, and claim it -> Claim. name: of the lock in it."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"{flag} {folder} is a file: give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{flag} {folder} cannot be written ({error.strerror}): give another folder")
+    return Claim(folder / name, f"{flag} {folder}", f"give another {flag}")
+
+
 def lock(descriptor):
     """Whether this process has the lock of a file now."""
     try:

@@ -19,7 +19,7 @@ import torch
 from common import checkpoint
 from common.cli import fail
 from common.device import hardware
-from common.files import Claim, flush, remove, written_whole
+from common.files import claim_folder, flush, remove, written_whole
 
 PREVIOUS = "last.previous.pt"  # the last.pt before the last one, should that be damaged
 
@@ -52,13 +52,7 @@ class RunFolder:
         for given, package in ((args.wandb_log, "wandb"), (args.tensorboard_log, "tensorboard")):
             if given and importlib.util.find_spec(package) is None:
                 fail(f"--{package}_log needs the package {package}: pip install {package}, or drop the flag")
-        if self.path.exists() and not self.path.is_dir():
-            fail(f"--out_dir {self.path} is a file: give a folder")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--out_dir {self.path} cannot be written ({error.strerror}): give another folder")
-        self.claim = Claim(self.path / ".lock", f"--out_dir {self.path}", "give another --out_dir")
+        self.claim = claim_folder(self.path, "--out_dir")
         if resumed_at is None:
             self._refuse_another_run(config, args)
         facts = dict(args=asdict(args), **provenance(args.device))

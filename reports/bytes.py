@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
-from common.files import written_whole
+from common.files import claim_folder, written_whole
 from common.plots import plt, save
 from reports.markdown import table
 
@@ -114,7 +114,10 @@ def write_report(folder):
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     folder = Path(args.runs)
+    claim = claim_folder(folder, "--runs", ".report.lock") if folder.is_dir() else None
     print(write_report(folder))
+    if claim:
+        claim.release()
     finish(report=str(folder / "report.md"))
 
 

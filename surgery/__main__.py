@@ -170,8 +170,8 @@ def pack(args):
     if args.cache_bytes:
         check_cache(subject.model, args.cache_bytes, args.window)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
-    folder, _ = prepare_folder(args, shared)
-    check_writable(args.out)
+    folder, _, *claims = prepare_folder(args, shared)
+    claims.append(check_writable(args.out))  # both hold until this program ends
     record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
     print(packed_table(record))
     finish(model=name, out=args.out, **record["bytes"])
@@ -206,9 +206,9 @@ def main(argv=None):
     if args.out:
         check_attention(model, layers)
     shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
-    folder, records = prepare_folder(args, shared)
+    folder, records, *claims = prepare_folder(args, shared)
     if args.out:
-        check_writable(args.out)
+        claims.append(check_writable(args.out))  # both hold until this program ends
 
     done = [Point.of_record(r) for r in records if "answer" in r or not args.answer_tokens]
     left = [p for p in [UNTOUCHED, *points] if p not in done]

@@ -102,7 +102,7 @@ def main(argv=None):
     shared["model"] = Path(name).name if Path(name).exists() else name
     shared["weights"] = digest(subject.model)
     args.device = "cpu"
-    folder, records = prepare_folder(args, shared | settings(chosen))
+    folder, records, _claim = prepare_folder(args, shared | settings(chosen))
     rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
     left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:

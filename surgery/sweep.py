@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.cli import fail
-from common.files import written_whole
+from common.files import Claim, claim_folder, written_whole
 from common.run_folder import provenance
 from surgery.evaluator import answer
 from surgery.points import UNTOUCHED
@@ -18,10 +18,13 @@ from surgery.surgeon import Cut, check_changes, fingerprint
 
 
 def prepare_folder(args, settings):
-    """The folder and its lines -> (path, records). A folder of other settings stays as it is: one line says what differs."""
+    """
+    The folder and its lines -> (path, records, a Claim of the folder, which holds while it is kept).
+
+    A folder of other settings stays as it is: one line says what differs.
+    """
     folder = Path(args.out_dir)
-    if folder.exists() and not folder.is_dir():
-        fail(f"--out_dir {folder} is a file: give a folder")
+    claim = claim_folder(folder, "--out_dir")
     config, records = folder / "config.json", read_records(folder / "results.jsonl")
     try:
         before = json.loads(config.read_text())["settings"] if config.exists() else {}
@@ -36,17 +39,18 @@ def prepare_folder(args, settings):
             part.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
         for moments in folder.glob("calibration*.pt"):
             moments.unlink()
-    return folder, records
+    return folder, records, claim
 
 
 def check_writable(out):
-    """The parent of --out takes files: tried now, not after hours of healing."""
+    """The parent of --out takes files: tried now, not after hours of healing -> a Claim of --out, held while kept."""
     parent = Path(out).absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         fail(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+    return Claim(parent / f".{Path(out).name}.lock", f"--out {out}", "choose another folder")
 
 
 def add_line(file, record):
