@@ -58,7 +58,7 @@ def base_of(model, args):
 
 
 ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE}  # what others than a resume read of a run's flags
-STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))
+STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were trained already
 BASE = {name: (str, None) for name in BASE_FILES} | dict(prev_run_ckpt=str, sha256=str)
 ENTRIES = {
     "model": {str: torch.Tensor}, "config": dict, "args": ARGS, "iter_num": COUNT, "data_step": COUNT, "tokens": (COUNT, None),

@@ -20,6 +20,9 @@ from common import checkpoint
 from common.cli import fail
 from common.device import hardware
 from common.files import written_whole
+from common.untrusted import COUNT, read_json, read_json_lines
+
+ANOTHERS = ("a run's config.json", "choose another --out_dir")
 
 
 class NoRunFolder:
@@ -53,8 +56,8 @@ class RunFolder:
             self._refuse_another_run(config, args)
         facts = dict(args=asdict(args), **provenance(args.device))
         if resumed_at is not None and config.exists():
-            before = json.loads(config.read_text())
-            facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
+            before = read_json(config, {"resumed?": list, "args": dict}, *ANOTHERS)
+            facts["resumed"] = before.pop("resumed", []) + [before | dict(at=resumed_at)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
@@ -72,10 +75,7 @@ class RunFolder:
             if checkpoints:
                 fail(f"--out_dir {self.path} holds a {checkpoints[0]} that is not ours: choose another --out_dir")
             return
-        try:
-            before = dict(json.loads(config.read_text())["args"])
-        except (ValueError, KeyError, TypeError):
-            fail(f"{config} is not a run's config.json: choose another --out_dir")
+        before = read_json(config, dict(args=dict), *ANOTHERS)["args"]
         differing = [k for k, v in asdict(args).items() if before.get(k) != v]
         if differing:
             k = differing[0]
@@ -96,9 +96,9 @@ class RunFolder:
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
 
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
-        kept = [line for line in lines if stays(json.loads(line))]
-        path.write_text("".join(line + "\n" for line in kept))
+        resumes = resumed_at is not None and path.exists()
+        lines = read_json_lines(path, dict(iter=COUNT), "what train.py logs", "move it away") if resumes else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines if stays(line)))
 
     def log(self, step, **values):
         self.metrics.write(json.dumps(dict(iter=step, **values)) + "\n")

@@ -44,9 +44,10 @@ def expect(value, shape, name="it"):
 
         int, bool, str, ...     an instance of this type; a bool is no int
         float                   a finite number
-        range(1, 9)             an int in it
+        range(1, 9), "svd"      an int in it; this text
         (shape, None, ...)      one of these
         [shape]                 a list of such values
+        [shape, shape]          a list of as many
         {str: shape}            a dict with any keys and such values
         {"a": shape, "b?": ..}  a dict with these keys, and maybe others; b may be missing
     """
@@ -55,8 +56,10 @@ def expect(value, shape, name="it"):
             raise ValueError(f"{name} is {shown(value)}")
     elif isinstance(shape, list):
         expect(value, list, name)
+        if len(shape) > 1 and len(value) != len(shape):
+            raise ValueError(f"{name} has length {len(value)}")
         for i, each in enumerate(value):
-            expect(each, shape[0], f"{name}[{i}]")
+            expect(each, shape[i % len(shape)], f"{name}[{i}]")
     elif isinstance(shape, dict):
         expect(value, dict, name)
         for key, inner in shape.items():
@@ -81,8 +84,8 @@ def fits(value, shape):
 
 
 def is_a(value, kind):
-    if kind is None:
-        return value is None
+    if kind is None or isinstance(kind, str):
+        return value == kind
     if isinstance(kind, range):
         return type(value) is int and value in kind
     if kind is float:
@@ -118,9 +121,10 @@ def read_json(path, shape, what, hint):
 
 
 def read_json_lines(path, shape, what, hint):
-    """A file with a JSON value a line -> the list of them. shape: of each."""
+    """A file with a JSON value a line -> the list of them; a last line that an interruption cut off is left out. shape: of each."""
     with reading(path, what, hint):
-        values = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        values = [json.loads(line) for line in lines[:-1]]
         expect(values, [shape])
     return values
 
