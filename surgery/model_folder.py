@@ -4,13 +4,13 @@ It says what is smaller: low_rank_folder.py and coded_folder.py each have their 
 """
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from common.files import written_whole
+from common.hugging_face import check_layers
 from common.untrusted import WHOLE, read_json
 
 WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
@@ -48,35 +48,8 @@ def read_plan(folder, most):
     path = Path(folder) / "config.json"
     what = "the config.json of a model that surgery's --out wrote"
     config = read_json(path, dict(model_type=str, surgery=(LOW_RANK, CODED)), what, "write the folder again")
-    for at in [config, *(part for part in config.values() if isinstance(part, dict))]:
-        for name, value in at.items():
-            if name.endswith(("layers", "n_layer")) and type(value) is int and value > most:
-                raise ValueError(f"config.json has {name} {value}, it has {most} weights")
+    check_layers(config, most)
     return config["surgery"]
-
-
-@contextmanager
-def weightless(most, buffers=True):
-    """
-    A context in which modules are made without memory for their parameters (device meta). buffers: make these in memory.
-
-    Raises ValueError where there are more than `most` parameters. Without this, a config makes any number of layers.
-    """
-    register, made = nn.Module.register_parameter, 0
-
-    def registered(module, name, p):
-        nonlocal made
-        made += 1
-        if made > most:
-            raise ValueError(f"config.json wants more than {most} weights")
-        register(module, name, p if p is None or p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
-
-    nn.Module.register_parameter = registered
-    try:
-        with torch.device("cpu" if buffers else "meta"):
-            yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def put(p, tensor):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from common.cli import fail
+from common.hugging_face import read, read_tokenizer, weightless
 from common.untrusted import reading
 from surgery import coded_folder, low_rank_folder
-from surgery.model_folder import WEIGHTS, read_plan, weightless
+from surgery.model_folder import WEIGHTS, read_plan
 
 
 def load(folder, device="cpu", packed=True):
@@ -24,9 +25,9 @@ def load(folder, device="cpu", packed=True):
     and as large as the untouched model.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, options = Path(folder) / WEIGHTS, dict(trust_remote_code=False, local_files_only=True)
+    path = Path(folder) / WEIGHTS
     if not path.is_file() or not path.with_name("config.json").is_file():
         fail(f"{folder} has no model that surgery's --out wrote: give its folder")
     with reading(path, "what its config.json describes", "write the folder again"):
@@ -35,14 +36,14 @@ def load(folder, device="cpu", packed=True):
         kind, args = (coded_folder, [packed]) if "coded" in plan else (low_rank_folder, [])
         if args and packed and str(device) != "cpu":
             fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = read(AutoConfig, "config", folder, "", local_files_only=True)
         for buffers in (False, True):
             with weightless(most, buffers):
                 hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
             if not buffers:
                 kind.check(hf, plan, tensors)
         kind.fill(hf, plan, tensors, *args)
-        tokenizer, rows = AutoTokenizer.from_pretrained(folder, **options), config.get_text_config().vocab_size
+        tokenizer, rows = read_tokenizer(folder, "", local_files_only=True), config.get_text_config().vocab_size
         if len(tokenizer) > rows:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)

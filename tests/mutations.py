@@ -332,9 +332,9 @@ def mutated_safetensors(data, draw):
     tensors = load(data)
     name = draw.choice(sorted(tensors))
     new = wrong_value(tensors[name], draw)
-    tensors[name] = new.contiguous() if isinstance(new, torch.Tensor) and new.numel() < 10**6 else None
-    if tensors[name] is None or tensors[name].layout != torch.strided or tensors[name].device.type != "cpu":
-        del tensors[name]
+    del tensors[name]
+    if isinstance(new, torch.Tensor) and new.numel() < 10**6 and new.layout == torch.strided and new.device.type == "cpu":
+        tensors[name] = new.contiguous()
     return save(tensors)
 
 

@@ -4,14 +4,14 @@ Every reader is given files that are damaged or made to harm: it reads them righ
 Here few of each. HOSTILE=200 gives every file 200 (10 minutes), and prints what came of them: pytest -s tests/test_hostile.py
 """
 
-import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_report import write_run
-from trials import Case, try_case
+from trials import all_survive
 
 from common import checkpoint
 from common.dataset import Dataset, TrainingText, write_dataset
@@ -24,20 +24,11 @@ from common.tokenizer import train_bpe
 from reports import rows
 from train_args import parse_args
 
-NUMBER = int(os.environ.get("HOSTILE", 24))  # mutations of each file
-
 
 @pytest.fixture
 def survives(tmp_path):
     """survives(name, folder, files, read): no version of the files makes the reader fail. Prints the counts."""
-
-    def check(name, folder, files, read, work=None, number=NUMBER):
-        count = try_case(Case(name, folder, files, read), number, work or tmp_path / "work")
-        print(f"\n{count}")
-        assert not count.bad, "\n".join(map(str, [count, *count.bad[:20]]))
-        assert count.fates["refused"]
-
-    return check
+    return partial(all_survive, tmp_path / "work")
 
 
 def saved(path, model, **more):

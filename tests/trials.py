@@ -7,6 +7,7 @@ Every mutation follows from its number alone, so a failure can be repeated.
 """
 
 import io
+import os
 import random
 import re
 import resource
@@ -83,6 +84,21 @@ def try_case(case, number, work, seed=0):
             shutil.copytree(case.folder, folder)
             canary.unlink(missing_ok=True)
     return count
+
+
+def all_survive(work, name, folder, files, read, number=24):
+    """
+    No mutation makes a reader fail: an assertion. number: mutations of each file; HOSTILE=200 overrules it.
+
+    Prints the counts, and adds them to the file HOSTILE_COUNTS.
+    """
+    count = try_case(Case(name, folder, files, read), int(os.environ.get("HOSTILE", number)), work)
+    print(f"\n{count}")
+    if "HOSTILE_COUNTS" in os.environ:
+        with open(os.environ["HOSTILE_COUNTS"], "a") as lines:
+            lines.write(f"{count}\n")
+    assert not count.bad, "\n".join(map(str, [count, *count.bad[:20]]))
+    assert count.fates["refused"]
 
 
 def versions(name, kind, honest, number, seed, canary):
