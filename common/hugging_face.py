@@ -37,7 +37,7 @@ def read_config(source, flag, **options):
 
     most, size = check_source(source, flag, **options)
     config = read(AutoConfig, "config", source, flag, **options)
-    if most is not None:
+    if most is not None and (options or not getattr(config, "quantization_config", None)):  # the caller refuses those
         growth = GROWTH_GGUF if options else GROWTH
         with reading(f"{flag} {source}", "a model whose config fits its weights", "give a complete model"):
             with weightless(100 + 4 * most, buffers=False):

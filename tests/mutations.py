@@ -306,6 +306,27 @@ def hostile_raw(data, draw, canary):
     yield from (b"", b"\xff", b"\xff" * 200, data + b"\0", bytes(len(data)), pickle.dumps(Touch(canary)))
 
 
+def hostile_gguf(data, draw, canary):
+    """Every number of eight bytes in the head may be a length."""
+    yield from (b"", data[:24], b"GGUF" + bytes(100), data[:8] + struct.pack("<QQ", 2**60, 2**60) + data[24:])
+    yield data[:8] + struct.pack("<QQ", 10**9, 0) + data[24:]
+    for name in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type", b"tokenizer.ggml.merges"):
+        at = data.index(name) + len(name) + 8
+        for count in (10**9, 10**18, 2**64 - 1):
+            yield data[:at] + struct.pack("<Q", count) + data[at + 8 :]
+    for name in (b"block_count", b"embedding_length", b"feed_forward_length", b"vocab_size", b".head_count", b"context_length"):
+        at = data.index(name) + len(name) + 4
+        for count in (10**9, 2**31, 0):
+            yield data[:at] + struct.pack("<I", count) + data[at + 4 :]
+
+
+def damaged_head(data, draw):
+    """The first bytes are damaged more often than the numbers behind them."""
+    if draw.random() < 0.3:
+        return damaged_bytes(data, draw)
+    return damaged_bytes(data[:600], draw) + data[600:]
+
+
 def hostile_safetensors(data, draw, canary):
     size = struct.unpack("<Q", data[:8])[0]
     yield from (b"", data[:8], struct.pack("<Q", 2**62) + data[8:], struct.pack("<Q", 10**9) + data[8:])
@@ -346,5 +367,6 @@ KINDS = {  # of file -> (fixed hostile versions, a random mutation)
     "npy": (hostile_npy, mutated_npy),
     "npz": (hostile_npz, mutated_npz),
     "raw": (hostile_raw, damaged_bytes),
+    "gguf": (hostile_gguf, damaged_head),
     "safetensors": (hostile_safetensors, mutated_safetensors),
 }
