@@ -10,7 +10,6 @@ bytes that are there.
 
 import dataclasses
 import json
-import math
 import pickletools
 import re
 import typing
@@ -19,6 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.cli import LARGE, fail, value_type
+
+
+class Positive(float):
+    """In expect(): a finite number above 0."""
+
 
 COUNT = range(0, 2**63)
 WHOLE = range(1, LARGE + 1)  # 1, 2, 3, ...
@@ -43,7 +47,7 @@ def expect(value, shape, name="it"):
     Raise ValueError where a value is not of a shape:
 
         int, bool, str, ...     an instance of this type; a bool is no int
-        float                   a finite number
+        float, Positive         a finite number; one above 0
         range(1, 9), "svd"      an int in it; this text
         (shape, None, ...)      one of these
         [shape]                 a list of such values
@@ -88,8 +92,8 @@ def is_a(value, kind):
         return value == kind
     if isinstance(kind, range):
         return type(value) is int and value in kind
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    if kind in (float, Positive):
+        return type(value) in (int, float) and (0 if kind is Positive else -1e300) < value < 1e300
     return type(value) is int if kind is int else isinstance(value, kind)
 
 
@@ -121,7 +125,7 @@ def read_json(path, shape, what, hint):
 
 
 def read_json_lines(path, shape, what, hint):
-    """A file with a JSON value a line -> the list of them; a last line that an interruption cut off is left out. shape: of each."""
+    """A file with a JSON value a line -> the list of them, of a shape. A last line that an interruption cut off is left out."""
     with reading(path, what, hint):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         values = [json.loads(line) for line in lines[:-1]]

@@ -266,7 +266,7 @@ def hostile_npy(data, draw, canary):
     for shape in ((10**9, 8), (10**12, 10**6), (2**62,), (-1, 8), (97, 10**9)):
         yield npy_header(shape) + data[128:]
     yield npy_header((97, 8), "|O") + pickle.dumps(Touch(canary))
-    yield npy_header("__import__('os').system('touch %s')" % canary) + data[128:]
+    yield npy_header(f"__import__('os').system('touch {canary}')") + data[128:]
 
 
 def mutated_npy(data, draw):

@@ -198,7 +198,8 @@ class Fitted:
         self.forecast = least_squares(known - centre_known, x - centre)
         self.mean = centre - centre_known @ self.forecast
         left = x - self.expected(known)
-        half = root(G.double() + DAMPING * G.trace() / len(G) * torch.eye(len(G), dtype=torch.float64))
+        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
+        half = root(G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64))
         S = (left.T @ left).double() / len(x)
         variances, V = torch.linalg.eigh(half @ S @ half)
         self.variances, V = variances.clamp(min=0).flip(0), V.flip(1)
