@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import zipfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -136,6 +137,7 @@ class Huge:
         return bytearray, (10**11,)
 
 
+BOMB = 100 * 2**20  # bytes
 MEMO = b"\x80\x02}r\xff\xff\xff\x7fX\x01\x00\x00\x00aK\x01s."  # a place in the memo for which 16 GB are reserved
 PICKLE_BOMBS = (MEMO, b"\x80\x02\x8b\xff\xff\xff\x7f.", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x00.", b"(" * 10**5 + b".")
 
@@ -157,6 +159,11 @@ def repacked(data, change, compress=zipfile.ZIP_STORED, **extra):
     return buffer.getvalue()
 
 
+def bomb(data, member):
+    """A zip file that unpacks one member to more than a reader may take."""
+    return repacked(data, lambda name, content: bytes(BOMB) if name.endswith(member) else content, zipfile.ZIP_DEFLATED)
+
+
 def huge_storages(name, content):
     """In a data.pkl, every storage's number of elements becomes 10^9: more than is there."""
     huge = b"J" + struct.pack("<i", 10**9)
@@ -165,7 +172,6 @@ def huge_storages(name, content):
 
 def hostile_torch(data, draw, canary):
     value = torch.load(io.BytesIO(data), weights_only=True)
-    zeros = bytes(256 * 2**20)
     folder = zipfile.ZipFile(io.BytesIO(data)).namelist()[0].split("/")[0]
     yield pickle.dumps(Touch(canary))
     yield torch_bytes(dict(value, config=Touch(canary)))
@@ -173,8 +179,8 @@ def hostile_torch(data, draw, canary):
     yield torch_bytes(Huge())
     yield repacked(data, huge_storages)
     yield repacked(data, lambda name, content: content, zipfile.ZIP_DEFLATED)
-    yield repacked(data, lambda name, content: zeros if name.endswith("data/0") else content, zipfile.ZIP_DEFLATED)
-    yield repacked(data, lambda name, content: zeros if name.endswith("data.pkl") else content, zipfile.ZIP_DEFLATED)
+    for member in ("data/0", "data.pkl"):
+        yield partial(bomb, data, member)
     yield repacked(data, lambda name, content: content, **{"../../outside/x": b"x", "/tmp/outside": b"x"})
     yield repacked(data, lambda name, content: content, **{f"{folder}/data.pkl": pickle.dumps(Touch(canary), 2)})
     yield repacked(data, lambda name, content: MEMO if name.endswith("data.pkl") else content)
@@ -280,14 +286,14 @@ def npz_bytes(arrays, save=np.savez):
 
 
 def hostile_npz(data, draw, canary):
-    arrays, zeros = dict(np.load(io.BytesIO(data))), bytes(256 * 2**20)
+    arrays = dict(np.load(io.BytesIO(data)))
     yield npz_bytes(arrays | dict(scale_up=np.array([Touch(canary)], dtype=object)))
     yield npz_bytes(arrays, np.savez_compressed)
-    yield npz_bytes(arrays | dict(more=np.zeros(2**26, np.float32)), np.savez_compressed)
-    yield npz_bytes(arrays | dict(scale_up=np.zeros((2**20, 64), np.float32)), np.savez_compressed)
+    for name, shape in dict(more=(BOMB // 4,), scale_up=(BOMB // 256, 64)).items():
+        yield partial(npz_bytes, arrays | {name: np.zeros(shape, np.float32)}, np.savez_compressed)
     yield repacked(data, lambda name, content: content, **{"../../outside/x.npy": b"x", "/tmp/outside.npy": b"x"})
     yield repacked(data, lambda name, content: npy_header((10**9, 8)) + content[128:])
-    yield repacked(data, lambda name, content: npy_header((2**26,)) + zeros, zipfile.ZIP_DEFLATED)
+    yield partial(bomb, data, ".npy")
 
 
 def mutated_npz(data, draw):

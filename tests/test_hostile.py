@@ -1,7 +1,7 @@
 """
 Every reader is given files that are damaged or made to harm: it reads them rightly, or ends in one line with status 2.
 
-Here few of each. HOSTILE=200 gives every file 200 (10 minutes), and prints what came of them: pytest -s tests/test_hostile.py
+Here few of each. bash scripts/hostile.sh 200 gives every file 200 and prints the counts.
 """
 
 from functools import partial
@@ -80,9 +80,8 @@ def test_a_base_outside_is_not_read(tmp_path, tiny_model, named, capsys):
     assert checkpoint.load(runs / "lora", prev_run_ckpt=str(tmp_path / "outside"))  # who names it trusts it
 
 
-@pytest.mark.parametrize("flags", [dict(n_layer=1), dict(n_layer=1, optimizer="muon")])
-def test_a_run_that_goes_on(survives, train, tmp_path, flags):
-    assert train(out_dir=tmp_path / "run", max_iters=3, **flags).status == 0
+def test_a_run_that_goes_on(survives, train, tmp_path):
+    assert train(out_dir=tmp_path / "run", max_iters=3, n_layer=1, optimizer="muon").status == 0
 
     def read(run):
         args, given = parse_args(["--init_from", "resume", "--out_dir", str(run), "--max_iters", "5"])

@@ -1,6 +1,6 @@
 """
-Flags as an interface: random valid configurations train, load, evaluate, factorize, merge and sample; random invalid ones end in
-one line, and nothing is written.
+Flags as an interface: random valid configurations train, load, evaluate, factorize, merge and sample; random invalid ones end
+in one line, and nothing is written.
 
 Few of each here; PROPERTIES=100 tries as many.
 """
@@ -52,12 +52,12 @@ def valid(draw):
     if draw(st.booleans()):
         flags["k_proj_dim"] = draw(st.integers(1, d))
     if draw(st.booleans()):
-        narrow = draw(st.booleans())
-        flags |= dict(v_proj_narrow=narrow, v_proj_dim=heads * draw(st.integers(1, width)) if narrow else draw(st.integers(1, d)))
+        flags["v_proj_narrow"] = narrow = draw(st.booleans())
+        flags["v_proj_dim"] = heads * draw(st.integers(1, width)) if narrow else draw(st.integers(1, d))
     return flags
 
 
-@tried(6)
+@tried(3)
 @given(flags=valid(), rank=st.integers(1, 24), data=st.data())
 def test_a_valid_configuration_does_all_that_there_is(train, run_main, toy_dataset, tmp_path, flags, rank, data):
     out = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -108,9 +108,11 @@ BROKEN = dict(
     learning_rate=st.sampled_from((-1, "nan", "inf", "fast")), rotary_pct=st.sampled_from((-0.5, 1.5, "nan", 0.01)),
     activation=st.sampled_from(("relu", "", "GELU")), n_embd_wte=st.sampled_from((0, -1, 999)), mlp_expansion_factor=st.just(0),
     v_proj_dim=st.sampled_from((0, 999, -2)), k_proj_dim=st.sampled_from((0, 999)), norms_per_layer=st.sampled_from((0, 3)),
-    max_iters=st.sampled_from((-1, "2.0", 10**10)), warmup_iters=st.sampled_from((-1, 2, 99)), seed=st.sampled_from((-1, 2**64)),
+    max_iters=st.sampled_from((-1, "2.0", 10**10)), warmup_iters=st.sampled_from((-1, 2, 99)),
+    seed=st.sampled_from((-1, 2**64)),
     eval_interval=st.sampled_from((0, -5)), lora_rank=st.sampled_from((1, 0, -3)), lora_alpha=st.just(3.0),
-    optimizer=st.sampled_from(("sgd", "")), device=st.sampled_from(("gpu", "cpu:0", "")), dtype=st.sampled_from(("float16", "int8")),
+    optimizer=st.sampled_from(("sgd", "")), device=st.sampled_from(("gpu", "cpu:0", "")),
+    dtype=st.sampled_from(("float16", "int8")),
     init_from=st.sampled_from(("prev_run", "resume", "nothing")), prev_run_ckpt=st.just("none"), preset=st.just("desktop"),
     import_wte_npy=st.just("none.npy"), objective=st.sampled_from(("v_recon", "mlm")), train_only=st.just("nothing"),
     freeze=st.sampled_from(("h.9", ",")), dataset=st.just("no such"), code_wte=st.sampled_from((0, 2, -1, "nan")),
