@@ -57,7 +57,8 @@ def base_of(model, args):
     return {name: file and str(Path(file).resolve()) for name, file in files.items()} | dict(sha256=digest.hexdigest())
 
 
-ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE}  # what others than a resume read of a run's flags
+# What is read of a file; of its flags, args, by others than a resume.
+ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE, str: object}
 STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were trained already
 BASE = {name: (str, None) for name in BASE_FILES} | dict(prev_run_ckpt=str, sha256=str)
 ENTRIES = {

@@ -3,6 +3,7 @@ Token files: data/<name>/train.bin and val.bin, headerless uint16 (uint32 where 
 a dict of plain values with vocab_size, dtype and what a sampler needs to decode.
 """
 
+import os
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -10,15 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import fail
-from common.untrusted import COUNT, check_pickle, expect, reading
+from common.untrusted import COUNT, IDS, check_pickle, expect, reading
 
 ROOT = Path(__file__).parents[1] / "data"
 
 
 AGAIN = "run the dataset's prepare.py again"
-LARGEST = 2**24  # no tokenizer has more ids
 META = {
-    "vocab_size": range(1, LARGEST + 1), "dtype": str, "tokenizer?": (str, None), "tokenizer_json?": str, "end_of_text?": COUNT,
+    "vocab_size": IDS[1:], "dtype": str, "tokenizer?": (str, None), "tokenizer_json?": str, "end_of_text?": COUNT,
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def write_dataset(folder, train, val, meta):
 
 def find_folder(name):
     """The folder of a dataset: data/<name>, or the path itself; None where there is neither."""
-    return next((folder for folder in (ROOT / name, Path(name)) if folder.is_dir()), None)
+    return next((folder for folder in (ROOT / name, Path(name)) if os.path.isdir(folder)), None)  # of any text
 
 
 @lru_cache(maxsize=1)

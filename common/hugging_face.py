@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from common.cli import fail
 from common.gguf_head import check_gguf
+from common.tokenizer import check_definition
 from common.untrusted import expect, read_json, reading
 
 GROWTH = 2.5  # float32 over the bytes of a file in half precision, and room for what is not stored
@@ -123,6 +124,10 @@ def read_tokenizer(source, flag, **options):
     """A tokenizer that can read a text and write it. A damaged one may load, and fail at its first text."""
     from transformers import AutoTokenizer
 
+    definition = Path(source) / "tokenizer.json"
+    if definition.is_file() and "gguf_file" not in options:
+        with reading(definition, "the definition of a tokenizer", "give a whole one"):
+            check_definition(definition.read_text(encoding="utf-8"))
     tokenizer = read(AutoTokenizer, "tokenizer", source, flag, **options)
     with reading(f"{flag} {source}".strip(), "the source of a tokenizer that works", "give a whole one"):
         ids = tokenizer("so it goes 1 2", add_special_tokens=False, truncation=False)["input_ids"]
@@ -145,6 +150,17 @@ def read_model(source, flag, **options):
     settings = Path(source) / "generation_config.json"
     if settings.is_file() and "gguf_file" not in options:
         read_json(settings, GENERATION, "the settings of a generation", "delete it, or give a whole model")
-        with reading(settings, "the settings of a generation", "delete it, or give a whole model"):
-            model.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1, pad_token_id=0)
+    with reading(f"{flag} {source}", "a model that computes", "give a whole model"):
+        rows = len(model.get_input_embeddings().weight)
+        expect(model.config.get_text_config().vocab_size, range(1, rows + 1), "vocab_size")
+        check_works(model)
     return model, info
+
+
+@torch.no_grad()
+def check_works(model):
+    """Raise an error where a model cannot read two tokens and write one: its config may fit the weights, and be wrong."""
+    ids = torch.arange(2)[None]
+    if not model(ids).logits.isfinite().all():
+        raise ValueError("it computes numbers that are not finite")
+    model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)

@@ -16,13 +16,8 @@ from common.untrusted import COUNT, expect, expect_fields, reading
 from model import GPT, GPTConfig
 
 # What last.pt has for a resume, besides what ckpt.pt has.
-STATE = dict(
-    best=dict(iter=COUNT, tokens=COUNT, val_loss=float),
-    seconds=float,
-    optimizer=(dict, list),
-    scaler={str: float},
-    rng=torch.Tensor,
-)
+BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)
+STATE = dict(best=BEST, seconds=float, optimizer=(dict, list), scaler={str: float}, rng=torch.Tensor)
 
 RESUMED = ("the state of a run", "go on from a copy of it, or start anew in another --out_dir")
 

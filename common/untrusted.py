@@ -25,6 +25,7 @@ class Positive(float):
 
 
 COUNT = range(0, 2**63)
+IDS = range(2**24)  # no tokenizer has more
 WHOLE = range(1, LARGE + 1)  # 1, 2, 3, ...
 
 
