@@ -98,7 +98,7 @@ def read_codec(meta, source, hint):
         from tokenizers import Tokenizer
 
         with reading(source, "the meta.pkl of a dataset with a tokenizer", "run the dataset's prepare.py again"):
-            expect(meta, dict(end_of_text=range(meta["vocab_size"])))
+            expect(meta, dict(end_of_text=IDS))
             check_definition(meta["tokenizer_json"])
             bpe = Tokenizer.from_str(meta["tokenizer_json"])
         bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's

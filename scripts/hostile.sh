@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Gives every file that a program reads N damaged or hostile versions, and prints what came of them; then N random configurations.
-# 200 (the default) take about 12 minutes on one core. The tests hold a fast version.
+# 200 (the default), 7,800 in all, take 4 1/2 minutes on one core. The tests hold a fast version.
 #
 #   bash scripts/hostile.sh 200
 set -euo pipefail

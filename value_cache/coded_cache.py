@@ -216,7 +216,7 @@ class Fitted:
         expected = self.expected(known)
         z = (x - expected) @ self.to_z.float()
         noise = torch.randn(z.shape, generator=draw) * (error * (1 - error) * self.variances).sqrt().float()
-        if (kept := error < 1).any():
+        if (kept := (error < 1) & (self.variances > 0)).any():
             noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
 
