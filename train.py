@@ -33,7 +33,6 @@ from common.device import (
     peak_flops,
     peak_memory,
     random_state,
-    set_random_state,
     settle_dtype,
     start_processes,
 )
@@ -130,11 +129,7 @@ if args.code_wte is not None and start.writes:  # else a checkpoint is evaluated
 step, last_step, best = start.step, start.last_step, None  # best: the evaluation with the least of the criterion
 torch.manual_seed(args.seed + rank)  # from here on it draws the dropout, another one in every process
 if start.state:
-    best = start.state["best"]
-    optimizer.load_state_dict(start.state["optimizer"])
-    scaler.load_state_dict(start.state["scaler"])
-    if master:
-        set_random_state(start.state, device)
+    best = start.restore(optimizer, scaler, device, master)
 run = RunFolder(args, start.resumed_at) if start.writes and master else NoRunFolder()
 progress = Progress(args, master, step, last_step, start.state, tokens_per_step)
 tally = Tally(device, world_size, start.state if master else None)

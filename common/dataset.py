@@ -3,6 +3,7 @@ Token files: data/<name>/train.bin and val.bin, headerless uint16 (uint32 where 
 a dict of plain values with vocab_size, dtype and what a sampler needs to decode.
 """
 
+import os
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -10,31 +11,31 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import fail
+from common.untrusted import COUNT, IDS, check_pickle, expect, reading
 
 ROOT = Path(__file__).parents[1] / "data"
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads plain containers, text and numbers. They need no class looked up, so looking one up is refused: no code runs."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+AGAIN = "run the dataset's prepare.py again"
+META = {
+    "vocab_size": IDS[1:], "dtype": str, "tokenizer?": (str, None), "tokenizer_json?": str, "end_of_text?": COUNT,
+}  # fmt: skip
 
 
 def read_meta(path):
-    """meta.pkl -> a dict; a file that holds anything else is refused."""
-    hint = "run the dataset's prepare.py again"
-    try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-    except FileNotFoundError:
+    """meta.pkl -> a dict of plain containers, text and numbers. A file that names anything else is refused: no code runs."""
+    path = Path(path)
+    if not path.exists():
         fail(f"{path} does not exist: run the dataset's prepare.py first, or choose another --dataset")
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        fail(f"{path} is not a pickled dict of plain values ({error}): {hint}")
-    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int):
-        fail(f"{path} is not a dict with an integer vocab_size: {hint}")
-    if meta.get("dtype") not in ("uint16", "uint32"):
-        fail(f"{path} says dtype {meta.get('dtype')!r}, where uint16 or uint32 is expected: {hint}")
+    with reading(path, "a pickled dict of plain values", AGAIN):
+        data = path.read_bytes()
+        check_pickle(data)
+        meta = pickle.loads(data)
+        expect(meta, META)
+    if meta["dtype"] not in ("uint16", "uint32"):
+        fail(f"{path} says dtype {meta['dtype']!r}, where uint16 or uint32 is expected: {AGAIN}")
+    if meta["dtype"] == "uint16" and meta["vocab_size"] > 2**16:
+        fail(f"{path} says vocab_size {meta['vocab_size']}, more than uint16 can count: {AGAIN}")
     return meta
 
 
@@ -52,7 +53,7 @@ def write_dataset(folder, train, val, meta):
 
 def find_folder(name):
     """The folder of a dataset: data/<name>, or the path itself; None where there is neither."""
-    return next((folder for folder in (ROOT / name, Path(name)) if folder.is_dir()), None)
+    return next((folder for folder in (ROOT / name, Path(name)) if os.path.isdir(folder)), None)  # of any text
 
 
 @lru_cache(maxsize=1)

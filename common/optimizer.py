@@ -8,6 +8,8 @@ iteration finds that matrix by products alone. The token table, scale matrices, 
 
 import torch
 
+from common.untrusted import expect
+
 MOMENTUM = 0.95
 A, B, C = 3.4445, -4.7750, 2.0315  # of x -> a x + b x^3 + c x^5, which takes singular values to between 0.7 and 1.2
 ROUNDS = 5
@@ -74,10 +76,6 @@ class Both:
     def state_dict(self):
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, state):
-        for part, its in zip(self.parts, state, strict=True):
-            part.load_state_dict(its)
-
 
 class Muon(torch.optim.Optimizer):
     """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
@@ -123,3 +121,30 @@ def orthogonal(M):
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
     return X
+
+
+KEPT = {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "step": torch.Tensor}  # of each weight, by AdamW
+
+
+def resume_optimizer(optimizer, state):
+    """
+    Give an optimizer the running means of a state_dict(). Its groups stay as they are: the run's flags make them.
+
+    Raises ValueError where the state is that of other weights or another optimizer.
+    """
+    if isinstance(optimizer, Both):
+        for part, its in zip(optimizer.parts, state, strict=True):
+            resume_optimizer(part, its)
+        return
+    expect(state, dict(state=dict, param_groups=[dict(params=[int])]))
+    groups, weights = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its optimizer has other weights")
+    for i, kept in state["state"].items():
+        expect(i, range(len(weights)), "a number in its optimizer")
+        expect(kept, dict(mean=torch.Tensor) if isinstance(optimizer, Muon) else KEPT)
+        for name, tensor in kept.items():
+            shape = () if name == "step" else weights[i].shape
+            if tensor.shape != shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"the {name} of its optimizer is damaged")
+    optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))

@@ -55,7 +55,7 @@ class Progress:
     @property
     def state(self):
         """What a resume needs."""
-        return dict(seconds=self.seconds, logged=(self.logged_step, self.logged_seconds))
+        return dict(seconds=self.seconds, logged=[self.logged_step, self.logged_seconds])
 
     def log(self, step, loss, peak_share):
         """

@@ -20,7 +20,9 @@ from common import checkpoint
 from common.cli import fail
 from common.device import hardware
 from common.files import claim_folder, flush, remove, written_whole
+from common.untrusted import COUNT, read_json, read_json_lines
 
+ANOTHERS = ("a run's config.json", "choose another --out_dir")
 PREVIOUS = "last.previous.pt"  # the last.pt before the last one, should that be damaged
 
 
@@ -57,8 +59,8 @@ class RunFolder:
             self._refuse_another_run(config, args)
         facts = dict(args=asdict(args), **provenance(args.device))
         if resumed_at is not None and config.exists():
-            before = json.loads(config.read_text())
-            facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
+            before = read_json(config, {"resumed?": list, "args": dict}, *ANOTHERS)
+            facts["resumed"] = before.pop("resumed", []) + [before | dict(at=resumed_at)]
         (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
         with written_whole(config, "give another --out_dir") as part:
             part.write_text(json.dumps(facts, indent=1) + "\n")
@@ -74,10 +76,7 @@ class RunFolder:
             if checkpoints:
                 fail(f"--out_dir {self.path} holds a {checkpoints[0]} that is not ours: choose another --out_dir")
             return
-        try:
-            before = dict(json.loads(config.read_text())["args"])
-        except (ValueError, KeyError, TypeError):
-            fail(f"{config} is not a run's config.json: choose another --out_dir")
+        before = read_json(config, dict(args=dict), *ANOTHERS)["args"]
         differing = [k for k, v in asdict(args).items() if before.get(k) != v]
         if differing:
             k = differing[0]
@@ -102,9 +101,10 @@ class RunFolder:
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
 
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if resumed_at is not None and path.exists() else []
+        resumes = resumed_at is not None and path.exists()
+        lines = read_json_lines(path, dict(iter=COUNT), "what train.py logs", "move it away") if resumes else []
         with written_whole(path, "make room") as part:
-            part.write_text("".join(line for line in lines if line.endswith("}\n") and stays(line)))
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines if stays(line)))
 
     def log(self, step, **values):
         try:

@@ -9,10 +9,20 @@ import torch
 from common import checkpoint
 from common.cli import fail
 from common.dataset import Dataset
+from common.device import set_random_state
 from common.factor_files import read_factors, read_facts
+from common.optimizer import resume_optimizer
 from common.run_folder import PREVIOUS
 from common.train_rules import check_schedule, check_shape, resume_args, trained_names
+from common.untrusted import COUNT, expect, expect_fields, reading
 from model import GPT, GPTConfig
+
+# What last.pt has for a resume, besides what ckpt.pt has.
+BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)
+STATE = dict(best=BEST, seconds=float, optimizer=(dict, list), scaler={str: float}, rng=torch.Tensor)
+STATE |= {"logged?": [COUNT, float], "tally?": [float, float, float]}
+
+RESUMED = ("the state of a run", "go on from a copy of it, or start anew in another --out_dir")
 
 
 @dataclass
@@ -49,6 +59,15 @@ class Start:
     def resumed_at(self):
         """The step at which the run goes on; None where it is new."""
         return self.step if self.state else None
+
+    def restore(self, optimizer, scaler, device, master):
+        """Give a resumed run what last.pt has besides the weights -> the best evaluation."""
+        with reading(Path(self.args.out_dir) / "last.pt", *RESUMED):
+            resume_optimizer(optimizer, self.state["optimizer"])
+            scaler.load_state_dict(self.state["scaler"])
+            if master:
+                set_random_state(self.state, device)
+        return self.state["best"]
 
 
 def begin(args, given):
@@ -104,6 +123,16 @@ def read_stopped(args, given):
     base_files = {name: given[name] for name in checkpoint.BASE_FILES if name in given}
     path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
     previous = checkpoint.load(path, hint=hint, **base_files)
+    with reading(path, *RESUMED):
+        expect_fields(previous["args"], type(args))
+        for name in (*checkpoint.SHAPE, "n_embd_wte", "k_proj_dim", "v_proj_dim"):
+            if name in previous["args"] and previous["args"][name] != previous["config"].get(name):
+                raise ValueError(f"its flags have {name} {previous['args'][name]}, its model {previous['config'].get(name)}")
+        if not args.eval_only:
+            expect(previous, STATE)
+            if previous["args"].get("code_wte") is not None:
+                expect(previous, dict(unrounded_wte=torch.Tensor))
+                checkpoint.check_tensor("unrounded_wte", previous["unrounded_wte"], previous["model"]["lm_head.weight"].shape)
     return previous, resume_args(previous["args"], given, type(args))
 
 

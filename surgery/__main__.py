@@ -225,7 +225,7 @@ def main(argv=None):
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
             write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
-    records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
+    records, smaller = (read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point measured again, to answer, counts once
     print(write_report(folder, records, smaller))
     for claim in claims:

@@ -12,24 +12,27 @@ from tqdm import tqdm
 from common.cli import fail
 from common.files import Claim, claim_folder, written_whole
 from common.run_folder import provenance
+from common.untrusted import read_json, read_json_lines
 from surgery.evaluator import answer
 from surgery.points import UNTOUCHED
 from surgery.surgeon import Cut, check_changes, fingerprint
 
+# What tells which points are measured already. Older lines have no budget.
+LINE = dict(method=str, mode=str, targets=str) | {level: (float, None) for level in ("variance?", "rank?", "budget?")}
 
-def prepare_folder(args, settings):
+
+def prepare_folder(args, settings, line=LINE):
     """
     The folder and its lines -> (path, records, a Claim of the folder, which holds while it is kept).
 
-    A folder of other settings stays as it is: one line says what differs.
+    A folder of other settings stays as it is: one line says what differs. line: the shape of a line (common/untrusted.py).
     """
     folder = Path(args.out_dir)
     claim = claim_folder(folder, "--out_dir")
-    config, records = folder / "config.json", read_records(folder / "results.jsonl")
-    try:
-        before = json.loads(config.read_text())["settings"] if config.exists() else {}
-    except (ValueError, KeyError):
-        fail(f"--out_dir {folder} holds a config.json that surgery did not write: choose another folder")
+    config, records, before = folder / "config.json", read_records(folder / "results.jsonl", line), {}
+    if config.exists():
+        what = ("a config.json that surgery wrote", "choose another folder with --out_dir")
+        before = read_json(config, dict(settings=dict), *what)["settings"]
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]
@@ -65,13 +68,15 @@ def add_line(file, record):
         fail(f"{file} cannot be written ({error.strerror}): make room; the same command goes on from here")
 
 
-def read_records(results):
+def read_records(results, line):
     """The lines of a file of JSON lines; one that an interruption cut off is removed."""
-    lines = results.read_text().splitlines(keepends=True) if results.exists() else []
-    complete = [line for line in lines if line.endswith("}\n")]
-    if len(complete) < len(lines):
-        results.write_text("".join(complete))
-    return [json.loads(line) for line in complete]
+    if not results.exists():
+        return []
+    records = read_json_lines(results, line, "the file of a sweep", "choose another --out_dir, or delete it and measure again")
+    text = results.read_bytes()
+    if not text.endswith(b"\n"):
+        results.write_bytes(text[: text.rfind(b"\n") + 1])
+    return records
 
 
 def sweep(args, points, surgeon, evaluator, tokenizer, results):

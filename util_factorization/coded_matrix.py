@@ -20,6 +20,7 @@ from util_factorization.packing import stream_bytes, unpack, unpack_all
 
 SEGMENT = 1024  # numbers of a stream at most: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
+INTEGERS = ("place", "sizes", "bits", "P")  # the other tensors are floats
 OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
 
 
@@ -67,11 +68,15 @@ class CodedMatrix:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} has a number that is not finite")
+            if tensor is not None and (tensor.is_complex() or tensor.is_floating_point() == (name in INTEGERS)):
+                raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
             raise ValueError("the groups do not have all rows")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
             raise ValueError("two rows lie at one place")
-        if any(len(t) != 2 ** window_of(t) or not t.isfinite().all() for t in self.levels.values()):
+        if any(
+            len(t) != 2 ** window_of(t) or not t.is_floating_point() or not t.isfinite().all() for t in self.levels.values()
+        ):
             raise ValueError("the levels are damaged")
         if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
             raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1]} bits")
