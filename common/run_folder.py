@@ -97,7 +97,6 @@ class RunFolder:
         """
 
         def stays(line):
-            line = json.loads(line)
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
 
         path = self.path / "metrics.jsonl"

@@ -166,12 +166,13 @@ def test_sweeps(survives, tmp_path, monkeypatch):
 
     def read(folder):
         args = SimpleNamespace(out_dir=str(folder), device="cpu")
-        _, records = prepare_folder(args, settings)
+        _, records, claim = prepare_folder(args, settings)
         assert len({Point.of_record(r) for r in records}) == len(records)
         report.write_report(folder, *(read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller")))
         kept = read_moments(folder / "calibration.pt", shapes_of(layers, subject))
         if kept.get("C"):  # else they are gathered
             decompose_matrix(layer.weight("k"), "whiten", kept["C"][layer.name])
+        claim.release()
 
     kinds = {"results.jsonl": "lines", "smaller.jsonl": "lines", "config.json": "json", "calibration.pt": "torch"}
     survives("sweep", folder, kinds, read, number=16)
