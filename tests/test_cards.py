@@ -97,7 +97,7 @@ def failures(done):
 
 def test_a_run_that_fails_stops_what_starts_from_it_and_nothing_else(pretend, tmp_path):
     out = tmp_path / "out"
-    a, c, b, more = "train_pca_compressed.sh 64", "train_random_lowrank.sh 64", "train_pca_finetune.sh 64", "train_baseline_more.sh"
+    a, b, more = "train_pca_compressed.sh 64", "train_pca_finetune.sh 64", "train_baseline_more.sh"
     factors = "run_pca_factorization.sh 64 --method svd"
     for fails, failed, left_out in (
         ("gpt-pca-k64 ", [a], []),
@@ -112,7 +112,7 @@ def test_a_run_that_fails_stops_what_starts_from_it_and_nothing_else(pretend, tm
             [f"{out}/seed_{seed}: {stage}" for seed in (1, 2) for stage in left_out],
         )
         finished = {path.parent.name for path in (out / "seed_2").glob("*/summary.json")}
-        assert len(finished) == 5 - len({*failed, *left_out} & {a, c, b, more, "train_baseline_gpt2.sh"})
+        assert len(finished) == 5 - len({*failed, *left_out} & {a, b, more, "train_baseline_gpt2.sh"})
         assert "gpt_random_lowrank_k64" in finished
     again, _ = pretend("bash scripts/run_all_experiments.sh 64 --bias", SEEDS="1 2")
     assert again.returncode == 0 and again.stdout.count("is done; delete the folder") == 2 and not again.stderr
@@ -142,7 +142,7 @@ def test_nothing_starts_from_a_baseline_that_is_not_done(pretend, tmp_path):
     done, calls = pretend("bash scripts/run_13_experiments.sh", PRESET="laptop13", fails="--wandb_run_name baseline")
     failed, left_out = failures(done)
     assert done.returncode == 1 and len(failed) == 1 and "train_baseline_gpt2.sh" in failed[0]
-    assert len(left_out) == 6 + 4 * (6 + 2 + 1) + 2  # factors by six methods; at each rank 6-9, 10-13 and B; baseline + LoRA, D+
+    assert len(left_out) == 6 + 4 * (6 + 2 + 1) + 2  # factors of six methods; at each rank 6-9, 10-13, B; D+ and baseline + LoRA
     assert not any(word in c for c in calls if "parse_args" not in c for word in ("pca_factorize", "nofinetune", "lora_k"))
     others = [c for c in calls if "--wandb_run_name lowrank-scratch" in c and "parse_args" not in c]
     assert len(others) == 4 + 4  # 2-5 and those trained on go on
