@@ -142,7 +142,7 @@ def test_nothing_starts_from_a_baseline_that_is_not_done(pretend, tmp_path):
     done, calls = pretend("bash scripts/run_13_experiments.sh", PRESET="laptop13", fails="--wandb_run_name baseline")
     failed, left_out = failures(done)
     assert done.returncode == 1 and len(failed) == 1 and "train_baseline_gpt2.sh" in failed[0]
-    assert len(left_out) == 6 + 4 * (6 + 2 + 1) + 2  # factors of six methods; at each rank 6-9, 10-13, B; D+ and baseline + LoRA
+    assert len(left_out) == 6 + 4 * (6 + 2 + 1) + 2  # factors of six methods; at each rank 6-9, 10-13, B; D+, baseline + LoRA
     assert not any(word in c for c in calls if "parse_args" not in c for word in ("pca_factorize", "nofinetune", "lora_k"))
     others = [c for c in calls if "--wandb_run_name lowrank-scratch" in c and "parse_args" not in c]
     assert len(others) == 4 + 4  # 2-5 and those trained on go on
