@@ -64,7 +64,10 @@ def cache_of(args, hf, coded, texts):
     install(decoded, coded, packed=False)
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
     torch.manual_seed(args.seed)
-    return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+    try:
+        return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+    except ValueError as error:
+        fail(f"--cache_bytes {args.cache_bytes}: {error}")
 
 
 def shown(bar):

@@ -12,7 +12,7 @@ from util_factorization.coded_matrix import CodedMatrix
 from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
 from util_factorization.packing import pack, stream_bytes, unpack
 from util_factorization.rounding import in_groups
-from util_factorization.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured, shapes
+from util_factorization.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
 
 V, d = 700, 24
 
@@ -102,8 +102,8 @@ def test_longer_windows_and_half_bits_err_less():
     slow = {code.half_bits: code.error for code in gaussian_codes(WINDOW)}
     assert all(2.0**-depth < slow[depth] < fast[depth] for depth in range(2, 16, 2))
     assert all(slow[depth] < (slow.get(depth - 1, 1.0) + slow[depth + 1]) / 2 for depth in (1, 3, 5, 7))
-    for code in (gaussian_codes()[0], gaussian_codes()[3]):
-        assert measured(code, torch.Generator().manual_seed(5)) == pytest.approx(code.error, rel=0.02)
+    for kept in (gaussian_codes()[0], gaussian_codes()[3]):
+        assert measured(kept, torch.Generator().manual_seed(5)) == pytest.approx(kept.error, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -208,7 +208,7 @@ def test_two_matrices_share_one_water_level():
 
 def test_a_budget_below_a_column_is_refused(draft):
     with pytest.raises(ValueError, match="do not pay"):
-        fit([draft], 2500)
+        fit([draft], 2200)
 
 
 @pytest.mark.parametrize("name, change", [

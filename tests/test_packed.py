@@ -102,7 +102,7 @@ def test_prices_are_what_a_kind_costs_over_what_the_metric_forecast(packed):
 
 def test_more_bytes_lose_less(packed):
     lost = []
-    for share in (0.3, 0.36, 0.42):
+    for share in (0.42, 0.48, 0.55):
         with coded_in(packed.matrices, packed.code(share).values()):
             lost.append(packed.evaluator.measure()["kl"])
     assert lost == sorted(lost, reverse=True) and lost[-1] < 0.8 * lost[0]

@@ -1,11 +1,11 @@
 """
 What a bit is worth: a budget of bits goes where it lowers the error most.
 
-In the coordinates Z of a `fisher` basis an error counts the same in every component: P (C + G) P^T = 1. A component of
-variance v costs v c(b) when its numbers are kept at b bits. c falls from 1 at 0 bits, where the component is dropped, by about
-a factor of four a bit. The next bit of a component is worth v (c(b) - c(b + 1)). Bits, or half bits where there are codes of
-them, are spent one at a time where they are worth most: reverse water-filling. At the end every kept component has about the same error left, the water level. Components
-whose variance lies below the level get no bits.
+In the coordinates Z of a `fisher` basis an error counts the same in every component: P (C + G) P^T = 1. A component of variance
+v costs v c(b) when its numbers are kept at b bits. c falls from 1 at 0 bits, where the component is dropped, by about a factor
+of four a bit. The next bit of a component is worth v (c(b) - c(b + 1)). Bits, or half bits where there are codes of them, are
+spent one at a time where they are worth most: reverse water-filling. At the end every kept component has about the same error
+left, the water level. Components whose variance lies below the level get no bits.
 
 A rank is the special case of 0 or 16 bits. Plain quantisation is the case of one depth for all components.
 """

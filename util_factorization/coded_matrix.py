@@ -7,9 +7,9 @@ A matrix kept by bits: each column of each group of rows has the bits that it is
 Rows lie in groups. A column j of group g has a depth (half bits of a number), a scale, and a stream of codes over the group's
 rows (trellis.py). The means m_g are those of the group's coordinates.
 
-**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the streams.
-The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and product() read the tensors in blocks; the matrix is never whole in
-float, unless one asks for matrix().
+**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
+streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
+product() read the tensors in blocks; the matrix is never whole in float, unless one asks for matrix().
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from util_factorization.packing import stream_bytes, unpack, unpack_all
 
 SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
+INTEGERS = ("place", "sizes", "depths", "P")  # the other tensors are floats
 OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
 
 
@@ -45,7 +46,7 @@ class CodedMatrix:
 
     @staticmethod
     def from_tensors(tensors, codes):
-        """What tensors() gave, {depth: Code} -> the CodedMatrix. Raises KeyError or ValueError where one is missing or wrong."""
+        """What tensors() gave, and {depth: Code} -> the CodedMatrix. Raises KeyError or ValueError where a tensor is wrong."""
         tensors = dict(tensors)
         streams = {tuple(map(int, k.split(".")[1:])): tensors.pop(k) for k in list(tensors) if k.startswith("streams.")}
         known = {"place", "sizes", "depths", "scales", *OPTIONAL}
@@ -67,6 +68,8 @@ class CodedMatrix:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} has a number that is not finite")
+            if tensor is not None and (tensor.is_complex() or tensor.is_floating_point() == (name in INTEGERS)):
+                raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
             raise ValueError("the groups do not have all rows")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):

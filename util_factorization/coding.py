@@ -125,7 +125,7 @@ def draft_layer(W, C, weights, groups=None):
     groups        row indices of each group; left out, groups of equal size by weight
     """
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
-    C = C.double()
+    C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # of a layer that nothing reaches
     U, D = feedback((1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype))
     worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
     return Draft(W, groups, worth, U)
@@ -151,12 +151,14 @@ def fit(drafts, budget, codes=None):
         depths = split(depths_of((found >= level).sum(0), codes), drafts)
         return depths, sum(draft.bytes(b, codes) for b, draft in zip(depths, drafts))
 
+    if not found.isfinite().all() or not found.any():
+        raise ValueError("the loss does not depend on these matrices, or is not finite: give another model")
     low, high = math.log(found[found > 0].min().item()), math.log(2 * found.max().item())  # everything; nothing
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if at(math.exp(middle))[1] <= budget else (middle, high)
     depths, _ = at(math.exp(high))
-    if not all(b.any() for b in depths):
+    if not all(b.any() for b, draft in zip(depths, drafts) if draft.worth.any()):  # a layer without effect needs none
         raise ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
     return depths, codes
 
@@ -232,7 +234,7 @@ def feedback(M, columns=None):
 
 
 def code_groups(Z, groups, depths, U, codes):
-    """Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): packed stream})."""
+    """Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream})."""
     parts, scales = [Z[rows] for rows in groups], torch.ones(depths.shape)
     errors, found = [torch.zeros_like(part) for part in parts], defaultdict(list)
     step = COLUMNS if U is not None else Z.shape[1]

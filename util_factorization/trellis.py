@@ -32,7 +32,7 @@ RESTART = 32  # numbers after which the least cost is taken off, so that costs k
 
 @dataclass
 class Code:
-    """bits: b of v numbers; levels [2^L,v]: the values of each window; error: mean squared, on Gaussian numbers of variance 1."""
+    """bits: b of v numbers; levels [2^L,v]: of each window; error: mean squared, on Gaussian numbers of variance 1."""
 
     bits: int
     levels: torch.Tensor

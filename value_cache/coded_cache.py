@@ -146,7 +146,7 @@ def fit(x, e, G, budget, forecasts=True):
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
     budget      bits of a token, over all layers, the gains' too
     forecasts   false: x_l = mean_l + A_l z, for comparison
-    Raises ValueError where the budget pays for no component, or the texts are not longer than what is kept whole.
+    Raises ValueError where no component is paid for, or worth anything, or the texts are not longer than what is kept whole.
     """
     if budget < least_bits(len(x)):
         raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least_bits(len(x))} or more")
@@ -166,6 +166,8 @@ def fit(x, e, G, budget, forecasts=True):
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
         bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), distortion(codes)).view_as(variances)
+        if not bits.any():
+            raise ValueError("the loss does not depend on keys and values, no component is worth a bit: give another model")
         level = (variances * steps[bits - 1])[bits > 0].min().item()
     levels = torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
@@ -198,7 +200,8 @@ class Fitted:
         self.forecast = least_squares(known - centre_known, x - centre)
         self.mean = centre - centre_known @ self.forecast
         left = x - self.expected(known)
-        half = root(G.double() + DAMPING * G.trace() / len(G) * torch.eye(len(G), dtype=torch.float64))
+        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
+        half = root(G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64))
         S = (left.T @ left).double() / len(x)
         variances, V = torch.linalg.eigh(half @ S @ half)
         self.variances, V = variances.clamp(min=0).flip(0), V.flip(1)
@@ -213,7 +216,7 @@ class Fitted:
         expected = self.expected(known)
         z = (x - expected) @ self.to_z.float()
         noise = torch.randn(z.shape, generator=draw) * (error * (1 - error) * self.variances).sqrt().float()
-        if (kept := error < 1).any():
+        if (kept := (error < 1) & (self.variances > 0)).any():
             noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
 
