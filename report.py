@@ -37,6 +37,7 @@ def seeds_line(rows):
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
 
+    from common.files import claim_folder, written_whole
     from reports import token_table, value_cache
     from reports.claims import judge
     from reports.rows import read_rows
@@ -46,6 +47,7 @@ def main(argv=None):
     rows, unfinished = read_rows(root)
     if not rows:
         fail(f"--runs {root} has no finished run: bash scripts/run_all_experiments.sh 128 makes them")
+    claim = claim_folder(root, "--runs", ".report.lock")
     text = []
     for part, of_cache in ((token_table, False), (value_cache, True)):
         if not (some := [row for row in rows if row.of_cache == of_cache]):
@@ -65,7 +67,9 @@ def main(argv=None):
         print("\n".join(["", *short]))
         text += lines
     notes = [f"Not finished, so left out: {folder}" for folder in unfinished]
-    (root / "report.md").write_text("\n".join([*text, *notes]))
+    with written_whole(root / "report.md", "make room") as part:
+        part.write_text("\n".join([*text, *notes]))
+    claim.release()
     print("", *notes, f"The whole report: {root / 'report.md'}; its figures are beside it, as .png and .svg", sep="\n")
     finish(report=str(root / "report.md"), runs=sum(len(row.summaries) for row in rows), unfinished=len(unfinished))
 

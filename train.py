@@ -16,34 +16,34 @@ args, given = parse_args()  # before torch is imported, so that --help answers a
 import copy
 import math
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.distributed import all_reduce, broadcast, destroy_process_group
+from torch.distributed import broadcast
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
 from common.cli import fail, finish
 from common.dataset import TrainingText
 from common.device import (
+    end_processes,
     ends_in_one_line,
     hardware,
     peak_flops,
     peak_memory,
     random_state,
-    set_random_state,
     settle_dtype,
     start_processes,
 )
 from common.evaluate import Restored, evaluate
-from common.optimizer import make_optimizer
+from common.optimizer import make_optimizer, skip_where
 from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
+from common.stopping import Watch
 from common.modules import AtTable
-from common.train_step import autocast_of, to_device, trained_flops
+from common.train_step import Tally, autocast_of, spread, to_device, trained_flops
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 
@@ -79,9 +79,9 @@ def objective(x, y):
     """The loss that trains, of a forward pass over x and the next tokens y, (B, T) each."""
     if args.objective == "v_recon":
         trainer(x)
-        return restored.loss()
+        return spread(restored.loss())
     lm_loss = trainer(x, y)[1]
-    return lm_loss + args.v_recon_weight * restored.loss() if args.v_recon_weight else lm_loss
+    return spread(lm_loss + args.v_recon_weight * restored.loss() if args.v_recon_weight else lm_loss)
 
 
 # -- optimizer --------------------------------------------------------------------------------------------------------
@@ -118,25 +118,23 @@ rounding = NoRounding()
 if args.code_wte is not None and start.writes:  # else a checkpoint is evaluated, whose table is rounded already
     if world_size > 1:
         fail(f"--code_wte {args.code_wte} works in one process: start it without torchrun")
-    unrounded = start.state and start.state["unrounded_wte"]
-    rounding = StraightThrough(model.lm_head.weight, args.code_wte, args.code_wte_every, dataset.counts(), moments, unrounded)
+    table, counts = model.lm_head.weight, dataset.counts()
+    rounding = StraightThrough(table, args.code_wte, args.code_wte_every, counts, moments, start.state)
     try:
-        rounding.calibrate(start.step)
+        if start.evaluates_at is not None:
+            rounding.calibrate(start.step)
     except ValueError as error:
         fail(f"--code_wte {args.code_wte}: {error}")
 
 # -- where the run stands ---------------------------------------------------------------------------------------------
 
-step, last_step, best, seconds = start.step, start.last_step, None, 0.0  # best: the evaluation with the least of the criterion
+step, last_step, best = start.step, start.last_step, None  # best: the evaluation with the least of the criterion
 torch.manual_seed(args.seed + rank)  # from here on it draws the dropout, another one in every process
 if start.state:
-    best, seconds = start.state["best"], start.state["seconds"]
-    optimizer.load_state_dict(start.state["optimizer"])
-    scaler.load_state_dict(start.state["scaler"])
-    if master:
-        set_random_state(start.state, device)
+    best = start.restore(optimizer, scaler, device, master)
 run = RunFolder(args, start.resumed_at) if start.writes and master else NoRunFolder()
-progress = Progress(args, master, step, last_step, seconds, tokens_per_step)
+progress = Progress(args, master, step, last_step, start.state, tokens_per_step)
+tally = Tally(device, world_size, start.state if master else None)
 if dtype_reason:
     progress.say(dtype_reason)
 if start.state:
@@ -161,24 +159,29 @@ def evaluation_now():
     return dict(iter=step, tokens=step * tokens_per_step) | evaluate(model, dataset, args, device, autocast, restored)
 
 
-def evaluate_and_keep():
-    """Evaluate, log, and write what a resume needs -> (the evaluation, the best one so far)."""
-    evaluation = evaluation_now()
-    stop_unless_finite("validation loss", evaluation["val_loss"])
+def evaluate_and_log():
+    """Evaluate -> (the evaluation, the best one so far)."""
+    found = evaluation_now()
+    stop_unless_finite(found["val_loss"])
     progress.say(
-        f"step {step}: val loss {evaluation['val_loss']:.4f}, ppl {evaluation['val_ppl']:.2f}, "
-        f"ln_f cosine {evaluation['ln_f_cosine']:.3f}, full {evaluation['ln_f_cosine_full']:.3f}"
-        + (f", values restored to {evaluation['v_recon']:.3g}" if restored else "")
+        f"step {step}: val loss {found['val_loss']:.4f}, ppl {found['val_ppl']:.2f}, "
+        f"ln_f cosine {found['ln_f_cosine']:.3f}, full {found['ln_f_cosine_full']:.3f}"
+        + (f", values restored to {found['v_recon']:.3g}" if restored else "")
     )
-    run.log(step, seconds=seconds, **{k: v for k, v in evaluation.items() if k != "iter"})
-    is_best = best is None or evaluation[criterion] <= best[criterion]
-    best_now = evaluation if is_best else best
-    facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
-    facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"]) | rounding.facts
-    state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best_now, seconds=seconds)
-    state |= rounding.state | random_state(device)
-    run.keep(model, start.base, facts, None if args.eval_only else state, is_best)
-    return evaluation, best_now
+    run.log(step, seconds=progress.seconds, **{k: v for k, v in found.items() if k != "iter"})
+    return found, found if best is None or found[criterion] <= best[criterion] else best
+
+
+def keep(evaluated):
+    """Write what a resume needs, and the best. evaluated: at this step, else somewhere between two evaluations."""
+    kept = tally.state | progress.state  # every process asks for it
+    if master:
+        facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
+        facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None) | rounding.facts
+        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, evaluated=evaluated)
+        state |= kept | rounding.state | random_state(device)
+        run.keep(model, start.base, facts, None if args.eval_only else state, evaluated and best["iter"] == step)
+    watch.saved()
 
 
 def patience_has_ended():
@@ -191,20 +194,31 @@ def patience_has_ended():
     return bool(ended)
 
 
-def stop_unless_finite(name, value):
-    if not math.isfinite(value):
+def stop_unless_finite(val_loss):
+    if not math.isfinite(val_loss):
+        progress.say(f"step {step}: the validation loss is {val_loss}, stopping; {run.last_good()}", sys.stderr)
+        sys.exit(1)
+
+
+def stop_if_stuck(skipped, in_a_row):
+    """Skipped steps change nothing, but many in a row mean that no other will do better."""
+    if skipped:
+        progress.say(f"step {step}: {skipped} steps were skipped, their loss or gradient was not finite", sys.stderr)
+    if in_a_row >= tally.MOST:
+        first = step - in_a_row
+        place = ", ".join(map(str, text.starts(first)[:8]))
         progress.say(
-            f"step {step}: the {name} is {value}, stopping; {args.out_dir} keeps its last good checkpoints", sys.stderr
+            f"step {step}: {in_a_row} steps in a row had a loss or gradient that is not finite, stopping. The first was step "
+            f"{first}, whose windows begin at tokens {place} of {dataset.folder / 'train.bin'}; {run.last_good()}",
+            sys.stderr,
         )
         sys.exit(1)
 
 
 # -- loop -------------------------------------------------------------------------------------------------------------
 
-loss_sum = torch.zeros((), device=device)  # of the steps since the last progress line, on the device
 stopped, evaluation = False, None  # stopped: whether patience has ended
-first_step = step
-with ends_in_one_line(args, device):
+with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
     while True:
         # 1. the rate
         lr = learning_rate(step)
@@ -212,13 +226,17 @@ with ends_in_one_line(args, device):
             group["lr"] = lr * group.get("rate", 1.0)  # runs that older versions began have none
 
         # 2. evaluate and save
-        if step % args.eval_interval == 0 or step in (first_step, last_step):
-            paused, seconds = time.time(), progress.seconds
-            rounding.calibrate(step)
-            if master:
+        if step != start.evaluates_at and watch.asks_to_save():  # after --checkpoint_minutes, or a signal
+            with progress.paused(), rounding.rounded():
+                keep(evaluated=False)
+            watch.leave(step)
+        if step % args.eval_interval == 0 or step in (start.evaluates_at, last_step):
+            with progress.paused():
+                rounding.calibrate(step)
                 with rounding.rounded():
-                    evaluation, best = evaluate_and_keep()
-            progress.pause(time.time() - paused)
+                    if master:
+                        evaluation, best = evaluate_and_log()
+                    keep(evaluated=True)
             stopped = args.patience is not None and not args.eval_only and patience_has_ended()
         if step == last_step or stopped:
             break
@@ -231,28 +249,25 @@ with ends_in_one_line(args, device):
                 with autocast:
                     loss = objective(x, y)
                 scaler.scale(loss / micro_steps).backward()
-                loss_sum += loss.detach() / micro_steps
+                tally.add(loss.detach() / micro_steps)
 
-        # 4. clip, step, zero
-        if args.grad_clip > 0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
+        # 4. clip, step, zero; a gradient that is not finite changes nothing
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
+        skip_where(optimizer, tally.end_step(norm))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         progress.bar.update()
 
-        # 5. log; reading the loss is the only wait for the device
+        # 5. log; reading the tally is the only wait for the device
         if step % args.log_interval == 0 or step == last_step:
-            if world_size > 1:
-                all_reduce(loss_sum)
-            train_loss = loss_sum.item() / world_size / (step - progress.logged_step)
-            stop_unless_finite("training loss", train_loss)
-            run.log(step, lr=lr, **progress.log(step, train_loss, peak_share))
-            seconds = progress.seconds
-            loss_sum.zero_()
+            train_loss, skipped, in_a_row = tally.read(step - progress.logged_step)
+            run.log(step, lr=lr, **progress.log(step, train_loss, peak_share), **(dict(skipped=skipped) if skipped else {}))
+            stop_if_stuck(skipped, in_a_row)
 progress.bar.close()
+seconds = progress.seconds  # of training alone
 
 # -- the best checkpoint, and the summary -----------------------------------------------------------------------------
 
@@ -294,4 +309,4 @@ if master:
     run.finish(summary)
     finish(out_dir=args.out_dir, **evaluation, **(dict(best=best) if run.writes else {}))
 if world_size > 1:
-    destroy_process_group()
+    end_processes()

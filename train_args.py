@@ -125,6 +125,9 @@ class RunArgs:
     preset: str = flag("", "values that differ from the defaults, see below")
     out_dir: str = flag("model_weights/out", "the run's folder")
     eval_interval: int = flag(500, "steps between evaluations; each writes last.pt, and ckpt.pt where it is the best", low=1)
+    checkpoint_minutes: float | None = flag(
+        10.0, "minutes of training without an evaluation after which last.pt is written all the same", above=0
+    )
     eval_iters: int = flag(100, "batches of --batch_size fixed validation windows in one evaluation", low=1)
     eval_only: bool = flag(False, "evaluate and stop; with --init_from resume it evaluates ckpt.pt and writes nothing")
     log_interval: int = flag(10, "steps between progress lines", low=1)

@@ -4,32 +4,52 @@ Checkpoints: plain dicts that load with weights_only=True and rebuild their mode
 ckpt.pt, the best by validation loss, has model, config, args, iter_num, data_step, tokens, starts_from and val_loss; last.pt
 has the optimizer's and the random numbers' states besides, which a resume needs. With --save_adapters_only, model holds the
 adapters alone, and base the files that the frozen weights come from and their hash.
+
+A checkpoint may come from a stranger. Its config is checked, and the model that it describes is compared with the weights in
+the file, before any memory is taken for a model. The files that `base` names are paths from a stranger too: see follow().
 """
 
 import hashlib
-from dataclasses import asdict, fields
+import sys
+import zipfile
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from common.cli import fail
+from common.cli import LARGE, fail
 from common.factor_files import read_factors
 from common.files import written_whole
-from model import GPT, GPTConfig
+from common.train_rules import check_model
+from common.untrusted import COUNT, WHOLE, expect, expect_fields, load_tensors, reading
+from model import ACTIVATIONS, BLOCKS, GPT, GPTConfig
 
 # The flags that name the files of a frozen base.
 BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
 
-def save(path, model, base=None, hint="make room, then resume the run", **rest):
-    """Write a checkpoint, whole or not at all. base: see base_of(); with it, adapters alone are saved. rest: other entries."""
+def save(path, model, base=None, hint="make room, then resume the run", previous=None, **rest):
+    """
+    Write a checkpoint, whole or not at all.
+
+    base: see base_of(); with it, adapters alone are saved. previous: the name that the file there keeps. rest: other entries.
+    """
     state = model.state_dict()
     if base is not None:
         state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
         rest = dict(base=base, **rest)
-    with written_whole(path, hint) as part:
+    with written_whole(path, hint, previous=previous) as part:
         torch.save(dict(model=state, config=asdict(model.config), **rest), part)
+
+
+def is_whole(path):
+    """Whether a checkpoint's file is as it was written: its checksums hold. torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # a damaged archive can raise nearly anything
+        return False
 
 
 def save_new(out, model, **facts):
@@ -51,37 +71,134 @@ def base_of(model, args):
     return {name: file and str(Path(file).resolve()) for name, file in files.items()} | dict(sha256=digest.hexdigest())
 
 
-def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)", **base_files):
+# What is read of a file; of its flags, args, by others than a resume.
+ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE, str: object}
+STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were trained already
+BASE = {name: (str, None) for name in BASE_FILES} | dict(prev_run_ckpt=str, sha256=str)
+ENTRIES = {
+    "model": {str: torch.Tensor}, "config": dict, "args": ARGS, "iter_num": COUNT, "data_step": COUNT, "tokens": (COUNT, None),
+    "starts_from?": (STARTS_FROM, None), "val_loss?": (float, None), "base?": BASE,
+}  # fmt: skip
+
+
+def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)", whole=False, **base_files):
     """
     A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. Adapters that were saved alone get their base.
 
-    hint: what the error tells to do where there is no file. base_files: where files of the base lie now, by name (BASE_FILES).
+    hint: what the error tells to do where there is no file. whole: refuse adapters that were saved alone. base_files: where
+    files of the base lie now, by name (BASE_FILES).
     """
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = file_of(path)
     if not path.is_file():
         fail(f"Checkpoint not found: {path}: {hint}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        lacking = {"model", "config", "args", "iter_num", "data_step", "tokens"} - checkpoint.keys()
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-        GPTConfig(**checkpoint["config"])
-    except Exception as error:  # torch raises many types for a file that it cannot read
-        why = error if isinstance(error, ValueError) else type(error).__name__
-        fail(f"{path} is not a checkpoint of this project ({why}): give a ckpt.pt of train.py")
-    if "base" in checkpoint:
-        checkpoint["model"] |= read_base(path, checkpoint["base"] | base_files, plain_config(checkpoint)).state_dict()
-    return checkpoint
+    with reading(path, "a checkpoint of this project", "give a ckpt.pt of train.py"):
+        checkpoint, size = load_tensors(path), path.stat().st_size
+        expect(checkpoint, ENTRIES)
+        config, state = checked_config(checkpoint["config"]), dict(checkpoint["model"])
+        if "base" in checkpoint:
+            if whole:
+                raise ValueError("it is the base of adapters, and holds adapters alone")
+            base = follow(path, checkpoint["base"], base_files)
+            state |= read_base(path, base, replace(config, lora_rank=None)).state_dict()
+            size += file_of(base["prev_run_ckpt"]).stat().st_size
+        check_weights(state, config, size)
+    return dict(checkpoint, model=state)
 
 
-def plain_config(checkpoint):
-    return GPTConfig(**checkpoint["config"] | dict(lora_rank=None))
+def file_of(path):
+    """A checkpoint's file, or that of a run folder."""
+    path = Path(path)
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def checked_config(values):
+    """GPTConfig of a dict from a file. Raises ValueError for a name, type, number or combination that train.py refuses."""
+    expect_fields(values, GPTConfig)
+    config = GPTConfig(**values)
+    for f in fields(GPTConfig):
+        value = getattr(config, f.name)
+        if f.type in (int, int | None):
+            allowed = value is None or value in WHOLE
+        else:
+            allowed = f.type is not float or 0 <= value <= (LARGE if f.name == "lora_alpha" else 1)
+        if not allowed:
+            raise ValueError(f"{f.name} is {value}")
+    choices = dict(activation=ACTIVATIONS, factor_init=("matched", "naive"))
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)[:40]}")
+    if (config.parallel_residual, config.norms_per_layer) not in BLOCKS:
+        raise ValueError(f"norms_per_layer is {config.norms_per_layer}")
+    check_model(config, refuse)
+    return config
+
+
+def refuse(message):
+    """A mistake in flags, as check_model() words it, found in a file."""
+    raise ValueError(message.split(":")[0].replace("--", ""))
+
+
+def blueprint(config, state, size):
+    """
+    The model of a config without memory for its numbers. Raises ValueError where it has more layers than the state has weights,
+    or would take more than twice the bytes of its files: a config alone could ask for any amount.
+    """
+    if config.n_layer > len(state):
+        raise ValueError(f"n_layer is {config.n_layer}, it has {len(state)} weights")
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    if wanted > 2 * size:
+        raise ValueError(f"its config wants {wanted:,} bytes, it has {size:,}")
+    return model
+
+
+def check_weights(state, config, size):
+    """Raise ValueError where a state does not fit the model of a config, or has a number that is not finite."""
+    wanted = blueprint(config, state, size).state_dict()
+    if differing := sorted(wanted.keys() ^ state.keys()):
+        raise ValueError(f"it {'lacks' if differing[0] in wanted else 'has'} {differing[0][:80]}")
+    for name, tensor in state.items():
+        check_tensor(name, tensor, wanted[name].shape)
+
+
+def check_tensor(name, tensor, shape):
+    """Raise ValueError where a tensor is not of finite floats in this shape, one after the other in memory."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name[:80]} has shape {list(tensor.shape)}, its config wants {list(shape)}")
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise ValueError(f"{name[:80]} is no plain tensor of floats")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name[:80]} has numbers that are not finite")
+
+
+def follow(path, base, moved):
+    """
+    The files of a base, by name. moved: those that the user names; these are read wherever they are.
+
+    A file that only the checkpoint names is read where it lies in the folder that holds the run's folder, symbolic links
+    followed, and after a note on stderr. So a stranger's checkpoint cannot make a program read elsewhere.
+    """
+    runs = path.resolve().parent.parent
+    for name in BASE_FILES:
+        if not base[name] or name in moved:
+            continue
+        if not Path(base[name]).resolve().is_relative_to(runs):
+            fail(f"{path} holds adapters of {base[name]}, which is outside {runs}: give --{name} if you trust that file")
+        print(f"note: {path} holds adapters alone, reading their base {base[name]}", file=sys.stderr)
+    return base | moved
 
 
 def read_base(path, base, config):
-    """The model that the adapters in `path` belong to; an error where its files have changed."""
-    previous = load(base["prev_run_ckpt"], hint=f"{path} holds adapters of it; say with --prev_run_ckpt where it lies now")
+    """The model that the adapters in `path` belong to; an error where its files have changed. config: without adapters."""
+    hint = f"{path} holds adapters of it; say with --prev_run_ckpt where it lies now"
+    previous, before = load(base["prev_run_ckpt"], hint, whole=True), config
+    if config.rotary_pct:  # a run may have a length of its own
+        before = replace(config, block_size=previous["config"]["block_size"])
+    for name in [*SHAPE, "vocab_size"]:
+        if (found := getattr(before, name)) != previous["config"].get(name, found):
+            raise ValueError(f"{name} is {found}, its base has {previous['config'][name]}")
+    blueprint(config, previous["model"], file_of(base["prev_run_ckpt"]).stat().st_size + path.stat().st_size)
     factors = None
     if base["import_wte_npy"]:
         shape = (config.vocab_size, config.n_embd_wte, config.n_embd)

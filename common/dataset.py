@@ -3,6 +3,7 @@ Token files: data/<name>/train.bin and val.bin, headerless uint16 (uint32 where 
 a dict of plain values with vocab_size, dtype and what a sampler needs to decode.
 """
 
+import os
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -10,31 +11,31 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import fail
+from common.untrusted import COUNT, IDS, check_pickle, expect, reading
 
 ROOT = Path(__file__).parents[1] / "data"
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads plain containers, text and numbers. They need no class looked up, so looking one up is refused: no code runs."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+AGAIN = "run the dataset's prepare.py again"
+META = {
+    "vocab_size": IDS[1:], "dtype": str, "tokenizer?": (str, None), "tokenizer_json?": str, "end_of_text?": COUNT,
+}  # fmt: skip
 
 
 def read_meta(path):
-    """meta.pkl -> a dict; a file that holds anything else is refused."""
-    hint = "run the dataset's prepare.py again"
-    try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-    except FileNotFoundError:
+    """meta.pkl -> a dict of plain containers, text and numbers. A file that names anything else is refused: no code runs."""
+    path = Path(path)
+    if not path.exists():
         fail(f"{path} does not exist: run the dataset's prepare.py first, or choose another --dataset")
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        fail(f"{path} is not a pickled dict of plain values ({error}): {hint}")
-    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int):
-        fail(f"{path} is not a dict with an integer vocab_size: {hint}")
-    if meta.get("dtype") not in ("uint16", "uint32"):
-        fail(f"{path} says dtype {meta.get('dtype')!r}, where uint16 or uint32 is expected: {hint}")
+    with reading(path, "a pickled dict of plain values", AGAIN):
+        data = path.read_bytes()
+        check_pickle(data)
+        meta = pickle.loads(data)
+        expect(meta, META)
+    if meta["dtype"] not in ("uint16", "uint32"):
+        fail(f"{path} says dtype {meta['dtype']!r}, where uint16 or uint32 is expected: {AGAIN}")
+    if meta["dtype"] == "uint16" and meta["vocab_size"] > 2**16:
+        fail(f"{path} says vocab_size {meta['vocab_size']}, more than uint16 can count: {AGAIN}")
     return meta
 
 
@@ -52,7 +53,7 @@ def write_dataset(folder, train, val, meta):
 
 def find_folder(name):
     """The folder of a dataset: data/<name>, or the path itself; None where there is neither."""
-    return next((folder for folder in (ROOT / name, Path(name)) if folder.is_dir()), None)
+    return next((folder for folder in (ROOT / name, Path(name)) if os.path.isdir(folder)), None)  # of any text
 
 
 @lru_cache(maxsize=1)
@@ -103,8 +104,11 @@ class Dataset:
         The draw depends on the key alone, (seed, step, micro-step). So a resumed run, a run over more cards and another model
         all read the same text.
         """
-        starts = np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
-        return self._windows(self.train, starts, block_size)
+        return self._windows(self.train, self.starts(batch_size, block_size, *key), block_size)
+
+    def starts(self, batch_size, block_size, *key):
+        """Where in the training text the windows of a batch() begin."""
+        return np.random.default_rng(key).integers(len(self.train) - block_size, size=batch_size)
 
     def epoch_steps(self, step_size, block_size, samples=None):
         """
@@ -128,9 +132,12 @@ class Dataset:
         The sequences from `place` on in the order of an epoch, two int64 arrays (B, T). The order depends on the key alone,
         (seed, epoch).
         """
+        return self._windows(self.train, self.epoch_starts(batch_size, block_size, samples, place, *key), block_size)
+
+    def epoch_starts(self, batch_size, block_size, samples, place, *key):
+        """Where in the training text the sequences of an epoch_batch() begin."""
         samples = (len(self.train) - 1) // block_size if samples is None else samples
-        order = shuffled(samples, key)
-        return self._windows(self.train, order[place : place + batch_size] * block_size, block_size)
+        return shuffled(samples, key)[place : place + batch_size] * block_size
 
     def fixed_windows(self, count, batch_size, block_size, split="val"):
         """
@@ -170,10 +177,20 @@ class TrainingText:
 
     def batch(self, step, micro):
         """Two int64 arrays (B, T): token ids, and the ids that follow them."""
-        a, place = self.args, micro * self.world_size + self.rank
+        draw = self.dataset.batch if self.epoch_steps is None else self.dataset.epoch_batch
+        return draw(*self._place(step, micro * self.world_size + self.rank))
+
+    def starts(self, step):
+        """Where in train.bin the windows of a step begin, those of all processes."""
+        find = self.dataset.starts if self.epoch_steps is None else self.dataset.epoch_starts
+        places = range(self.args.gradient_accumulation_steps)
+        return [int(start) for place in places for start in find(*self._place(step, place))]
+
+    def _place(self, step, place):
+        """What draws the place-th micro-step of a step, counted over all processes: arguments of the dataset's methods."""
+        a = self.args
         if self.epoch_steps is None:
-            return self.dataset.batch(a.batch_size, a.block_size, a.seed, self.steps_before + step, place)
+            return a.batch_size, a.block_size, a.seed, self.steps_before + step, place
         epoch, within = divmod(step, self.epoch_steps)
         place = (within * a.gradient_accumulation_steps + place) * a.batch_size
-        key = a.seed, self.steps_before + epoch
-        return self.dataset.epoch_batch(a.batch_size, a.block_size, a.max_train_samples, place, *key)
+        return a.batch_size, a.block_size, a.max_train_samples, place, a.seed, self.steps_before + epoch

@@ -9,12 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed import broadcast, init_process_group
+from torch.distributed import (
+    DistBackendError,
+    all_reduce,
+    broadcast,
+    destroy_process_group,
+    init_process_group,
+    is_initialized,
+)
 
 from common.cli import fail
 
 # Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
 PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
+LOST = ("by peer", "Broken pipe", "Timed out waiting")  # what gloo says where another process has ended
 
 
 def start_processes(args):
@@ -31,8 +39,14 @@ def start_processes(args):
     if device.startswith("cuda"):
         device = pick_card(device, world_size)
     if world_size > 1:
-        init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, device
+
+
+def end_processes():
+    """Wait until every process is here, then part: torchrun ends all where one leaves early."""
+    all_reduce(torch.zeros(()))
+    destroy_process_group()
 
 
 def pick_card(device, world_size):
@@ -48,14 +62,17 @@ def pick_card(device, world_size):
 
 
 @contextmanager
-def ends_in_one_line(args, device, then="--init_from resume goes on from the last evaluation"):
-    """What stops a run from outside ends in one line: Ctrl-C, and memory that is too small. then: what to do after Ctrl-C."""
+def ends_in_one_line(args, device, then="--init_from resume goes on from last.pt"):
+    """What stops a run ends in one line: Ctrl-C, too little memory, another process that ended. then: what to do then."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:  # torch raises a class of its own for CUDA only
+        if is_initialized() and (isinstance(error, DistBackendError) or any(w in str(error) for w in LOST)):
+            print(f"another process of this run ended, see above: {then}", file=sys.stderr)
+            sys.exit(1)
         words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
             raise

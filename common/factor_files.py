@@ -11,12 +11,17 @@ the model's Linear(k, d) they are [d,k].
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import fail
 from common.files import written_whole
+from common.untrusted import COUNT, check_archive, read_json, reading
+
+AGAIN = "factorize the checkpoint again"
+FACTS = {"sha256?": dict(wte=str, scale_mats=str), "ckpt_tokens?": (COUNT, None), "method?": str}  # what is read of the JSON
 
 
 def method_in_names(method):
@@ -61,8 +66,10 @@ def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
 
     Every shape is checked, since at k = d a transposed matrix would load in silence.
     """
-    wte = _load(wte_npy, "--import_wte_npy")
-    scale = _load(scale_npz, "--import_scale_matrices_npz")
+    most = 16 * (2 * k + 1) * d + 2**16  # of the widest float, and of headers
+    wte, scale = (
+        _load(path, f"--import_{name}", most) for path, name in ((wte_npy, "wte_npy"), (scale_npz, "scale_matrices_npz"))
+    )
     if isinstance(wte, dict) or not isinstance(scale, dict):
         fail("--import_wte_npy wants the .npy file and --import_scale_matrices_npz the .npz file: are they swapped?")
     for key in ("scale_up", "scale_down"):
@@ -88,22 +95,24 @@ def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
 def read_facts(wte_npy):
     """The JSON beside a factor file; {} where another program wrote the file and left none."""
     path = json_beside(wte_npy)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, FACTS, "what pca_factorize_wte.py writes", AGAIN) if path.is_file() else {}
 
 
-def _load(path, flag):
-    try:
-        file = np.load(path, allow_pickle=False)
-        return dict(file) if isinstance(file, np.lib.npyio.NpzFile) else file
-    except FileNotFoundError:
+def _load(path, flag, most):
+    """An array, or a dict of arrays. most: bytes that the arrays of an archive may take, which can be compressed."""
+    if not Path(path).is_file():
         fail(f"{flag} {path} does not exist: run scripts/run_pca_factorization.sh first")
-    except Exception as error:  # numpy raises ValueError, EOFError, BadZipFile, ... for what it cannot read
-        fail(f"{flag} {path} is not a factor file ({error}): factorize the checkpoint again")
+    with reading(f"{flag} {path}", "a factor file", AGAIN):
+        if zipfile.is_zipfile(path):
+            check_archive(path, most)
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in ("scale_up", "scale_down", "mean") if name in file}
+        return np.array(np.load(path, allow_pickle=False, mmap_mode="r"))  # mapped, a file cannot say that it is longer
 
 
 def _check(path, name, array, expected):
     if array.shape == expected:
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
+        if array.dtype.kind != "f" or not np.isfinite(array).all() or not np.isfinite(array.astype(np.float32)).all():
             fail(f"{path}: {name} holds numbers that are not finite floats: factorize the checkpoint again")
         return
     if name == "wte":

@@ -1,6 +1,26 @@
-"""Models and tokenizers of Hugging Face in, or one line that says why not."""
+"""
+Models and tokenizers of Hugging Face in, or one line that says why not.
+
+A folder or a file may come from a stranger: check_source() compares what it declares with its bytes before transformers reads
+it, which believes any number of layers. No code of it runs, and no file outside the folder is read.
+"""
+
+import json
+import struct
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
 
 from common.cli import fail
+from common.gguf_head import check_gguf
+from common.tokenizer import check_definition
+from common.untrusted import expect, read_json, reading
+
+GROWTH = 2.5  # float32 over the bytes of a file in half precision, and room for what is not stored
+GROWTH_GGUF = 32  # at a bit a number
+GENERATION = {name: (range(1, 65), None) for name in ("num_beams?", "num_return_sequences?", "num_beam_groups?")}
 
 
 def read(kind, what, source, flag, **options):
@@ -12,6 +32,111 @@ def read(kind, what, source, flag, **options):
         fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")
 
 
+def read_config(source, flag, **options):
+    """The config of a model. Of a folder or a file, what it declares has been compared with what is there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    most, size = check_source(source, flag, **options)
+    config = read(AutoConfig, "config", source, flag, **options)
+    if most is not None and (options or not getattr(config, "quantization_config", None)):  # the caller refuses those
+        growth = GROWTH_GGUF if options else GROWTH
+        with reading(f"{flag} {source}", "a model whose config fits its weights", "give a complete model"):
+            with weightless(100 + 4 * most, buffers=False):
+                model = AutoModelForCausalLM.from_config(config)
+            if (wanted := sum(4 * p.numel() for p in model.parameters())) > growth * size + 2**20:
+                raise ValueError(f"its config wants {wanted:,} bytes, its weights have {size:,}")
+    return config
+
+
+def check_source(source, flag, gguf_file=None):
+    """
+    Weights and bytes of a folder of save_pretrained, or of a GGUF file in it; (None, None) for an id on the hub, or for weights
+    that are no safetensors. One line where it declares more than it has, or names files outside.
+    """
+    folder = Path(source)
+    if gguf_file:
+        with reading(f"{flag} {folder / gguf_file}", "a GGUF file", "give a whole one"):
+            return check_gguf(folder / gguf_file), (folder / gguf_file).stat().st_size
+    if not folder.is_dir():
+        return None, None
+    if (folder / "adapter_config.json").exists():  # from_pretrained would read the model that it names, wherever that is
+        fail(f"{flag} {source} holds adapters of another model: merge them, and give the merged model")
+    hint = "give a folder of save_pretrained"
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index, dict(weight_map={str: str}), "an index of weights", hint)["weight_map"].values()
+        with reading(index, "an index of weights", hint):
+            if outside := sorted(name for name in names if Path(name).name != name):
+                raise ValueError(f"it names {outside[0][:60]}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").exists():
+        return None, None
+    with reading(f"{flag} {source}", "a model with weights", hint):
+        count = sum(count_tensors(file) for file in files)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        expect(config, dict)
+        check_layers(config, count)
+    return count, sum(file.stat().st_size for file in files)
+
+
+def count_tensors(file):
+    """Tensors that a safetensors file names. Raises ValueError where the names would lie beyond its end."""
+    with open(file, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        if length > file.stat().st_size:
+            raise ValueError(f"{file.name} is cut short")
+        return len(json.loads(f.read(length)))
+
+
+def check_layers(config, most):
+    """Raise ValueError where a config.json has more than `most` layers: transformers makes lists of that length."""
+    for part in [config, *(part for part in config.values() if isinstance(part, dict))]:
+        for name, value in part.items():
+            if name.endswith(("layers", "n_layer")) and type(value) in (int, float) and value > most:
+                raise ValueError(f"config.json has {name} {value}, it has {most} weights")
+
+
+@contextmanager
+def weightless(most, buffers=True):
+    """
+    A context in which modules are made without memory for their parameters (device meta). buffers: make these in memory.
+
+    Raises ValueError where there are more than `most` parameters. Without this, a config makes any number of layers.
+    """
+    register, made = nn.Module.register_parameter, 0
+
+    def registered(module, name, p):
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(f"config.json wants more than {most} weights")
+        register(module, name, p if p is None or p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
+
+    nn.Module.register_parameter = registered
+    try:
+        with torch.device("cpu" if buffers else "meta"):
+            yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def read_tokenizer(source, flag, **options):
+    """A tokenizer that can read a text and write it. A damaged one may load, and fail at its first text."""
+    from transformers import AutoTokenizer
+
+    definition = Path(source) / "tokenizer.json"
+    if definition.is_file() and "gguf_file" not in options:
+        with reading(definition, "the definition of a tokenizer", "give a whole one"):
+            check_definition(definition.read_text(encoding="utf-8"))
+    tokenizer = read(AutoTokenizer, "tokenizer", source, flag, **options)
+    with reading(f"{flag} {source}".strip(), "the source of a tokenizer that works", "give a whole one"):
+        ids = tokenizer("so it goes 1 2", add_special_tokens=False, truncation=False)["input_ids"]
+        expect(tokenizer.decode(ids), str, "its decoded text")
+        expect(tokenizer.eos_token_id, (int, None), "its end of text")
+        len(tokenizer)
+    return tokenizer
+
+
 def read_model(source, flag, **options):
     """A causal language model with all of its weights -> (the model, from_pretrained's report on its weights)."""
     from transformers import AutoModelForCausalLM
@@ -19,4 +144,23 @@ def read_model(source, flag, **options):
     model, info = read(AutoModelForCausalLM, "weights", source, flag, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # from_pretrained fills them with random numbers
         fail(f"{flag} {source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            fail(f"{flag} {source} has numbers in {name} that are not finite: give a whole model")
+    settings = Path(source) / "generation_config.json"
+    if settings.is_file() and "gguf_file" not in options:
+        read_json(settings, GENERATION, "the settings of a generation", "delete it, or give a whole model")
+    with reading(f"{flag} {source}", "a model that computes", "give a whole model"):
+        rows = len(model.get_input_embeddings().weight)
+        expect(model.config.get_text_config().vocab_size, range(1, rows + 1), "vocab_size")
+        check_works(model)
     return model, info
+
+
+@torch.no_grad()
+def check_works(model):
+    """Raise an error where a model cannot read two tokens and write one: its config may fit the weights, and be wrong."""
+    ids = torch.arange(2)[None]
+    if not model(ids).logits.isfinite().all():
+        raise ValueError("it computes numbers that are not finite")
+    model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)

@@ -8,6 +8,8 @@ iteration finds that matrix by products alone. The token table, scale matrices, 
 
 import torch
 
+from common.untrusted import expect
+
 MOMENTUM = 0.95
 A, B, C = 3.4445, -4.7750, 2.0315  # of x -> a x + b x^3 + c x^5, which takes singular values to between 0.7 and 1.2
 ROUNDS = 5
@@ -40,6 +42,19 @@ def make_optimizer(args, model):
     return Both(Muon([group(muon, args.muon_lr)], args.muon_lr, dtype=torch.float32 if plain else torch.bfloat16), adamw)
 
 
+def skip_where(optimizer, skipped):
+    """
+    The next step() changes nothing where `skipped`, a 0-dim bool tensor on the device, is true.
+
+    Fused AdamW and Muon read it on the device. What is not fused has to be told, so there the program waits.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        if part.defaults.get("fused", True):
+            part.found_inf = skipped.float()  # the name that a GradScaler gives it
+        elif skipped:
+            part.zero_grad(set_to_none=True)
+
+
 class Both:
     """Two optimizers as one."""
 
@@ -61,13 +76,11 @@ class Both:
     def state_dict(self):
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, state):
-        for part, its in zip(self.parts, state, strict=True):
-            part.load_state_dict(its)
-
 
 class Muon(torch.optim.Optimizer):
     """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
+
+    found_inf = None  # see skip_where()
 
     def __init__(self, params, lr, weight_decay=0.0, dtype=torch.bfloat16):
         """dtype: of the products that make a step orthogonal."""
@@ -85,12 +98,18 @@ class Muon(torch.optim.Optimizer):
                 for p in some:
                     if p not in self.state:
                         self.state[p]["mean"] = torch.zeros_like(p)
+                    p.grad = self.unless_skipped(p.grad, self.state[p]["mean"])
                     self.state[p]["mean"].lerp_(p.grad, 1 - MOMENTUM)
                 ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # as Nesterov does
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, direction in zip(some, orthogonal(ahead.to(self.dtype))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                decay = self.unless_skipped(1 - group["lr"] * group["weight_decay"], 1.0)
+                for p, direction in zip(some, self.unless_skipped(orthogonal(ahead.to(self.dtype)), 0.0)):
+                    p.mul_(decay)
                     p.sub_(direction, alpha=size)
+
+    def unless_skipped(self, value, otherwise):
+        """value, or `otherwise` where skip_where() says so; nothing waits for the device."""
+        return value if self.found_inf is None else torch.where(self.found_inf > 0, otherwise, value)
 
 
 def orthogonal(M):
@@ -102,3 +121,30 @@ def orthogonal(M):
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
     return X
+
+
+KEPT = {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "step": torch.Tensor}  # of each weight, by AdamW
+
+
+def resume_optimizer(optimizer, state):
+    """
+    Give an optimizer the running means of a state_dict(). Its groups stay as they are: the run's flags make them.
+
+    Raises ValueError where the state is that of other weights or another optimizer.
+    """
+    if isinstance(optimizer, Both):
+        for part, its in zip(optimizer.parts, state, strict=True):
+            resume_optimizer(part, its)
+        return
+    expect(state, dict(state=dict, param_groups=[dict(params=[int])]))
+    groups, weights = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its optimizer has other weights")
+    for i, kept in state["state"].items():
+        expect(i, range(len(weights)), "a number in its optimizer")
+        expect(kept, dict(mean=torch.Tensor) if isinstance(optimizer, Muon) else KEPT)
+        for name, tensor in kept.items():
+            shape = () if name == "step" else weights[i].shape
+            if tensor.shape != shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"the {name} of its optimizer is damaged")
+    optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))

@@ -19,7 +19,11 @@ import torch
 from common import checkpoint
 from common.cli import fail
 from common.device import hardware
-from common.files import written_whole
+from common.files import claim_folder, flush, remove, written_whole
+from common.untrusted import COUNT, read_json, read_json_lines
+
+ANOTHERS = ("a run's config.json", "choose another --out_dir")
+PREVIOUS = "last.previous.pt"  # the last.pt before the last one, should that be damaged
 
 
 class NoRunFolder:
@@ -32,6 +36,9 @@ class NoRunFolder:
 
     def keep(self, model, base, facts, state, is_best):
         pass
+
+    def last_good(self):
+        return ""
 
     def finish(self, summary):
         pass
@@ -47,20 +54,17 @@ class RunFolder:
         for given, package in ((args.wandb_log, "wandb"), (args.tensorboard_log, "tensorboard")):
             if given and importlib.util.find_spec(package) is None:
                 fail(f"--{package}_log needs the package {package}: pip install {package}, or drop the flag")
-        if self.path.exists() and not self.path.is_dir():
-            fail(f"--out_dir {self.path} is a file: give a folder")
+        self.claim = claim_folder(self.path, "--out_dir")
         if resumed_at is None:
             self._refuse_another_run(config, args)
         facts = dict(args=asdict(args), **provenance(args.device))
         if resumed_at is not None and config.exists():
-            before = json.loads(config.read_text())
-            facts["resumed"] = before.pop("resumed", []) + [dict(at=resumed_at, **before)]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
-            config.write_text(json.dumps(facts, indent=1) + "\n")
-        except OSError as error:
-            fail(f"--out_dir {self.path} cannot be written ({error.strerror}): give another folder")
+            before = read_json(config, {"resumed?": list, "args": dict}, *ANOTHERS)
+            facts["resumed"] = before.pop("resumed", []) + [before | dict(at=resumed_at)]
+        (self.path / "summary.json").unlink(missing_ok=True)  # it says that a run is done
+        with written_whole(config, "give another --out_dir") as part:
+            part.write_text(json.dumps(facts, indent=1) + "\n")
+        self.kept = resumed_at  # the step of last.pt
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
         self.loggers = [log for log in (wandb_log(args, self.path), tensorboard_log(args, self.path)) if log]
@@ -72,10 +76,7 @@ class RunFolder:
             if checkpoints:
                 fail(f"--out_dir {self.path} holds a {checkpoints[0]} that is not ours: choose another --out_dir")
             return
-        try:
-            before = dict(json.loads(config.read_text())["args"])
-        except (ValueError, KeyError, TypeError):
-            fail(f"{config} is not a run's config.json: choose another --out_dir")
+        before = read_json(config, dict(args=dict), *ANOTHERS)["args"]
         differing = [k for k, v in asdict(args).items() if before.get(k) != v]
         if differing:
             k = differing[0]
@@ -90,31 +91,48 @@ class RunFolder:
             )
 
     def _keep_lines_before(self, resumed_at):
-        """Drop the lines after the last checkpoint, and the evaluation at it: the resumed run logs them again."""
+        """
+        Drop the lines after the last checkpoint, and the evaluation at it: the resumed run logs them again. A crash may have
+        cut the last line off.
+        """
 
         def stays(line):
             return line["iter"] < resumed_at or (line["iter"] == resumed_at and "train_loss" in line)
 
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
-        kept = [line for line in lines if stays(json.loads(line))]
-        path.write_text("".join(line + "\n" for line in kept))
+        resumes = resumed_at is not None and path.exists()
+        lines = read_json_lines(path, dict(iter=COUNT), "what train.py logs", "move it away") if resumes else []
+        with written_whole(path, "make room") as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines if stays(line)))
 
     def log(self, step, **values):
-        self.metrics.write(json.dumps(dict(iter=step, **values)) + "\n")
+        try:
+            self.metrics.write(json.dumps(dict(iter=step, **values)) + "\n")
+        except OSError as error:
+            fail(f"{self.path / 'metrics.jsonl'} cannot be written ({error.strerror}): make room, then resume the run")
         for log in self.loggers:
             log(step, values)
 
     def keep(self, model, base, facts, state, is_best):
         """Write last.pt, unless there is no state to go on with, and ckpt.pt where the model is the best so far."""
+        flush(self.path / "metrics.jsonl")  # a resume keeps its lines up to this step
         if state:  # last.pt first: a resume after a crash between the two files writes ckpt.pt again
-            checkpoint.save(self.path / "last.pt", model, base, **facts, **state)
+            checkpoint.save(self.path / "last.pt", model, base, previous=PREVIOUS, **facts, **state)
+            self.kept = facts["iter_num"]
         if is_best:
             checkpoint.save(self.path / "ckpt.pt", model, base, **facts)
+
+    def last_good(self):
+        """Which checkpoint there is to go on with, in words."""
+        if self.kept is None:
+            return "there is no good checkpoint yet"
+        return f"the last good checkpoint is {self.path / 'last.pt'} of step {self.kept}"
 
     def finish(self, summary):
         with written_whole(self.path / "summary.json") as part:
             part.write_text(json.dumps(summary, indent=1) + "\n")
+        remove(self.path / PREVIOUS)
+        self.claim.release()
 
 
 def wandb_log(args, folder):

@@ -1,5 +1,6 @@
 """Where a run of train.py starts: its flags settled, its text, its model with weights, and how far an earlier run had come."""
 
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import torch
 from common import checkpoint
 from common.cli import fail
 from common.dataset import Dataset
+from common.device import set_random_state
 from common.factor_files import read_factors, read_facts
+from common.optimizer import resume_optimizer
+from common.run_folder import PREVIOUS
 from common.train_rules import check_schedule, check_shape, resume_args, trained_names
+from common.untrusted import COUNT, expect, expect_fields, reading
 from model import GPT, GPTConfig
+
+# What last.pt has for a resume, besides what ckpt.pt has.
+BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)
+STATE = dict(best=BEST, seconds=float, optimizer=(dict, list), scaler={str: float}, rng=torch.Tensor)
+STATE |= {"logged?": [COUNT, float], "tally?": [float, float, float]}
+
+RESUMED = ("the state of a run", "go on from a copy of it, or start anew in another --out_dir")
 
 
 @dataclass
@@ -24,8 +36,9 @@ class Start:
     starts_from   dict(part, ckpt, tokens): which weights are trained already, where they are from, on how many tokens; or None
     base          of adapters that are saved alone: the files of the frozen weights and their hash; or None
     step          where the run goes on; 0 for a new one
+    evaluates_at  the step that it evaluates first, whatever it is; None where it goes on between two evaluations
     last_step     where it ends
-    state         what a resume restores: best, seconds, optimizer, scaler, rng, cuda_rng; or None
+    state         what a resume restores, the dict of last.pt; or None
     writes        false where it evaluates a run that is there, whose folder then stays as it is
     """
 
@@ -37,6 +50,7 @@ class Start:
     starts_from: dict | None
     base: dict | None
     step: int
+    evaluates_at: int | None
     last_step: int
     state: dict | None
     writes: bool
@@ -45,6 +59,15 @@ class Start:
     def resumed_at(self):
         """The step at which the run goes on; None where it is new."""
         return self.step if self.state else None
+
+    def restore(self, optimizer, scaler, device, master):
+        """Give a resumed run what last.pt has besides the weights -> the best evaluation."""
+        with reading(Path(self.args.out_dir) / "last.pt", *RESUMED):
+            resume_optimizer(optimizer, self.state["optimizer"])
+            scaler.load_state_dict(self.state["scaler"])
+            if master:
+                set_random_state(self.state, device)
+        return self.state["best"]
 
 
 def begin(args, given):
@@ -87,6 +110,7 @@ def begin(args, given):
         starts_from=starts_from,
         base=checkpoint.base_of(model, args) if args.save_adapters_only else None,
         step=step,
+        evaluates_at=step if not goes_on or previous.get("evaluated", True) else None,  # older versions saved at evaluations
         last_step=last_step,
         state=previous if goes_on else None,
         writes=goes_on or not resuming,
@@ -97,9 +121,31 @@ def read_stopped(args, given):
     """What a run left behind: last.pt to go on with, ckpt.pt to evaluate -> (its dict, its flags)."""
     hint = "start the run without --init_from resume, or give the --out_dir of one that was started"
     base_files = {name: given[name] for name in checkpoint.BASE_FILES if name in given}
-    path = Path(args.out_dir) / ("ckpt.pt" if args.eval_only else "last.pt")
+    path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
     previous = checkpoint.load(path, hint=hint, **base_files)
+    with reading(path, *RESUMED):
+        expect_fields(previous["args"], type(args))
+        for name in (*checkpoint.SHAPE, "n_embd_wte", "k_proj_dim", "v_proj_dim"):
+            if name in previous["args"] and previous["args"][name] != previous["config"].get(name):
+                raise ValueError(f"its flags have {name} {previous['args'][name]}, its model {previous['config'].get(name)}")
+        if not args.eval_only:
+            expect(previous, STATE)
+            if previous["args"].get("code_wte") is not None:
+                expect(previous, dict(unrounded_wte=torch.Tensor))
+                checkpoint.check_tensor("unrounded_wte", previous["unrounded_wte"], previous["model"]["lm_head.weight"].shape)
     return previous, resume_args(previous["args"], given, type(args))
+
+
+def whole_last(folder):
+    """The file to go on with: last.pt, or the one before it where that is damaged."""
+    last, previous = folder / "last.pt", folder / PREVIOUS
+    if checkpoint.is_whole(last) or not (last.exists() or previous.exists()):
+        return last
+    state = "damaged" if last.exists() else "missing"
+    if not checkpoint.is_whole(previous):
+        fail(f"{last} is {state}, and so is {PREVIOUS}: delete {folder} and start the run again")
+    print(f"{last} is {state}: going on from {PREVIOUS}", file=sys.stderr)
+    return previous
 
 
 def read_previous(args, given):

@@ -4,11 +4,14 @@ meta.pkl names its tokenizer (`tokenizer`), and holds the definition of a traine
 """
 
 import importlib.util
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail
+from common.untrusted import IDS, expect, reading
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZERS = ("gpt2", "bpe")  # what meta.pkl may name
@@ -73,6 +76,19 @@ class Codec:
     end_of_text: int
 
 
+def check_definition(text):
+    """Raise ValueError where a tokenizer.json has an id or a length that no tokenizer has: memory is reserved up to it."""
+    made = json.loads(text)
+    expect(made, {"model": dict, "added_tokens?": [dict(id=IDS)], "padding?": (dict, None), "truncation?": (dict, None)})
+    vocab = made["model"].get("vocab")
+    ids = vocab.values() if isinstance(vocab, dict) else []
+    if not all(type(i) is int and i in IDS for i in ids):
+        raise ValueError("its vocabulary has an id that is too large")
+    for name in ("padding", "truncation"):
+        if any(int(number) not in IDS for number in re.findall(r"\d+", json.dumps(made.get(name)))):
+            raise ValueError(f"its {name} has a number that is too large")
+
+
 def read_codec(meta, source, hint):
     """The tokenizer of a dataset's meta.pkl. source, hint: what an error names, and what it tells to do."""
     if meta.get("tokenizer") == "gpt2":
@@ -81,7 +97,10 @@ def read_codec(meta, source, hint):
     if meta.get("tokenizer") == "bpe" and "tokenizer_json" in meta:
         from tokenizers import Tokenizer
 
-        bpe = Tokenizer.from_str(meta["tokenizer_json"])
+        with reading(source, "the meta.pkl of a dataset with a tokenizer", "run the dataset's prepare.py again"):
+            expect(meta, dict(end_of_text=IDS))
+            check_definition(meta["tokenizer_json"])
+            bpe = Tokenizer.from_str(meta["tokenizer_json"])
         bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
     fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {hint}")

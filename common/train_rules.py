@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 
-from common.cli import fail
+from common.cli import check_ranges, fail
 
 # Every matrix of a factorized GPT that can have an adapter; a dense table has no scale_up and scale_down.
 LORA_TARGETS = ("wte", "scale_up", "scale_down", "q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")
@@ -59,13 +59,21 @@ def check_table(a):
 
 def check_shape(a):
     """The flags of the model's shape."""
+    check_model(a)
+    if not a.tie_head and a.code_wte is not None:
+        fail(f"--code_wte {a.code_wte} needs a tied head: drop --no-tie_head")
+    if (a.objective == "v_recon" or a.v_recon_weight) and (a.v_proj_dim is None or a.v_proj_narrow):
+        flag = "--objective v_recon" if a.objective == "v_recon" else f"--v_recon_weight {a.v_recon_weight}"
+        fail(f"{flag} needs restored values: give --v_proj_dim, and drop --v_proj_narrow")
+
+
+def check_model(a, fail=fail):
+    """The fields of a GPTConfig, or the flags of the same names. fail: what to do with a message."""
     if a.n_embd % a.n_head:
         fail(f"--n_embd {a.n_embd} is not divisible by --n_head {a.n_head}: change one of the two")
     for name in ("n_embd_wte", "v_proj_dim", "k_proj_dim"):
         if (getattr(a, name) or 0) > a.n_embd:
             fail(f"--{name} {getattr(a, name)}: a rank lies between 1 and --n_embd {a.n_embd}")
-    if not a.tie_head and a.code_wte is not None:
-        fail(f"--code_wte {a.code_wte} needs a tied head: drop --no-tie_head")
     if not a.tie_head and a.n_embd_wte is not None:
         fail(f"--n_embd_wte {a.n_embd_wte} needs a tied head: drop --no-tie_head")
     rotated = a.rotary_pct * a.n_embd / a.n_head
@@ -78,9 +86,6 @@ def check_shape(a):
         fail("--norms_per_layer 1 needs attention and MLP that read the same stream: give --parallel_residual too")
     if a.v_proj_narrow and (a.v_proj_dim is None or a.v_proj_dim % a.n_head):
         fail(f"--v_proj_narrow needs a --v_proj_dim that --n_head {a.n_head} divides, not {a.v_proj_dim}: change it")
-    if (a.objective == "v_recon" or a.v_recon_weight) and (a.v_proj_dim is None or a.v_proj_narrow):
-        flag = "--objective v_recon" if a.objective == "v_recon" else f"--v_recon_weight {a.v_recon_weight}"
-        fail(f"{flag} needs restored values: give --v_proj_dim, and drop --v_proj_narrow")
 
 
 def check_schedule(a):
@@ -150,8 +155,8 @@ def trained_names(args, names):
 
 # A resume may change only what leaves the steps planned so far as they were.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_epochs", "patience", "lr_decay_iters", "eval_interval",
-              "eval_only", "log_interval", "device", "compile", "wandb_log", "wandb_project", "wandb_run_name",
-              "tensorboard_log"}  # fmt: skip
+              "eval_only", "checkpoint_minutes", "log_interval", "device", "compile", "wandb_log", "wandb_project",
+              "wandb_run_name", "tensorboard_log"}  # fmt: skip
 MAY_CHANGE_EVAL_ONLY = MAY_CHANGE | {"dataset", "batch_size", "eval_iters", "dtype"}
 
 
@@ -178,5 +183,6 @@ def resume_args(stored, given, kind):
                 "drop the flag, or start a new run in another --out_dir"
             )
     args = kind(**(stored | given | dict(init_from=stored["init_from"])))
+    check_ranges(args)
     check(args)
     return args

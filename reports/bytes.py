@@ -4,14 +4,20 @@ results.jsonl of a study of bytes -> report.md and a figure for each system: nat
     python -m reports.bytes --runs model_weights/bytes
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import fail, finish, flag, parse
-from common.files import written_whole
+from common.cli import finish, flag, parse
+from common.files import claim_folder, written_whole
 from common.plots import plt, save
+from common.untrusted import WHOLE, Positive, read_json, read_json_lines, reading
 from reports.markdown import table
+
+# What is read of the study's folder (common/untrusted.py).
+SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_tokens=int, calib_text=str)
+CONFIG = dict(settings=SETTINGS, hardware=str, commit=str, command=str)
+RECORD = dict(row=str, system=str, name=str, bytes=WHOLE, share=Positive, kl=float, top1=float)
+RECORD |= dict(texts={str: dict(nats=float, nats_se=(float, None))})
 
 FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
 TITLES = dict(
@@ -89,13 +95,12 @@ def system_figure(path, system, records):
 
 def write_report(folder):
     """report.md and the figures in the folder of results.jsonl -> the tables."""
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-        if any("system" not in r for r in records):
-            raise ValueError
-    except (OSError, ValueError) as error:
-        fail(f"--runs {folder} has no finished rows ({type(error).__name__}): run scripts/run_bytes.sh first")
+    finished = ("a file of finished rows", "run scripts/run_bytes.sh first")
+    settings = read_json(folder / "config.json", CONFIG, *finished)
+    records = read_json_lines(folder / "results.jsonl", RECORD, *finished)
+    with reading(folder / "results.jsonl", *finished):
+        if not records or not records[0]["texts"] or any(r["texts"].keys() != records[0]["texts"].keys() for r in records):
+            raise ValueError("its rows have different texts")
     s, parts = settings["settings"], []
     text = ["# At equal bytes", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens of {s['eval_text']}."]
     text += [f"Calibrated on {s['calib_tokens']:,} tokens of {s['calib_text']}.", ""]
@@ -114,7 +119,10 @@ def write_report(folder):
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     folder = Path(args.runs)
+    claim = claim_folder(folder, "--runs", ".report.lock") if folder.is_dir() else None
     print(write_report(folder))
+    if claim:
+        claim.release()
     finish(report=str(folder / "report.md"))
 
 

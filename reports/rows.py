@@ -1,12 +1,30 @@
 """Run folders -> rows. A row is one model, with a run for each seed."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail
+from common.untrusted import COUNT, WHOLE, expect, read_json, read_json_lines, reading
 from util_factorization import METHODS
+
+# What is read of the files of a run and of factors (common/untrusted.py). Older runs lack what has a question mark.
+POINT = dict(iter=COUNT, tokens=COUNT, val_loss=float, val_ppl=float, ln_f_cosine=float, ln_f_cosine_full=float)
+STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))
+SUMMARY = dict(
+    seed=COUNT, dataset=str, n_embd=WHOLE, n_embd_wte=(WHOLE, None), starts_from=(STARTS_FROM, None),
+    parameters={"total": WHOLE, "token_table": WHOLE, str: COUNT}, parameters_trained=COUNT,
+    flops_per_token=dict(head=float), val_unigram_entropy=float, eval_tokens=WHOLE, best=POINT, final=POINT, tokens=COUNT,
+    tokens_per_step=COUNT, seconds=float, tokens_per_second=(float, None), peak_memory_bytes=COUNT,
+)  # fmt: skip
+CACHE_POINT = {"position_loss": {str: float}, "v_recon?": float, "v_error?": [float]}
+CACHE_SUMMARY = dict(cache_widths=[WHOLE, WHOLE], epoch_steps=(WHOLE, None), best=CACHE_POINT, last=POINT)
+CONFIG = dict(versions={str: str}, hardware=str, commit=str, command=str)
+FACTS = {
+    "method": tuple(METHODS), "k": WHOLE, "energy": float, "relative_error": float, "relative_error_per_token?": (float, None),
+    "parameters": WHOLE, "compression": float, "singular_values": [float],
+}  # fmt: skip
+AGAIN = "delete the folder and run it again"
 
 METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"  # a method in a folder's name; the seeds call svd pca
 
@@ -116,13 +134,8 @@ def read_rows(root):
         if not (folder / "summary.json").exists():
             unfinished.append(folder)
             continue
-        try:
-            summary = json.loads((folder / "summary.json").read_text())
-            seed = summary["seed"]
-            if not {"starts_from", "best", "parameters", "seconds"} <= summary.keys():
-                raise ValueError
-        except (ValueError, KeyError):
-            fail(f"{folder / 'summary.json'} is not what train.py writes: delete the folder and run it again")
+        summary = read_json(folder / "summary.json", SUMMARY, "what train.py writes", AGAIN)
+        seed = summary["seed"]
         row = found.setdefault(folder.name, Row("", folder.name, folder.name, "", {}, {}))
         if seed in row.summaries:
             fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
@@ -131,7 +144,11 @@ def read_rows(root):
     for kind in KINDS:
         matches = [match for name in found if (match := re.fullmatch(kind.folder, name))]
         for match in matches:
-            found[match.string].of_cache = kind.of_cache
+            row = found[match.string]
+            row.of_cache = kind.of_cache
+            for seed, summary in row.summaries.items() if kind.of_cache else ():
+                with reading(row.folders[seed] / "summary.json", "what train.py writes of a value cache", AGAIN):
+                    expect(summary, CACHE_SUMMARY)
         for match in sorted(matches, key=lambda match: place_of(match, found)):
             row = found.pop(match.string)
             row.label, row.series, row.what = (
@@ -151,24 +168,19 @@ def place_of(match, found):
 
 def read_curve(folder):
     """The evaluations of a run: [(step, tokens it had trained on itself, val_loss)]."""
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [(line["iter"], line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{folder / 'metrics.jsonl'} cannot be read ({error}): delete the folder and run it again")
+    path = folder / "metrics.jsonl"
+    lines = [line for line in read_json_lines(path, dict, "what train.py logs", AGAIN) if "val_loss" in line]
+    with reading(path, "what train.py logs", AGAIN):
+        expect(lines, [dict(iter=COUNT, tokens=COUNT, val_loss=float)])
+    return [(line["iter"], line["tokens"], line["val_loss"]) for line in lines]
 
 
 def read_factors(root):
     """The JSON of every factor file, by method: {method: [facts, by rank]}."""
     found = {}
     for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
-        try:
-            facts = json.loads(path.read_text())
-            if not {"energy", "relative_error", "singular_values", "parameters"} <= facts.keys():
-                raise ValueError
-            found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path} is not what pca_factorize_wte.py writes: delete it, or factorize the checkpoint again")
+        facts = read_json(path, FACTS, "what pca_factorize_wte.py writes", "delete it, or factorize the checkpoint again")
+        found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
     return {method: [found[method][k] for k in sorted(found[method])] for method in METHODS if method in found}
 
 
@@ -188,7 +200,8 @@ def total_seconds(row, rows):
 
 def provenance_lines(rows):
     """Where the runs of a report come from: data, seeds, hardware, versions, commit, command."""
-    configs = [json.loads((folder / "config.json").read_text()) for row in rows for folder in row.folders.values()]
+    folders = [folder for row in rows for folder in row.folders.values()]
+    configs = [read_json(folder / "config.json", CONFIG, "what train.py writes", AGAIN) for folder in folders]
 
     def all_of(values):
         return ", ".join(sorted(set(map(str, values))))

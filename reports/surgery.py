@@ -1,12 +1,12 @@
 """results.jsonl of a sweep -> report.md: the table, perplexity against the share kept, ranks by layer, the answers."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
 
 from common.cli import fail
 from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
+from common.untrusted import WHOLE, Positive, expect, read_json, reading
 from reports.compare import mean
 from reports.markdown import table
 
@@ -23,6 +23,37 @@ READING_SMALLER = (
     "cache that the model filled. Tokens/s: greedy decoding of one text after a prompt of one window, both models by turns, "
     "median. Healing: LoRA towards the untouched model's distribution, on calibration text where no other is named, merged."
 )
+
+# What is read of a sweep's folder (common/untrusted.py).
+TEXT = dict(ppl=Positive, nats_se=(float, None))
+MEASURES = dict(ppl=Positive, kl=float, top1=float, texts={str: TEXT})
+PART = {"ranks": [int], "full": [WHOLE], "energies": [float], "errors?": [float], "output_errors?": [float]}
+NAMES = dict(method=str, mode=str, targets=str)
+LEVEL = {"variance": (float, None), "rank": (WHOLE, None), "budget?": (float, None)}
+RECORD = {**NAMES, **LEVEL, **MEASURES, "parts": {str: PART}, "answer?": str, "sampled?": str}
+ON_DISK = dict(numbers=int, bytes=int, cache_bytes=Positive, tokens_per_second=[float])
+MODEL = {**MEASURES, "loss": float, "steps?": int, "text?": (str, None)}
+SMALLER = dict(out=str, models={"untouched": MODEL | ON_DISK, str: MODEL})
+SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_text=str, texts={str: str})
+CONFIG = dict(settings=SETTINGS, hardware=str, commit=str, command=str)
+SWEEP = ("the file of a sweep", "give another --out_dir, or delete it and measure again")
+
+
+def check_together(records, smaller, kinds):
+    """Raise ValueError where records do not belong to one sweep. kinds: its texts."""
+    if not any(r["method"] == "-" for r in records):
+        raise ValueError("it has no untouched model")
+    models = [model for each in smaller for model in each["models"].values()]
+    for model in models:
+        expect(model, (ON_DISK if "numbers" in model else {}) | (dict(steps=int, text=(str, None)) if "steps" in model else {}))
+    for r in [*records, *models]:
+        if r["texts"].keys() != kinds.keys():
+            raise ValueError(f"it has the texts {', '.join(r['texts'])[:60]}, the sweep {', '.join(kinds)[:60]}")
+        for part in r.get("parts", {}).values():
+            if len({len(values) for values in part.values()}) > 1 or not part["ranks"]:
+                raise ValueError("its layers do not agree")
+        if r.get("method", "-") != "-" and not r["parts"]:
+            raise ValueError("it has no layers")
 
 
 def label(record):
@@ -210,8 +241,12 @@ def one_line(answer):
 
 def write_report(folder, records, smaller):
     """report.md and its figures in the folder, all of them or none; returns the tables."""
-    facts = json.loads((folder / "config.json").read_text())
+    facts = read_json(folder / "config.json", CONFIG, *SWEEP)
     s = facts["settings"]
+    with reading(folder / "results.jsonl", *SWEEP):
+        expect(records, [RECORD])
+        expect(smaller, [SMALLER])
+        check_together(records, smaller, s["texts"])
     results = result_table(records, s["texts"])
     text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
     text[-1] += f" of {s['eval_text']}, calibrated on {s['calib_text']}."

@@ -85,6 +85,7 @@ def error_table(rows):
     rows = [row for row in rows if "v_error" in row.one("best")]
     lines = [[row.title, *(shown(list(errors), 4) for errors in zip(*row.values("best", "v_error")))] for row in rows]
     layers = max((len(line) - 1 for line in lines), default=0)
+    lines = [line + ["-"] * (layers + 1 - len(line)) for line in lines]
     return table(["share of V's variance missed", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
 
 

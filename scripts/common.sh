@@ -11,6 +11,8 @@
 #   METHOD    svd                        how the table is factorized, where a script starts from factors
 #   LORA      "--lora_rank 4 ..."        further flags of the scripts that train adapters
 
+source scripts/stages.sh
+
 if [ -z "${PRESET:-}" ]; then
   # nvidia-smi first: it answers at once, importing torch takes seconds
   if command -v nvidia-smi >/dev/null && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -49,9 +51,17 @@ mistake() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
 need_preset() { case " $* " in *" $PRESET "*) ;; *) mistake "PRESET=$PRESET is not for this script: give one of $*" ;; esac; }
 
+# unless_left_out WHAT: in a pipeline the stage that makes WHAT has failed, so this one is left out
+unless_left_out() {
+  [ -n "${STAGE:-}" ] || return 0
+  echo "$(basename "$0"): left out: $1" >&2
+  exit "$LEFT_OUT"
+}
+
 # start_from FOLDER SCRIPT: refuses to start from a run that is not trained to its end
 start_from() {
   source_run=$OUT/$1
+  [ -f "$source_run/summary.json" ] || unless_left_out "$source_run is not trained to its end"
   [ -f "$source_run/summary.json" ] || mistake "Checkpoint not found, or not trained to its end: $source_run: run scripts/$2 first"
 }
 
@@ -77,8 +87,12 @@ train_run() {
     echo "$out is done; delete the folder to run it again"
     return
   fi
-  if [ -f "$out/last.pt" ]; then set -- "$@" --init_from resume; fi
-  echo "== $out"
+  if [ -f "$out/last.pt" ]; then
+    set -- "$@" --init_from resume
+    echo "== $out: goes on from its last.pt"
+  else
+    echo "== $out"
+  fi
   python train.py --dataset "$DATASET" --out_dir "$out" --wandb_run_name "$name" "$@"
 }
 
@@ -95,10 +109,12 @@ take_rank() {
   esac
 }
 
-# Makes the table's factors by $METHOD at ranks $1, or at rank $k, where they are missing or older than the baseline. Sets
-# method (pca for svd, as in the seeds' names) and from_factors, the flags that start from the baseline with these factors.
+# Makes the table's factors by $METHOD at ranks $1, or at rank $k, where they are missing or older than the baseline; in a
+# stage of a pipeline they were made before. Sets method (pca for svd, as in the seeds' names), wte_npy, scale_npz, and
+# from_factors, the flags that start from the baseline with these factors.
 need_factors() {
-  local rank wte_npy scale_npz missing=""
+  local rank
+  missing=""
   start_from gpt_baseline train_baseline_gpt2.sh
   method=${METHOD/#svd/pca}
   for rank in ${1:-$k}; do
@@ -107,7 +123,18 @@ need_factors() {
   done
   from_factors=(--n_embd_wte "$rank" --init_from prev_run --prev_run_ckpt "$OUT/gpt_baseline"
     --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz")
-  [ -z "$missing" ] || bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
+  [ -n "$missing" ] || return 0
+  unless_left_out "$wte_npy is missing or older than the baseline"
+  attend env STAGE=1 bash scripts/run_pca_factorization.sh "${missing#,}" --method "$METHOD"
+}
+
+# make_factors RANKS: need_factors as a stage of its own
+make_factors() {
+  local name="$OUT: run_pca_factorization.sh ${1// /,} --method $METHOD" status=0
+  if [ ! -f "$OUT/gpt_baseline/summary.json" ]; then note "$LEFT_OUT" "$name" && return; fi
+  need_factors "$1" || status=$?
+  [ -n "$missing" ] || echo "the factors of $OUT by $METHOD at ranks ${1// /,} are done"
+  note "$status" "$name"
 }
 
 # The adapters' rank, by LORA or by the preset: the seeds put it into a run's name.
@@ -119,7 +146,7 @@ lora_rank() {
   esac
 }
 
-# The cards to share runs out to, as an array: GPUS="0 1", left out all that are visible; none with a laptop's preset.
+# The cards for stages: GPUS="0 1", left out all that are visible; none with a laptop's preset.
 take_cards() {
   if [ -z "${GPUS+given}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
@@ -128,39 +155,14 @@ take_cards() {
       GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | grep -E '^[0-9]+$' | tr '\n' ' ') || true
     fi
   fi
-  read -ra gpus <<< "${GPUS:-}"
+  read -ra cards <<< "${GPUS:-}"
+  if [ ${#cards[@]} -eq 0 ]; then cards=(""); fi
 }
 
-# Called before share_out. A card's number waits in a pipe until a run takes it; the file $failed names the runs that failed.
-open_queue() {
-  local cards
-  failed=$(mktemp) cards=$(mktemp -u)
-  trap 'rm -f "$failed"' EXIT
-  mkfifo "$cards"
-  exec 3<> "$cards"
-  rm "$cards"
-  if [ ${#gpus[@]} -eq 0 ]; then echo >&3; else printf '%s\n' "${gpus[@]}" >&3; fi
-}
-
-# Each argument, "[VAR=value] SCRIPT [RANK]", is a run. One run a card goes at a time. flags: for every run
-share_out() {
-  local run card
-  for run; do
-    read -r card <&3
-    {
-      # shellcheck disable=SC2086  # the words of a run
-      ${card:+env CUDA_VISIBLE_DEVICES="$card"} env ${run%% *} bash scripts/${run#* } ${flags[@]+"${flags[@]}"} 3>&- ||
-        echo "$OUT: ${run#METHOD=svd }" >> "$failed"
-      echo "$card" >&3
-    } &
-  done
-  wait
-}
-
+# The report of what is done, then the names of what is not.
 report_and_name_failures() {
-  python report.py --runs "$root" || echo "report.py --runs $root" >> "$failed"
-  [ -s "$failed" ] || return 0
-  echo "$(basename "$0"): failed, the others went on:" >&2
-  sed 's/^/  /' "$failed" >&2
-  exit 1
+  local status=0
+  python report.py --runs "$root" || status=$?
+  note "$status" "report.py --runs $root"
+  name_failures
 }

@@ -9,7 +9,7 @@
 #   SEEDS="1 2 3"                                             three rounds, in OUT/seed_N, and paired tests
 #   GPUS="0 1"                                                cards, one run each; left out: all that are visible
 #
-# Finished runs are skipped, interrupted ones resumed. A run that fails is named at the end, the others go on.
+# Finished runs are skipped, interrupted ones resumed. What starts from a run that fails is left out, all else goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop13
@@ -38,32 +38,22 @@ for k in $K; do
 done
 echo "ranks $K, adapters of rank $(lora_rank)"
 
-open_queue
-
 for seed in ${SEEDS:-""}; do
   flags=("$@")
   if [ -n "$seed" ]; then
     export OUT=$root/seed_$seed
     flags+=(--seed "$seed")
   fi
-  runs=("METHOD=svd train_baseline_gpt2.sh --wandb_run_name baseline")
-  for k in $K; do runs+=("METHOD=svd train_lowrank_scratch.sh $k"); done
-  share_out "${runs[@]}"
-
-  runs=()
-  if [ ! -f "$OUT/gpt_baseline/summary.json" ]; then
-    echo "$OUT: not run, since gpt_baseline is not done: all that starts from it" >> "$failed"
-  else
-    for METHOD in svd $METHODS; do
-      need_factors "$K" || echo "$OUT: run_pca_factorization.sh ${K// /,} --method $METHOD" >> "$failed"
-    done
-    for k in $K; do
-      for METHOD in svd $METHODS; do runs+=("METHOD=$METHOD eval_pca_nofinetune.sh $k"); done
-      for METHOD in svd $BEST; do runs+=("METHOD=$METHOD train_pca_lora.sh $k"); done
-      if [ -z "${ONLY13:-}" ]; then runs+=("METHOD=svd train_pca_finetune.sh $k" "METHOD=svd train_lowrank_more.sh $k"); fi
-    done
-    if [ -z "${ONLY13:-}" ]; then runs+=("METHOD=svd train_baseline_more.sh" "METHOD=svd train_baseline_lora.sh"); fi
-    share_out "${runs[@]}"
-  fi
+  begin "METHOD=svd train_baseline_gpt2.sh --wandb_run_name baseline"
+  for k in $K; do begin "METHOD=svd train_lowrank_scratch.sh $k"; done
+  await_all
+  for METHOD in svd $METHODS; do make_factors "$K"; done
+  for k in $K; do
+    for METHOD in svd $METHODS; do begin "METHOD=$METHOD eval_pca_nofinetune.sh $k"; done
+    for METHOD in svd $BEST; do begin "METHOD=$METHOD train_pca_lora.sh $k"; done
+    if [ -z "${ONLY13:-}" ]; then begin "METHOD=svd train_pca_finetune.sh $k" && begin "METHOD=svd train_lowrank_more.sh $k"; fi
+  done
+  if [ -z "${ONLY13:-}" ]; then begin "METHOD=svd train_baseline_more.sh" && begin "METHOD=svd train_baseline_lora.sh"; fi
+  await_all
 done
 report_and_name_failures

@@ -5,7 +5,8 @@
 #   SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128     three rounds, in OUT/seed_N, and a paired test
 #   GPUS="0 1" ...                                            cards to use; left out, all that are visible
 #
-# Finished runs are skipped, interrupted ones resumed: the same command again goes on where it stopped.
+# Finished runs are skipped, interrupted ones resumed: the same command again goes on where it stopped. What starts from a run
+# that fails is left out, all else goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
@@ -17,7 +18,7 @@ scratch=$(steps_of --preset "$PRESET" --n_embd_wte "$k" ${rest[@]+"${rest[@]}"})
 more=$(steps_of --preset "${PRESET}_finetune" ${rest[@]+"${rest[@]}"})
 
 take_cards
-side=$((${#gpus[@]} < 2 ? 1 : 2))  # runs side by side
+side=$((${#cards[@]} < 2 ? 1 : 2))  # runs side by side
 read -ra seeds <<< "${SEEDS:-}"
 rounds=$((${#seeds[@]} ? ${#seeds[@]} : 1))
 model=0 models=$((5 * rounds)) left=$((rounds * (scratch + 2 * (scratch + more) / side)))
@@ -29,24 +30,11 @@ announce() {
   echo "model $model of $models${seed:+, seed $seed}: $2"
 }
 
-# Runs a script, "NAME [RANK]", with the further flags, on one card where there are cards.
-run() {
-  local card=${2:-${gpus[0]:-}}
-  # shellcheck disable=SC2086  # the name and the rank are two words
-  ${card:+env CUDA_VISIBLE_DEVICES="$card"} bash scripts/$1 ${flags[@]+"${flags[@]}"}
-}
-
-# both STEPS WHAT SCRIPT WHAT SCRIPT: two runs side by side where there are two cards, one after the other elsewhere.
+# both STEPS WHAT STAGE WHAT STAGE: two stages side by side where there are two cards, one after the other elsewhere.
 both() {
-  local steps=$1 failed=0 first
-  if [ "$side" = 1 ]; then announce "$steps" "$2" && run "$3" && announce "$steps" "$4" && run "$5"; return; fi
-  announce $((steps / 2)) "$2"
-  announce $((steps / 2)) "$4"
-  run "$3" "${gpus[0]}" &
-  first=$!
-  run "$5" "${gpus[1]}" || failed=1
-  wait "$first" || failed=1
-  return "$failed"
+  await_card && announce $(($1 / side)) "$2" && begin "$3"
+  await_card && announce $(($1 / side)) "$4" && begin "$5"
+  await_all
 }
 
 for seed in ${SEEDS:-""}; do
@@ -56,12 +44,13 @@ for seed in ${SEEDS:-""}; do
     flags+=(--seed "$seed")
   fi
   announce "$scratch" "D, the dense baseline"
-  run train_baseline_gpt2.sh
-  need_factors
+  begin train_baseline_gpt2.sh
+  await_all
+  make_factors "$k"
   both "$scratch" "A, the PCA of D's table, the rest from scratch" "train_pca_compressed.sh $k" \
     "C, random factors, from scratch" "train_random_lowrank.sh $k"
   both "$more" "B, D with its table cut by PCA, trained on" "train_pca_finetune.sh $k" \
     "D+, D with the same extra steps" train_baseline_more.sh
 done
 unset JOB_LATER_STEPS
-python report.py --runs "$root"
+report_and_name_failures

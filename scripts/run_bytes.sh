@@ -12,9 +12,11 @@
 #   SYSTEMS  "table weights cache"
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+source scripts/stages.sh
 out=${OUT:-model_weights/bytes}
 for system in ${SYSTEMS:-table weights cache}; do
-  python -m surgery.bytes_study --system "$system" ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT"} \
-    ${EVAL:+--eval_text "$EVAL"} --out_dir "$out" "$@"
+  stage "the system $system" python -m surgery.bytes_study --system "$system" ${MODEL:+--model "$MODEL"} \
+    ${TEXT:+--calib_text "$TEXT"} ${EVAL:+--eval_text "$EVAL"} --out_dir "$out" "$@"
 done
-python -m reports.bytes --runs "$out"
+stage "the report" python -m reports.bytes --runs "$out"
+name_failures

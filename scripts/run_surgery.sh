@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, budgets
 # beside uniform ranks, smaller models that are healed, the token table. What is done is skipped, so the same command resumes.
+# A stage that fails is named at the end, the others go on.
 # Arguments go to every call of python -m surgery.
 # Of SmolLM2-135M on 2 cores, with --eval_windows 16, 17 minutes for the thresholds (measured), under two hours for all
 # (projected from its pieces).
@@ -24,6 +25,7 @@
 #   WTE      384,256,128,64                 ranks of the table
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
+source scripts/stages.sh
 name=$(sed -E 's#[^,]*/##g; s#\.[^.,]*(,|$)#\1#g; s#,#_#g' <<< "${TEXT:-}")  # a/b.txt,sotu -> b_sotu
 out=${OUT:-model_weights/surgery${name:+_$name}}
 EVAL=${EVAL:-${TEXT:-}}
@@ -31,18 +33,24 @@ operate() {
   python -m surgery ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT"} ${EVAL:+--eval_text "$EVAL"} \
     --out_dir "$out" "$@"
 }
+joint() {
+  operate --targets wte --method joint --rank "${WTE:-384,256,128,64}" "$@" ||
+    { [ $? = 2 ] && echo "joint is for a table that is the head too"; }
+}
 smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is written again
   [ ! -f "$out/$1/measured.json" ] || { echo "$out/$1 is done; delete the folder to write it again"; return; }
   rm -rf "${out:?}/$1"
   operate --method fisher --out "$out/$1" --heal_steps "${HEAL:-150}" ${HEALTEXT:+--heal_text "$HEALTEXT"} "${@:2}"
 }
 by_energy=(${VARIANCE:+--variance "$VARIANCE"})
-operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"      # 9 thresholds x 3 modes
-operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
-operate --targets k/v/k,v --method svd,whiten,fisher --rank "${K:-160,128,96}" "$@"
-operate --targets k,v --mode shared_kv --method svd,whiten,fisher --rank "${KV:-320,288,192}" "$@"
-operate --targets k,v --mode shared_kv,separate --method fisher --budget "${BUDGET:-0.75,0.5}" "$@"
-operate --targets wte --method svd,freq,whiten,fisher --rank "${WTE:-384,256,128,64}" "$@"
-operate --targets wte --method joint --rank "${WTE:-384,256,128,64}" "$@" || echo "joint is for a table that is the head too"
-smaller kv --targets k,v --mode shared_kv --rank "${SMALL:-192}" "$@"
-smaller wte --targets wte --rank "${SMALLWTE:-256}" --heal_lr 1e-3 "$@"
+by_rank=(operate --method svd,whiten,fisher)
+stage "thresholds" operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"  # 9 x 3 modes
+stage "the seed's branch" operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
+stage "ranks of k and v" "${by_rank[@]}" --targets k/v/k,v --rank "${K:-160,128,96}" "$@"
+stage "ranks of k over v" "${by_rank[@]}" --targets k,v --mode shared_kv --rank "${KV:-320,288,192}" "$@"
+stage "budgets" operate --targets k,v --mode shared_kv,separate --method fisher --budget "${BUDGET:-0.75,0.5}" "$@"
+stage "ranks of the table" operate --targets wte --method svd,freq,whiten,fisher --rank "${WTE:-384,256,128,64}" "$@"
+stage "joint ranks of the table" joint "$@"
+stage "the smaller model kv" smaller kv --targets k,v --mode shared_kv --rank "${SMALL:-192}" "$@"
+stage "the smaller model wte" smaller wte --targets wte --rank "${SMALLWTE:-256}" --heal_lr 1e-3 "$@"
+name_failures

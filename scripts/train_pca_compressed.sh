@@ -4,6 +4,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
 take_rank "$@"
+METHOD=svd
+need_factors
 train_run "gpt_pca_k$k" "gpt-pca-k$k" --preset "$PRESET" --n_embd_wte "$k" \
-  --import_wte_npy "$OUT/pca_factorized/wte_pca_k$k.npy" \
-  --import_scale_matrices_npz "$OUT/pca_factorized/scale_mats_pca_k$k.npz" ${rest[@]+"${rest[@]}"}
+  --import_wte_npy "$wte_npy" --import_scale_matrices_npz "$scale_npz" ${rest[@]+"${rest[@]}"}

@@ -7,7 +7,7 @@
 #   SEEDS="1 2 3"                                  three rounds, in OUT/seed_N, and paired tests
 #   GPUS="0 1"                                     cards, one run each; left out: all that are visible
 #
-# Finished runs are skipped, interrupted ones resumed. A run that fails is named at the end, the others go on.
+# Finished runs are skipped, interrupted ones resumed. What starts from a run that fails is left out, all else goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop_pythia WITH_GPU=pythia70m
@@ -22,16 +22,14 @@ for flag in --no-v_proj_narrow --v_proj_narrow; do
   python -c 'import sys, train_args; sys.argv[0] = "train_vdproj.sh"; train_args.parse_args()' \
     --preset "$PRESET" --v_proj_dim "$k" --k_proj_dim "$k" "$flag" ${rest[@]+"${rest[@]}"}
 done
-open_queue
 for seed in ${SEEDS:-""}; do
   flags=(${rest[@]+"${rest[@]}"})
   if [ -n "$seed" ]; then
     export OUT=$root/seed_$seed
     flags+=(--seed "$seed")
   fi
-  runs=()
-  for model in baseline end_to_end two_phase narrow kv; do runs+=("MODEL=$model train_vdproj_one.sh $k"); done
-  share_out "${runs[@]}"
-  [ -n "${ONLY5:-}" ] || share_out "MODEL=two_phase_trained train_vdproj_one.sh $k"
+  for model in baseline end_to_end two_phase narrow kv; do begin "MODEL=$model train_vdproj_one.sh $k"; done
+  await_all
+  if [ -z "${ONLY5:-}" ]; then begin "MODEL=two_phase_trained train_vdproj_one.sh $k" && await_all; fi
 done
 report_and_name_failures

@@ -170,10 +170,12 @@ def pack(args):
     if args.cache_bytes:
         check_cache(subject.model, args.cache_bytes, args.window)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
-    folder, _ = prepare_folder(args, shared)
-    check_writable(args.out)
+    folder, _, *claims = prepare_folder(args, shared)
+    claims.append(check_writable(args.out))
     record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
     print(packed_table(record))
+    for claim in claims:
+        claim.release()
     finish(model=name, out=args.out, **record["bytes"])
 
 
@@ -206,9 +208,9 @@ def main(argv=None):
     if args.out:
         check_attention(model, layers)
     shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
-    folder, records = prepare_folder(args, shared)
+    folder, records, *claims = prepare_folder(args, shared)
     if args.out:
-        check_writable(args.out)
+        claims.append(check_writable(args.out))
 
     done = [Point.of_record(r) for r in records if "answer" in r or not args.answer_tokens]
     left = [p for p in [UNTOUCHED, *points] if p not in done]
@@ -223,9 +225,11 @@ def main(argv=None):
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
             write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
-    records, smaller = (read_records(folder / f"{name}.jsonl") for name in ("results", "smaller"))
+    records, smaller = (read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point measured again, to answer, counts once
     print(write_report(folder, records, smaller))
+    for claim in claims:
+        claim.release()
     counts = dict(points=len(left), skipped=len(points) + 1 - len(left))
     finish(model=name, out_dir=str(folder), out=args.out or None, report=str(folder / "report.md"), **counts)
 

@@ -84,11 +84,11 @@ class Measurer:
         Each group of rows keeps the components that are worth most to it, in float16 -> (the matrix, its bytes).
 
         numbers: of the basis, the means and the coordinates together. A component is kept whole or not at all: a rank is the
-        case of bits.spend() where the first bit takes the whole error away.
+        case of bits.spend() whose one step takes the whole error away.
         """
         draft = draft_table(W, self.moments.weights, self.metrics[name])
         around = draft.P.numel() + draft.mean.numel() + draft.means.numel()
-        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around, [1, 0]).view_as(draft.worth)
+        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around, ([0, 1], [1, 0])).view_as(draft.worth)
         back, P = torch.empty_like(W), draft.P.half().float()
         for rows, mean, mask in zip(draft.groups, draft.means, kept):
             back[rows] = draft.mean + (draft.Z[rows].half() * mask + mean.half()).float() @ P

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 
+LINE = dict(row=str, system=str)  # what tells which rows are measured already
 SYSTEMS = ("table", "weights", "cache")
 
 
@@ -102,7 +103,7 @@ def main(argv=None):
     shared["model"] = Path(name).name if Path(name).exists() else name
     shared["weights"] = digest(subject.model)
     args.device = "cpu"
-    folder, records = prepare_folder(args, shared | settings(chosen))
+    folder, records, claim = prepare_folder(args, shared | settings(chosen), LINE)
     rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
     left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
     if left:
@@ -123,7 +124,8 @@ def main(argv=None):
             add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
             lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
             print(f"{row.key:28} {record['share']:7.2%}  {lost}", flush=True)
-    finish(out_dir=str(folder), rows=len(read_records(folder / "results.jsonl")), measured=len(left))
+    claim.release()
+    finish(out_dir=str(folder), rows=len(read_records(folder / "results.jsonl", LINE)), measured=len(left))
 
 
 if __name__ == "__main__":

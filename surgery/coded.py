@@ -17,13 +17,14 @@ from tqdm import tqdm
 from common.files import written_whole
 from surgery.evaluator import Evaluator
 from surgery.linears import LinearMoments, find_linears
+from surgery.moments import finite_moments, read_moments
 from util_factorization.calibrate import calibrate
 from util_factorization.coding import (
     code,
+    depths_of,
     draft_layer,
     draft_table,
     fit,
-    levels_bytes,
     row_weights,
     spend_over,
 )
@@ -72,13 +73,18 @@ class WholeMoments:
 def whole_moments(subject, counts, windows, file):
     """One pass over windows, a list of (x, y) -> WholeMoments. counts [V]: of the text. file: keeps them for a later call."""
     linears = LinearMoments(find_linears(subject.model, subject.head))
+    names = {name: module.weight.shape for name, module in linears.linears.items()}
+    d = subject.table.weight.shape[1]
+    shapes = {("C",): (d, d), ("G",): (d, d)}
+    shapes |= {("inputs", name): (n_in, n_in) for name, (_, n_in) in names.items()}
+    shapes |= {("squares", name): (n_out,) for name, (n_out, _) in names.items()}
     if file.exists():
-        kept = torch.load(file, weights_only=True)
+        kept = read_moments(file, shapes)
     else:
         pairs = ((x.numpy(), y.numpy()) for x, y in tqdm(windows, "calibration", unit="window"))
         with linears:
             C, G = calibrate(subject, pairs, subject.table.weight.device, gradients=True, sampled=True)
-        kept = dict(C=C, G=G, **linears.state())
+        kept = finite_moments(dict(C=C, G=G, **linears.state()), shapes)
         with written_whole(file, "make room, or choose another --out_dir") as part:
             torch.save(kept, part)
     linears.load(kept)
@@ -120,10 +126,10 @@ class Coder:
         drafts: others than the Coder's own. Raises ValueError where the share does not pay.
         """
         drafts = drafts or self.drafts
-        bits, codes = fit(list(drafts.values()), share * 2 * self.numbers)
-        pairs = tqdm(list(zip(drafts.items(), bits)), "rounding", leave=False)
+        depths, codes = fit(list(drafts.values()), share * 2 * self.numbers)
+        pairs = tqdm(list(zip(drafts.items(), depths)), "rounding", leave=False)
         coded = {name: code(draft, b, codes) for (name, draft), b in pairs}
-        return coded, sum(made.bytes() for made in coded.values()) + levels_bytes(codes)
+        return coded, sum(made.bytes() for made in coded.values())
 
 
 def metrics_of(matrices, moments):
@@ -153,11 +159,12 @@ def set_prices(drafts, matrices, evaluator):
     found = {}
     for kind, names in kinds.items():
         chosen = [drafts[name] for name in names]
-        bits = spend_over(chosen, PROBE_BITS * sum(draft.Z.numel() for draft in chosen), codes)
-        errors = torch.tensor(distortion(codes), dtype=torch.float64)
-        forecast = sum((draft.worth * errors[b]).sum().item() for draft, b in zip(chosen, bits)) / 2
-        with coded_in({name: matrices[name] for name in names}, [code(*both, codes) for both in zip(chosen, bits)]):
-            found[kind] = max(evaluator.measure()["kl"], 0.0) / forecast
+        steps = spend_over(chosen, PROBE_BITS * sum(draft.Z.numel() for draft in chosen), codes)
+        errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
+        forecast = sum((draft.worth * errors[s]).sum().item() for draft, s in zip(chosen, steps)) / 2
+        made = [code(draft, depths_of(s, codes), codes) for draft, s in zip(chosen, steps)]
+        with coded_in({name: matrices[name] for name in names}, made):
+            found[kind] = max(evaluator.measure()["kl"], 0.0) / forecast if forecast else 0.0
     for name, draft in drafts.items():
         draft.worth *= found[kind_of(name)]
     return found

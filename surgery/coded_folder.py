@@ -1,14 +1,14 @@
 """
 A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
 float32, and of a coded cache the constants, in 16 bits. config.json's entry "surgery" is {"coded": [names of the matrices],
-"cache": [bits of the components, for each layer]}.
+"window": bits of the codes' windows, "cache": [bits of the components, for each layer]}.
 """
 
 from surgery import coded_attention
 from surgery.coded_modules import install
-from surgery.model_folder import write_folder
+from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.trellis import WINDOW
+from util_factorization.trellis import FAST_WINDOW, WINDOW, gaussian_codes
 from value_cache.coded_cache import LAYERS_BEFORE, LayerCode
 
 
@@ -20,8 +20,6 @@ def save(folder, hf, tokenizer, coded, cache=()):
     LayerCode for each layer, or none.
     """
     tensors, inside = {}, set()
-    for made in coded.values():
-        tensors |= {f"levels.{b}": levels for b, levels in made.levels.items()}
     for name, made in coded.items():
         tensors |= {f"coded.{name}.{part}": tensor.contiguous() for part, tensor in made.tensors().items()}
         inside.add(id((ends_of(hf).get(name) or hf.get_submodule(name)).weight))
@@ -29,30 +27,44 @@ def save(folder, hf, tokenizer, coded, cache=()):
     tensors |= {name: (p if p.dim() == 1 else p.half()).contiguous() for name, p in rest.items()}
     for i, code in enumerate(cache):
         tensors |= {f"cache.{i}.{part}": tensor.cpu().contiguous() for part, tensor in code.tensors().items()}
-    return write_folder(folder, hf, tokenizer, tensors, dict(coded=list(coded), cache=[code.bits for code in cache]))
+    plan = dict(coded=list(coded), window=WINDOW, cache=[code.bits for code in cache])
+    return write_folder(folder, hf, tokenizer, tensors, plan)
 
 
-def fill(hf, plan, tensors, packed):
-    """Give a model, made from its config, the tensors of save(). Raises where a name or a shape does not fit."""
-    levels = {int(name.split(".")[1]): tensors.pop(name) for name in list(tensors) if name.startswith("levels.")}
+def parts_of(hf, plan, tensors):
+    """
+    What save() wrote -> ({name: CodedMatrix}, a LayerCode for each layer, {parameter's name: tensor} of the rest).
+
+    hf: a model made from the config, maybe without memory for its weights. Raises where a name or a shape does not fit.
+    """
+    if plan.get("window") != WINDOW:
+        raise ValueError("its codes are those of another version of this program: write it again")
+    tensors, codes = dict(tensors), {code.half_bits: code for code in gaussian_codes()}
     coded, inside = {}, set()
     layers = coded_attention.coded_layers(hf) if plan.get("cache") else []
+    if len(layers) != len(plan.get("cache", [])):
+        raise ValueError(f"it has codes for {len(plan['cache'])} layers of {len(layers)}")
     cache = [layer_code(i, bits, taken(tensors, f"cache.{i}."), layers) for i, bits in enumerate(plan.get("cache", []))]
     for name in plan["coded"]:
-        own = taken(tensors, f"coded.{name}.")
         module = ends_of(hf).get(name) or hf.get_submodule(name)
-        coded[name] = CodedMatrix.from_tensors(own, levels)
+        coded[name] = CodedMatrix.from_tensors(taken(tensors, f"coded.{name}."), codes)
         if coded[name].shape != module.weight.shape:
             raise ValueError(f"{name} has the shape {coded[name].shape}, the model {tuple(module.weight.shape)}")
         inside.add(id(module.weight))
-    for name, p in hf.named_parameters():
-        if id(p) not in inside:
-            stored = tensors.pop(name)
-            if stored.shape != p.shape or not stored.isfinite().all():
-                raise ValueError(f"{name} is damaged")
-            p.data.copy_(stored)
-    if tensors:
-        raise ValueError(f"{min(tensors)} has no place in the model")
+    check_tensors(tensors, {name: p.shape for name, p in hf.named_parameters() if id(p) not in inside})
+    return coded, cache, tensors
+
+
+def check(hf, plan, tensors):
+    parts_of(hf, plan, tensors)
+
+
+def fill(hf, plan, tensors, packed=True):
+    """Give a model, made from its config without memory for weights, the tensors of save()."""
+    coded, cache, rest = parts_of(hf, plan, tensors)
+    layers = coded_attention.coded_layers(hf) if cache else []
+    for name, tensor in rest.items():
+        put(hf.get_parameter(name), tensor)
     install(hf, coded, packed)
     if cache:
         coded_attention.install(hf, cache, layers)
@@ -67,7 +79,7 @@ def layer_code(i, bits, tensors, layers):
     """LayerCode of layer i of stored tensors. Raises ValueError where they do not fit the layers."""
     K, D, d = len(bits), len(layers[i].rows["k"]) + len(layers[i].rows["v"]), layers[i].width
     known = d + D * min(i, LAYERS_BEFORE)
-    shapes = dict(mean=(D,), forecast=(known, D), to_z=(D, K), from_z=(K, D), levels=(len(tensors["levels"]), 2**WINDOW))
+    shapes = dict(mean=(D,), forecast=(known, D), to_z=(D, K), from_z=(K, D), levels=(len(tensors["levels"]), 2**FAST_WINDOW))
     if any(tensors[name].shape != shape or not tensors[name].isfinite().all() for name, shape in shapes.items()):
         raise ValueError(f"layer {i} of the cache is damaged")
     if bits != sorted(bits) or not all(type(b) is int and 0 < b < len(tensors["levels"]) for b in bits):

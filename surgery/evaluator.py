@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common.cli import fail
+
 
 @dataclass
 class Measured:
@@ -47,6 +49,8 @@ class Evaluator:
             for name, some in self.windows.items()
         }
         everything = summary(sum(texts.values(), []))
+        if not math.isfinite(everything["loss"] + everything["kl"]):
+            fail(f"a model's loss on the evaluation text is {everything['loss']}: its numbers are not finite, give another")
         return everything | dict(texts={name: summary(found) | paired(found) for name, found in texts.items()})
 
     def window(self, model, x, y, hidden):

@@ -35,7 +35,7 @@ class Layer:
 
     def weight(self, target):
         """[out,in], a copy."""
-        return self.joined[self.rows[target]].cpu()
+        return self.here(self.joined[self.rows[target]])
 
     def set_weight(self, target, W):
         joined = self.joined
@@ -51,7 +51,12 @@ class Layer:
     def bias(self, target):
         """[out], a copy, or None."""
         biases = [linear.bias for linear in self.linears.values()]
-        return None if biases[0] is None else torch.cat([b.data for b in biases])[self.rows[target]].cpu()
+        return None if biases[0] is None else self.here(torch.cat([b.data for b in biases])[self.rows[target]])
+
+    @staticmethod
+    def here(t):
+        """On the CPU, unless it is of a model without memory for its weights."""
+        return t if t.is_meta else t.cpu()
 
     def linear(self, target):
         """A target as a Linear of its own, a copy."""

@@ -52,7 +52,7 @@ class LinearMoments:
 
     def of(self, name):
         """(C [in,in], squares a token [out]) of a layer."""
-        return self.inputs[name] / self.squares[name].sum(), self.squares[name] / self.tokens
+        return self.inputs[name] / self.squares[name].sum().clamp(min=1e-30), self.squares[name] / self.tokens
 
     def state(self):
         """What load() reads: plain values and tensors."""

@@ -6,8 +6,8 @@ Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer number
 
 import torch
 
-from surgery.low_rank_modules import install, set_factors
-from surgery.model_folder import write_folder
+from surgery.low_rank_modules import install
+from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.decompose_matrix import from_skeleton, skeleton
 
 
@@ -20,31 +20,20 @@ def stacks_of(hf, plan):
     return found
 
 
+def own_names(hf, plan):
+    """{parameter: its name} of those outside of all stacks; a shared one once."""
+    inside = {p for modules in stacks_of(hf, plan) for m in modules for p in (m.down.weight, m.up.weight)}
+    return {p: name for name, p in reversed([*hf.named_parameters(remove_duplicate=False)]) if p not in inside}
+
+
 def to_stored(hf, plan):
     """The tensors of the file: each stack as a skeleton(), all others under their names, a shared one once."""
-    stored, inside = {}, set()
+    stored = {}
     for i, modules in enumerate(stacks_of(hf, plan)):
-        down = modules[0].down
         left = torch.cat([module.up.weight for module in modules])
-        rows, rest, right = skeleton(left.detach().cpu(), down.weight.detach().cpu())
+        rows, rest, right = skeleton(left.detach().cpu(), modules[0].down.weight.detach().cpu())
         stored |= {f"stacks.{i}.rows": rows.int(), f"stacks.{i}.rest": rest, f"stacks.{i}.right": right}
-        inside |= {down.weight, *(module.up.weight for module in modules)}
-    own = {p: name for name, p in reversed([*hf.named_parameters(remove_duplicate=False)]) if p not in inside}
-    return stored | {name: p.detach().cpu().contiguous() for p, name in own.items()}
-
-
-def from_stored(hf, plan, tensors):
-    """Fill a model, the plan installed, with the tensors of to_stored(). Raises where a name or a shape does not fit."""
-    for i, modules in enumerate(stacks_of(hf, plan)):
-        rows, rest, right = (tensors.pop(f"stacks.{i}.{part}") for part in ("rows", "rest", "right"))
-        set_factors(modules, from_skeleton(rows.long(), rest), right)
-    own, factors = dict(hf.named_parameters(remove_duplicate=False)), set()
-    for modules in stacks_of(hf, plan):
-        factors |= {modules[0].down.weight, *(module.up.weight for module in modules)}
-    for name, tensor in tensors.items():
-        own[name].data.copy_(tensor)
-    if missing := [name for name, p in hf.named_parameters() if name not in tensors and p not in factors]:
-        raise KeyError(f"{missing[0]} is missing")
+    return stored | {name: p.detach().cpu().contiguous() for p, name in own_names(hf, plan).items()}
 
 
 def save(folder, hf, tokenizer, plan):
@@ -52,7 +41,32 @@ def save(folder, hf, tokenizer, plan):
     return write_folder(folder, hf, tokenizer, to_stored(hf, plan), plan)
 
 
+def check(hf, plan, tensors):
+    """Raise where the tensors of to_stored() do not fit a model, made from its config without memory for weights."""
+    with torch.device("meta"):
+        install(hf, plan)
+    wanted, heights = {name: p.shape for p, name in own_names(hf, plan).items()}, []
+    for i, modules in enumerate(stacks_of(hf, plan)):
+        (r, n_in), height = modules[0].down.weight.shape, sum(module.up.out_features for module in modules)
+        wanted |= {f"stacks.{i}.rows": (r,), f"stacks.{i}.rest": (height - r, r), f"stacks.{i}.right": (r, n_in)}
+        heights.append(height)
+    check_tensors(tensors, wanted)
+    for i, height in enumerate(heights):
+        rows = tensors[f"stacks.{i}.rows"]
+        if rows.min() < 0 or rows.max() >= height or len(rows.unique()) < len(rows):
+            raise ValueError(f"stacks.{i}.rows is damaged")
+
+
 def fill(hf, plan, tensors):
-    """Give a model, made from its config, the modules of a plan and the tensors of save()."""
-    install(hf, plan)
-    from_stored(hf, plan, tensors)
+    """Give a model, made from its config without memory for weights, the modules of a plan and the tensors of save()."""
+    with torch.device("meta"):
+        install(hf, plan)
+    for i, modules in enumerate(stacks_of(hf, plan)):
+        rows, rest, right = (tensors[f"stacks.{i}.{part}"] for part in ("rows", "rest", "right"))
+        put(modules[0].down.weight, right)
+        left = from_skeleton(rows.long(), rest).split([module.up.out_features for module in modules])
+        for module, part in zip(modules, left):
+            put(module.up.weight, part.clone())
+    for p, name in own_names(hf, plan).items():
+        if p.is_meta:
+            put(p, tensors[name])

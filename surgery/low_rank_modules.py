@@ -184,9 +184,10 @@ def install(hf, plan):
 
 def install_table(hf, plan):
     V, d = hf.get_input_embeddings().weight.shape
-    wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"])
+    here = torch.get_default_device()
+    wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"], device=here)
     table = FactorizedTable(wte, unset(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
-    own = wte if plan["head"] is None else nn.utils.skip_init(nn.Embedding, V, plan["head"])
+    own = wte if plan["head"] is None else nn.utils.skip_init(nn.Embedding, V, plan["head"], device=here)
     head = FactorizedHead(own, unset(d, own.embedding_dim))
     hf.set_input_embeddings(table)
     hf.set_output_embeddings(head)

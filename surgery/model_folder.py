@@ -6,7 +6,12 @@ It says what is smaller: low_rank_folder.py and coded_folder.py each have their 
 import json
 from pathlib import Path
 
+import torch
+import torch.nn as nn
+
 from common.files import written_whole
+from common.hugging_face import check_layers
+from common.untrusted import WHOLE, read_json
 
 WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
 
@@ -25,3 +30,39 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
         if hf.generation_config is not None:
             hf.generation_config.save_pretrained(part)
     return sum(t.numel() for t in tensors.values()), (Path(folder) / WEIGHTS).stat().st_size
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+STACK = dict(parts=[[str, ("q", "k", "v")]], rank=WHOLE)
+LOW_RANK = dict(stacks=[STACK], table=(dict(rank=WHOLE, mean=bool, head=(WHOLE, None)), None))
+CODED = {"coded": [str], "cache?": [[range(1, 17)]]}
+
+
+def read_plan(folder, most):
+    """
+    The plan in config.json -> a dict. most: layers that the weights can be of.
+
+    The file is checked before transformers reads it, which makes a list as long as the number of layers says.
+    """
+    path = Path(folder) / "config.json"
+    what = "the config.json of a model that surgery's --out wrote"
+    config = read_json(path, dict(model_type=str, surgery=(LOW_RANK, CODED)), what, "write the folder again")
+    check_layers(config, most)
+    return config["surgery"]
+
+
+def put(p, tensor):
+    """Give a parameter of the device meta its numbers, float32, in place: whoever shares it has them too."""
+    torch.utils.swap_tensors(p, nn.Parameter(tensor.float(), requires_grad=False))
+
+
+def check_tensors(tensors, wanted):
+    """Raise ValueError where the tensors' names, shapes or kinds are not those of {name: shape}, or a float is not finite."""
+    if differing := sorted(tensors.keys() ^ wanted.keys()):
+        raise ValueError(f"{differing[0]} {'is missing' if differing[0] in wanted else 'has no place in the model'}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {tuple(wanted[name])}")
+        if tensor.is_floating_point() == name.endswith(".rows") or not tensor.isfinite().all():
+            raise ValueError(f"{name} is damaged")

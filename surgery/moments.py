@@ -3,7 +3,10 @@
 import torch
 from tqdm import tqdm
 
+from common.checkpoint import check_tensor
+from common.cli import fail
 from common.files import written_whole
+from common.untrusted import COUNT, expect, load_tensors, reading
 from surgery.layers import heights
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS
 from util_factorization.calibrate import calibrate
@@ -84,11 +87,11 @@ def calibration(args, points, subject, layers, texts, file):
     moments, table = Moments(layers if matrix_needs else []), dict(counts=counts)
     if matrix_needs or table_needs & MOMENTS:
         gradients = "G" in matrix_needs or "lookup" in table_needs
-        kept = torch.load(file, weights_only=True) if file.exists() else dict(C={}, head=None, lookup=None)
+        kept = read_moments(file, shapes_of(layers, subject)) if file.exists() else dict(C={}, head=None, lookup=None)
         gradients |= kept["lookup"] is not None  # keep G if an earlier sweep gathered it
         enough = kept["head"] is not None and kept["C"].keys() >= {layer.name for layer in moments.layers}
         if not enough or (gradients and kept["lookup"] is None):
-            kept = gather(args, moments, windows, subject, gradients)
+            kept = finite_moments(gather(args, moments, windows, subject, gradients), shapes_of(layers, subject))
             with written_whole(file, "make room, or choose another --out_dir") as part:
                 torch.save(kept, part)
         table |= {name: kept[name] for name in ("head", "lookup")}
@@ -102,3 +105,46 @@ def gather(args, moments, windows, subject, gradients):
     with moments:
         head, lookup = calibrate(subject, pairs, args.device, gradients, sampled=True)
     return dict(head=head, lookup=lookup, C=moments.C, G=moments.G, tokens=moments.tokens)
+
+
+# -- kept in a file ---------------------------------------------------------------------------------------------------
+
+
+def shapes_of(layers, subject):
+    """{where in what gather() returns: its shape}"""
+    d = subject.table.weight.shape[1]
+    shapes = {("head",): (d, d), ("lookup",): (d, d)}
+    for layer in layers:
+        n_out = sum(len(rows) for rows in layer.rows.values())
+        shapes |= {("C", layer.name): (layer.width, layer.width), ("G", layer.name): (n_out, n_out)}
+    return shapes
+
+
+def check_moments(kept, shapes):
+    """Raise ValueError where a moment that is there has another shape, or numbers that are not finite."""
+    expect(kept, dict(tokens=COUNT))
+    for (group, *names), shape in shapes.items():
+        found = kept.get(group)
+        if names and found:  # of layers; an earlier call may have gathered none
+            expect(found, {names[0]: torch.Tensor}, group)
+            found = found[names[0]]
+        if found is not None and not (names and found == {}):
+            expect(found, torch.Tensor, group)
+            check_tensor(" of ".join([group, *names]), found, shape)
+
+
+def read_moments(file, shapes):
+    """The moments that an earlier call kept, checked."""
+    with reading(file, "the moments of this sweep", "delete it, they are gathered again"):
+        kept = load_tensors(file)
+        check_moments(kept, shapes)
+    return kept
+
+
+def finite_moments(kept, shapes):
+    """The same moments; one line where the model computes numbers that are not finite."""
+    try:
+        check_moments(kept, shapes)
+    except ValueError as error:
+        fail(f"--model computes numbers that are not finite on the calibration text ({error}): give another model")
+    return kept

@@ -64,7 +64,10 @@ def cache_of(args, hf, coded, texts):
     install(decoded, coded, packed=False)
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
     torch.manual_seed(args.seed)
-    return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+    try:
+        return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+    except ValueError as error:
+        fail(f"--cache_bytes {args.cache_bytes}: {error}")
 
 
 def shown(bar):
@@ -85,7 +88,7 @@ def keep_rest(healed, hf, coded):
 
 
 def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken, cache):
-    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices, levels included."""
+    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices."""
     numbers, size = save(args.out, hf, tokenizer, coded, cache)
     decoded, _ = load(args.out, packed=False)
     found[last] = evaluator.measure(Subject(decoded)) | found[last]

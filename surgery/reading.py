@@ -7,34 +7,45 @@ A smaller model read from its folder.
 
 from pathlib import Path
 
+import torch
+
 from common.cli import fail
+from common.hugging_face import check_works, read, read_tokenizer, weightless
+from common.untrusted import reading
 from surgery import coded_folder, low_rank_folder
-from surgery.model_folder import WEIGHTS
+from surgery.model_folder import WEIGHTS, read_plan
 
 
 def load(folder, device="cpu", packed=True):
     """
     A folder that surgery's --out wrote -> (model, tokenizer); one line and status 2 where it cannot be.
 
-    packed: of a model kept by bits. False decodes it to float at once: faster, and as large as the untouched model.
+    The folder may come from a stranger. The model that its config describes is compared with the weights before any memory is
+    taken for it, and no code of the folder runs. packed: of a model kept by bits. False decodes it to float at once: faster,
+    and as large as the untouched model.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        plan = config.surgery
-    except (OSError, ValueError, AttributeError):
+    path = Path(folder) / WEIGHTS
+    if not path.is_file() or not path.with_name("config.json").is_file():
         fail(f"{folder} has no model that surgery's --out wrote: give its folder")
-    if "coded" in plan and packed and str(device) != "cpu":
-        fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
-    try:
-        tensors = load_file(str(Path(folder) / WEIGHTS))
-        if "coded" in plan:
-            coded_folder.fill(hf, plan, tensors, packed)
-        else:
-            low_rank_folder.fill(hf, plan, tensors)
-    except Exception as error:  # safetensors and torch raise their own
-        fail(f"{folder}/{WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:80]}): write it again")
-    return hf.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
+    with reading(path, "what its config.json describes", "write the folder again"):
+        tensors = load_file(str(path))
+        plan, most = read_plan(folder, len(tensors)), 100 + 4 * len(tensors)
+        kind, args = (coded_folder, [packed]) if "coded" in plan else (low_rank_folder, [])
+        if args and packed and str(device) != "cpu":
+            fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
+        config = read(AutoConfig, "config", folder, "", local_files_only=True)
+        for buffers in (False, True):
+            with weightless(most, buffers):
+                hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            if not buffers:
+                kind.check(hf, plan, tensors)
+        kind.fill(hf, plan, tensors, *args)
+        tokenizer, rows = read_tokenizer(folder, "", local_files_only=True), config.get_text_config().vocab_size
+        if len(tokenizer) > rows:
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
+        hf.eval().requires_grad_(False)
+        check_works(hf)
+    return hf.to(device), tokenizer

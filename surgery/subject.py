@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from common import checkpoint
 from common.cli import fail
-from common.hugging_face import read, read_model
+from common.hugging_face import read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
 from value_cache import generation
@@ -59,7 +59,6 @@ def load_subject(name, tokenizer_name=""):
 
 def load_hugging_face(name):
     """A hub id, a folder or a .gguf file -> (Subject, what loads its tokenizer)."""
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -73,7 +72,7 @@ def load_hugging_face(name):
         path, options = str(Path(name).parent), dict(gguf_file=Path(name).name)
     if (Path(path) / "surgery.safetensors").is_file():
         fail(f"--model {name} is a smaller model already, which surgery.load() reads: give the one it was made of")
-    config = read(AutoConfig, "config", path, "--model", **options)
+    config = read_config(path, "--model", **options)
     if getattr(config, "quantization_config", None) and not options:
         fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
     model, info = read_model(path, "--model", dtype=torch.float32, **options)
@@ -86,7 +85,7 @@ def load_hugging_face(name):
     if options:
         model.config.__dict__.pop("quantization_config", None)  # the weights are float32 by now
     subject = Subject(model.eval().requires_grad_(False))
-    return subject, lambda: read(AutoTokenizer, "tokenizer", path, "--model", **options)
+    return subject, lambda: read_tokenizer(path, "--model", **options)
 
 
 def load_own(name):
@@ -105,9 +104,7 @@ def load_own(name):
 
 def load_tokenizer(name):
     """name: of a dataset under data/, else a hub id or a folder of save_pretrained."""
-    from transformers import AutoTokenizer
-
-    return dataset_tokenizer(name) or read(AutoTokenizer, "tokenizer", name, "--tokenizer")
+    return dataset_tokenizer(name) or read_tokenizer(name, "--tokenizer")
 
 
 def dataset_tokenizer(name):

@@ -10,23 +10,29 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.cli import fail
-from common.files import written_whole
+from common.files import Claim, claim_folder, written_whole
 from common.run_folder import provenance
+from common.untrusted import read_json, read_json_lines
 from surgery.evaluator import answer
 from surgery.points import UNTOUCHED
 from surgery.surgeon import Cut, check_changes, fingerprint
 
+# What tells which points are measured already. Older lines have no budget.
+LINE = dict(method=str, mode=str, targets=str) | {level: (float, None) for level in ("variance?", "rank?", "budget?")}
 
-def prepare_folder(args, settings):
-    """The folder and its lines -> (path, records). A folder of other settings stays as it is: one line says what differs."""
+
+def prepare_folder(args, settings, line=LINE):
+    """
+    The folder and its lines -> (path, records, a Claim of the folder, which holds while it is kept).
+
+    A folder of other settings stays as it is: one line says what differs. line: the shape of a line (common/untrusted.py).
+    """
     folder = Path(args.out_dir)
-    if folder.exists() and not folder.is_dir():
-        fail(f"--out_dir {folder} is a file: give a folder")
-    config, records = folder / "config.json", read_records(folder / "results.jsonl")
-    try:
-        before = json.loads(config.read_text())["settings"] if config.exists() else {}
-    except (ValueError, KeyError):
-        fail(f"--out_dir {folder} holds a config.json that surgery did not write: choose another folder")
+    claim = claim_folder(folder, "--out_dir")
+    config, records, before = folder / "config.json", read_records(folder / "results.jsonl", line), {}
+    if config.exists():
+        what = ("a config.json that surgery wrote", "choose another folder with --out_dir")
+        before = read_json(config, dict(settings=dict), *what)["settings"]
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]
@@ -36,17 +42,18 @@ def prepare_folder(args, settings):
             part.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
         for moments in folder.glob("calibration*.pt"):
             moments.unlink()
-    return folder, records
+    return folder, records, claim
 
 
 def check_writable(out):
-    """The parent of --out takes files: tried now, not after hours of healing."""
+    """The parent of --out takes files: tried now, not after hours of healing -> a Claim of --out, held while kept."""
     parent = Path(out).absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         fail(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+    return Claim(parent / f".{Path(out).name}.lock", f"--out {out}", "choose another folder")
 
 
 def add_line(file, record):
@@ -61,13 +68,15 @@ def add_line(file, record):
         fail(f"{file} cannot be written ({error.strerror}): make room; the same command goes on from here")
 
 
-def read_records(results):
+def read_records(results, line):
     """The lines of a file of JSON lines; one that an interruption cut off is removed."""
-    lines = results.read_text().splitlines(keepends=True) if results.exists() else []
-    complete = [line for line in lines if line.endswith("}\n")]
-    if len(complete) < len(lines):
-        results.write_text("".join(complete))
-    return [json.loads(line) for line in complete]
+    if not results.exists():
+        return []
+    records = read_json_lines(results, line, "the file of a sweep", "choose another --out_dir, or delete it and measure again")
+    text = results.read_bytes()
+    if not text.endswith(b"\n"):
+        results.write_bytes(text[: text.rfind(b"\n") + 1])
+    return records
 
 
 def sweep(args, points, surgeon, evaluator, tokenizer, results):

@@ -174,7 +174,7 @@ def run_path(path, capsys):
 def assert_one_line_error():
     def check(result, *words):
         assert result.status == 2, (result.status, result.err)
-        assert len(result.err.strip().splitlines()) == 1, result.err
+        assert len([line for line in result.err.splitlines() if not line.startswith("note: ")]) == 1, result.err
         for word in words:
             assert str(word) in result.err, (word, result.err)
 

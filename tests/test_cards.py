@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -17,8 +18,14 @@ case "$*" in
   *"import sys, torch"*) exit "$NO_CUDA" ;;
 esac
 preset=$(echo "$*" | sed 's/.*--preset \([^ ]*\).*/\1/')
+method=$(echo "$*" | sed -n 's/.*--method \([^ ]*\).*/\1/p' | sed 's/svd/pca/')
 while [ $# -gt 0 ]; do
   if [ "$1" = --out_dir ]; then mkdir -p "$2"; touch "$2/ckpt.pt"; echo "\"preset\": \"$preset\"" > "$2/summary.json"; fi
+  if [ "$1" = --rank_k ]; then ranks=${2//,/ }; fi
+  if [ "$1" = --out_wte_npy ]; then
+    mkdir -p "$(dirname "$2")"
+    for k in $ranks; do name=${2/"{k}"/$k} && touch "${name/"{method}"/$method}"; done
+  fi
   shift
 done
 """
@@ -75,10 +82,40 @@ def test_a_gpu_that_torch_cannot_use_means_the_laptop_preset_on_no_card(pretend)
     assert all(c.startswith("card=none") for c in calls)
 
 
-def test_one_of_two_side_by_side_that_fails_fails_the_job_and_the_other_goes_on(pretend, tmp_path):
-    done, calls = pretend("bash scripts/run_all_experiments.sh 64", fails="gpt-pca-k64 ")
-    assert done.returncode == 1 and not any("report.py" in c for c in calls)
-    assert (tmp_path / "out" / "gpt_random_lowrank_k64" / "summary.json").exists()
+def failures(done):
+    """What a pipeline names at its end -> (the stages that failed, those that were left out)."""
+    part, named = "", {"failed": [], "left out": []}
+    for line in done.stderr.splitlines():
+        if match := re.match(r"\w+\.sh: (failed|left out)[:,]", line):
+            part = match[1]
+        elif part and line.startswith("  "):
+            named[part].append(line.strip())
+        else:
+            part = ""
+    return tuple(named.values())
+
+
+def test_a_run_that_fails_stops_what_starts_from_it_and_nothing_else(pretend, tmp_path):
+    out = tmp_path / "out"
+    a, b, more = "train_pca_compressed.sh 64", "train_pca_finetune.sh 64", "train_baseline_more.sh"
+    factors = "run_pca_factorization.sh 64 --method svd"
+    for fails, failed, left_out in (
+        ("gpt-pca-k64 ", [a], []),
+        ("pca_factorize_wte", [factors], [a, b]),
+        ("--wandb_run_name gpt-baseline ", ["train_baseline_gpt2.sh"], [factors, a, b, more]),
+    ):
+        shutil.rmtree(out, ignore_errors=True)
+        done, calls = pretend("bash scripts/run_all_experiments.sh 64 --bias", fails=fails, SEEDS="1 2", GPUS="0 1")
+        assert done.returncode == 1 and calls[-1].endswith(f"report.py --runs {out}")
+        assert failures(done) == (
+            [f"{out}/seed_{seed}: {stage} (status 1)" for seed in (1, 2) for stage in failed],
+            [f"{out}/seed_{seed}: {stage}" for seed in (1, 2) for stage in left_out],
+        )
+        finished = {path.parent.name for path in (out / "seed_2").glob("*/summary.json")}
+        assert len(finished) == 5 - len({*failed, *left_out} & {a, b, more, "train_baseline_gpt2.sh"})
+        assert "gpt_random_lowrank_k64" in finished
+    again, _ = pretend("bash scripts/run_all_experiments.sh 64 --bias", SEEDS="1 2")
+    assert again.returncode == 0 and again.stdout.count("is done; delete the folder") == 2 and not again.stderr
 
 
 def test_with_two_cards_the_thirteen_use_both_and_a_failing_run_is_named_at_the_end(pretend, tmp_path):
@@ -95,17 +132,20 @@ def test_with_two_cards_the_thirteen_use_both_and_a_failing_run_is_named_at_the_
     assert any("pca-lora-k64-r32" in c for c in trained) and any(
         c.endswith("report.py --runs " + str(tmp_path / "out")) for c in calls
     )
-    named = done.stderr[done.stderr.index("failed, the others went on") :].splitlines()[1:]
-    assert named == [f"  {tmp_path / 'out'}: train_lowrank_{name}.sh 128" for name in ("scratch", "more")]
+    stage = f"{tmp_path / 'out'}: train_lowrank_"
+    assert failures(done) == ([f"{stage}scratch.sh 128 (status 1)"], [f"{stage}more.sh 128"])
 
 
 def test_nothing_starts_from_a_baseline_that_is_not_done(pretend, tmp_path):
     (tmp_path / "out" / "gpt_baseline").mkdir(parents=True)
     (tmp_path / "out" / "gpt_baseline" / "ckpt.pt").touch()  # as after its first evaluation
     done, calls = pretend("bash scripts/run_13_experiments.sh", PRESET="laptop13", fails="--wandb_run_name baseline")
-    assert done.returncode == 1 and "train_baseline_gpt2.sh" in done.stderr and "not run, since gpt_baseline" in done.stderr
+    failed, left_out = failures(done)
+    assert done.returncode == 1 and len(failed) == 1 and "train_baseline_gpt2.sh" in failed[0]
+    assert len(left_out) == 6 + 4 * (6 + 2 + 1) + 2  # factors of six methods; at each rank 6-9, 10-13, B; D+, baseline + LoRA
     assert not any(word in c for c in calls if "parse_args" not in c for word in ("pca_factorize", "nofinetune", "lora_k"))
-    assert len([c for c in calls if "lowrank_scratch_k" in c and "parse_args" not in c]) == 4  # the others go on
+    others = [c for c in calls if "--wandb_run_name lowrank-scratch" in c and "parse_args" not in c]
+    assert len(others) == 4 + 4  # 2-5 and those trained on go on
     done, _ = pretend("bash scripts/train_baseline_more.sh", PRESET="laptop13")
     assert done.returncode == 2 and "not trained to its end" in done.stderr
 
@@ -124,8 +164,8 @@ def test_vdproj_shares_its_models_out_to_two_cards_and_names_what_fails(pretend,
     assert done.returncode == 1 and "preset pythia70m, dataset pile" in done.stdout
     trained = [c for c in calls if " train.py " in c and "parse_args" not in c]
     assert {c.split()[0] for c in trained} == {"card=0", "card=1"} and all("--preset pythia70m" in c for c in trained)
-    named = done.stderr[done.stderr.index("failed, the others went on") :].splitlines()[1:]
-    assert named == [f"  {tmp_path / 'out'}/seed_{s}: MODEL=narrow train_vdproj_one.sh 320" for s in (1, 2)]
+    narrow = [f"{tmp_path / 'out'}/seed_{s}: MODEL=narrow train_vdproj_one.sh 320 (status 1)" for s in (1, 2)]
+    assert failures(done) == (narrow, [])
     assert len(trained) == 2 * 8
 
 

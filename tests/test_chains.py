@@ -124,7 +124,7 @@ def test_mistakes_of_the_scripts(copy, tmp_path):
     for command, words in [
         ("scripts/train_pca_finetune.sh 128", "Checkpoint not found"),
         ("scripts/train_baseline_more.sh", "train_baseline_gpt2.sh"),
-        ("scripts/train_pca_compressed.sh 128", "run_pca_factorization.sh"),
+        ("scripts/train_pca_compressed.sh 128", "train_baseline_gpt2.sh"),
         ("scripts/run_pca_factorization.sh 64", "Checkpoint not found"),
         ("scripts/train_random_lowrank.sh big", "rank 'big' is not a number"),
         ("scripts/run_all_experiments.sh 256", "--n_embd_wte 256"),  # wider than n_embd: before the baseline is trained

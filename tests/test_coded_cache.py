@@ -10,7 +10,7 @@ from surgery.reading import load
 from surgery.subject import Subject
 from surgery.write_model import cache_bytes
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
-from util_factorization.trellis import WINDOW, gaussian_codes
+from util_factorization.trellis import FAST_WINDOW, gaussian_codes
 from value_cache.coded_cache import GAIN_BITS, GAINS, WHOLE, encode_rows, fit, fit_levels, known_of, nearest_gain
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
@@ -21,7 +21,7 @@ WINDOWS = [(ids[None], ids[None]) for ids in torch.randint(300, (12, 48), genera
 
 
 def levels():
-    return torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in gaussian_codes())])
+    return torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in gaussian_codes(FAST_WINDOW))])
 
 
 def coded(share):
@@ -45,7 +45,7 @@ def test_rows_of_many_depths_are_packed_and_read_again():
     windows = encode_rows(torch.randn(50, len(bits)), bits, levels())
     packed = pack_rows(windows, bits)
     assert packed.shape == (50, row_bytes(bits)) == (50, 3)
-    assert torch.equal(unpack_rows(packed, bits, WINDOW), windows.int())
+    assert torch.equal(unpack_rows(packed, bits, FAST_WINDOW), windows.int())
 
 
 def test_the_stream_of_least_error_is_found():
@@ -63,8 +63,8 @@ def test_the_stream_of_least_error_is_found():
 def test_the_error_is_that_of_the_trellis(b):
     z = torch.randn(100, 400, generator=torch.Generator().manual_seed(0))
     error = (z - levels()[b][encode_rows(z, [b] * 400, levels())]).square()
-    error = error[:, WINDOW:].mean().item()  # a stream's first numbers have less choice
-    assert error == pytest.approx(gaussian_codes()[b - 1].error, rel=0.05)
+    error = error[:, FAST_WINDOW:].mean().item()  # a stream's first numbers have less choice
+    assert error == pytest.approx(gaussian_codes(FAST_WINDOW)[b - 1].error, rel=0.05)
 
 
 def test_levels_are_fitted_to_the_tails():

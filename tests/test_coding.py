@@ -9,10 +9,10 @@ import torch
 from util_factorization import coded_matrix, coding, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, levels_bytes, row_weights
+from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
 from util_factorization.packing import pack, stream_bytes, unpack
 from util_factorization.rounding import in_groups
-from util_factorization.trellis import Code, encode, gaussian_code, gaussian_codes
+from util_factorization.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
 
 V, d = 700, 24
 
@@ -46,50 +46,64 @@ def coded(draft):
 
 
 def test_bits_are_spent_where_no_other_choice_is_better():
-    worth, price, distortion = torch.tensor([9.0, 2.0, 0.5]), torch.tensor([1, 1, 2]), [1, 0.3, 0.1, 0.04]
+    worth, price, distortion = torch.tensor([9.0, 2.0, 0.5]), torch.tensor([1, 1, 2]), ([0, 0.5, 1, 2], [1, 0.6, 0.3, 0.1])
 
-    def cost(bits):
-        return sum(w * distortion[b] for w, b in zip(worth.tolist(), bits))
+    def cost(steps):
+        return sum(w * distortion[1][s] for w, s in zip(worth.tolist(), steps))
+
+    def bits(steps):
+        return sum(distortion[0][s] * p for s, p in zip(steps, price.tolist()))
 
     for budget in range(1, 10):
         found = spend(worth, price, budget, distortion).tolist()
-        used = sum(b * p for b, p in zip(found, price.tolist()))
-        as_cheap = [bits for bits in itertools.product(range(4), repeat=3) if np.dot(bits, price) <= used]
+        used = bits(found)
+        as_cheap = [steps for steps in itertools.product(range(4), repeat=3) if bits(steps) <= used]
         assert used <= budget
         assert cost(found) == pytest.approx(min(map(cost, as_cheap)))
 
 
 def test_a_distortion_whose_steps_rise_is_refused():
     with pytest.raises(ValueError, match="steps"):
-        spend(torch.ones(2), torch.ones(2), 3, [1, 0.9, 0.2])
+        spend(torch.ones(2), torch.ones(2), 3, ([0, 1, 2], [1, 0.9, 0.2]))
 
 
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_viterbi_path_is_the_best_of_all():
+@pytest.mark.parametrize("numbers", [1, 2])
+def test_the_viterbi_path_is_the_best_of_all(numbers):
     draw = torch.Generator().manual_seed(0)
-    code, x = Code(2, torch.randn(16, generator=draw), 0.0), torch.randn(3, 4, generator=draw)
+    code, x = Code(2, torch.randn(16, numbers, generator=draw), 0.0), torch.randn(3, 4 * numbers, generator=draw)
     windows = encode(x, code)
     assert torch.equal(windows[:, :-1] % 4, windows[:, 1:] >> 2)  # neighbours share two of four bits
     best = torch.full((3,), torch.inf)
     for bits in itertools.product(range(2), repeat=4 + 3 * 2):  # the first window, then two bits for each number
         number = [int("".join(map(str, bits[2 * t : 2 * t + 4])), 2) for t in range(4)]
-        best = torch.minimum(best, (x - code.levels[number]).square().sum(1))
-    torch.testing.assert_close((x - code.levels[windows]).square().sum(1), best, rtol=1e-4, atol=1e-5)
+        best = torch.minimum(best, (x - code.levels[number].flatten()).square().sum(1))
+    torch.testing.assert_close((x - code.levels[windows].flatten(1)).square().sum(1), best, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_of_the_numbers_own_bits_is_lloyds_quantiser():
-    assert gaussian_code(1, 1).levels.tolist() == pytest.approx([-0.798, 0.798], abs=0.01)  # Max 1960, table I
+    assert gaussian_code(1, 1).levels.flatten().tolist() == pytest.approx([-0.798, 0.798], abs=0.01)  # Max 1960, table I
     assert gaussian_code(2, 2).error == pytest.approx(0.1175, abs=0.003)
-    assert gaussian_code(2).error < 0.085  # QTIP's and Marcellin and Fischer's trellises of 256 states; the bound is 0.0625
+    assert gaussian_code(2, 8).error < 0.085  # QTIP's and Marcellin and Fischer's trellises of 256 states; the bound is 0.0625
 
 
 def test_the_codes_on_disk_are_those_that_are_fitted():
     for bits in (4, 8):
-        kept, fitted = gaussian_codes()[bits - 1], gaussian_code(bits)
+        kept, fitted = gaussian_codes(FAST_WINDOW)[bits - 1], gaussian_code(bits, FAST_WINDOW)
         torch.testing.assert_close(kept.levels, fitted.levels, rtol=0, atol=0.01)
-        assert kept.error == pytest.approx(fitted.error, rel=0.01)
+        assert kept.error == pytest.approx(fitted.error, rel=0.02)
+
+
+def test_longer_windows_and_half_bits_err_less():
+    """The codes are what their file says, above the bound, below the fast ones, and below a mixture of whole bits."""
+    fast = {code.half_bits: code.error for code in gaussian_codes(FAST_WINDOW)}
+    slow = {code.half_bits: code.error for code in gaussian_codes(WINDOW)}
+    assert all(2.0**-depth < slow[depth] < fast[depth] for depth in range(2, 16, 2))
+    assert all(slow[depth] < (slow.get(depth - 1, 1.0) + slow[depth + 1]) / 2 for depth in (1, 3, 5, 7))
+    for kept in (gaussian_codes()[0], gaussian_codes()[3]):
+        assert measured(kept, torch.Generator().manual_seed(5)) == pytest.approx(kept.error, rel=0.02)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -116,18 +130,18 @@ def test_feedback_factors_the_metric():
 
 
 def test_bytes_are_those_of_the_tensors_and_within_the_budget(draft):
-    for budget in (11_000, 14_000, 20_000):
+    for budget in (7_000, 10_000, 14_000):
         bits, codes = fit([draft], budget)
         made = code(draft, bits[0], codes)
         assert made.bytes() == draft.bytes(bits[0], codes)
-        assert 0.99 * budget < made.bytes() + levels_bytes(codes) <= budget
+        assert 0.99 * budget < made.bytes() <= budget
 
 
 def test_the_packed_form_is_read_alike_everywhere(coded):
     W, ids, x = coded.matrix(), torch.randint(V, (3, 5)), torch.randn(2, 4, d)
     torch.testing.assert_close(coded.lookup(ids), W[ids])
     torch.testing.assert_close(coded.product(x), x @ W.T, rtol=1e-4, atol=1e-4)
-    again = CodedMatrix.from_tensors(coded.tensors(), coded.levels)
+    again = CodedMatrix.from_tensors(coded.tensors(), coded.codes)
     assert torch.equal(again.matrix(), W)
 
 
@@ -181,7 +195,7 @@ def test_a_dear_column_has_no_clipped_number():
     W[7, 3], C[3, 3] = 30.0, 1e6
     draft = draft_layer(W, C, torch.ones(200))
     bits, codes = fit([draft], 8000)
-    assert bits[0][:, 3].min() >= 5
+    assert bits[0][:, 3].min() >= 2 * 5
     assert (code(draft, bits[0], codes).matrix() - W)[:, 3].abs().max() < 1
 
 
@@ -189,26 +203,26 @@ def test_two_matrices_share_one_water_level():
     W, M = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.eye(d)
     one, dear = draft_layer(W, M, torch.ones(200)), draft_layer(W, M, 16 * torch.ones(200))
     (few, many), _ = fit([one, dear], 7500)
-    assert 1.5 < (many - few).double().mean() < 2.6  # a bit divides the error by about 4
+    assert 1.5 < (many - few).double().mean() / 2 < 2.6  # a bit divides the error by about 4
 
 
 def test_a_budget_below_a_column_is_refused(draft):
     with pytest.raises(ValueError, match="do not pay"):
-        fit([draft], 4000)
+        fit([draft], 1400)
 
 
 @pytest.mark.parametrize("name, change", [
-    ("bits", lambda t: t + 1), ("scales", lambda t: t * float("nan")), ("sizes", lambda t: t - 1), ("P", lambda t: t[:, :-1]),
+    ("depths", lambda t: t + 1), ("scales", lambda t: t * float("nan")), ("sizes", lambda t: t - 1), ("P", lambda t: t[:, :-1]),
     ("place", lambda t: t * 0), ("means", lambda t: t[:1]),
 ])  # fmt: skip
 def test_a_damaged_tensor_is_noticed(coded, name, change):
     tensors = coded.tensors()
     with pytest.raises(ValueError):
-        CodedMatrix.from_tensors(tensors | {name: change(tensors[name])}, coded.levels)
+        CodedMatrix.from_tensors(tensors | {name: change(tensors[name])}, coded.codes)
     del tensors[name]
     if name not in ("means", "P"):
         with pytest.raises(KeyError):
-            CodedMatrix.from_tensors(tensors, coded.levels)
+            CodedMatrix.from_tensors(tensors, coded.codes)
 
 
 # -- plain quantisation -----------------------------------------------------------------------------------------------
@@ -234,7 +248,7 @@ def test_groups_that_do_not_fit_the_width_are_refused(table):
 
 
 def test_the_streams_that_are_encoded_at_once_do_not_matter(monkeypatch):
-    x, code = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), gaussian_code(2)
+    x, code = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), gaussian_code(2, FAST_WINDOW)
     found = encode(x, code)
-    monkeypatch.setattr(trellis, "STREAMS_AT_ONCE", 2)
+    monkeypatch.setattr(trellis, "COSTS_AT_ONCE", 2**9)
     assert torch.equal(encode(x, code), found)

@@ -1,9 +1,12 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from functools import partialmethod
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,16 +139,37 @@ def test_micro_steps_add_up_to_the_whole_batch(train, tmp_path, toy_dataset):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, toy_dataset):
-    """torchrun over two processes reads the same text as one, and comes to the same model."""
-    flags = TINY | dict(dataset=toy_dataset, compile=False, dropout=0.0)
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
-        command = [*launcher, "train.py", *as_flags(flags | dict(out_dir=tmp_path / name))]
-        subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True)
-    one, two = ([loss for _, loss in losses(tmp_path / name)] for name in ("one", "two"))
-    assert len(one) == 5 and one == pytest.approx(two, abs=1e-3)  # three evaluations, two training losses
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes the Linux way")
+def test_two_processes_train_as_one_and_one_that_dies_ends_both(train, tmp_path, toy_dataset):
+    """torchrun over two processes reads the same text as one, and comes to the same model; one process goes on for two."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    flags = TINY | dict(max_iters=4000, lr_decay_iters=4000, eval_interval=50, log_interval=5, dropout=0.0, compile=False)
+    given = as_flags(flags | dict(dataset=toy_dataset, out_dir=two, checkpoint_minutes=0.002))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *given]
+    process = subprocess.Popen(command, cwd=REPO, env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
+    while not (two / "last.pt").exists() or checkpoint.load(two / "last.pt")["iter_num"] < 20:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    kill_process_of_rank(1, process.pid)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "another process of this run ended" in err, err
+    stopped = checkpoint.load(two / "last.pt")["iter_num"]
+    resume = dict.fromkeys([*flags, "dataset"]) | dict(init_from="resume", max_iters=stopped + 5)
+    assert train(out_dir=two, **resume).status == 0
+    train(out_dir=one, **flags | dict(max_iters=stopped + 5))
+    curves = [losses(folder) for folder in (one, two)]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+    of_twenty = [[loss for step, loss in curve if step <= 20] for curve in curves]
+    assert len(of_twenty[0]) == 5 and of_twenty[0] == pytest.approx(of_twenty[1], abs=1e-5)
+
+
+def kill_process_of_rank(rank, ancestor):
+    """SIGKILL to the process that torchrun, the process `ancestor`, started for a rank."""
+    for pid in Path(f"/proc/{ancestor}/task/{ancestor}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0"):
+            os.kill(int(pid), signal.SIGKILL)
+            return
+    raise AssertionError("no such process")
 
 
 # -- starts -----------------------------------------------------------------------------------------------------------

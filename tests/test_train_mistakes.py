@@ -177,7 +177,8 @@ def attributes_of(source, *objects):
 
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
-    names = ("start", "dataset", "device", "evaluate", "optimizer", "progress", "run_folder", "train_step")
+    names = ("start", "dataset", "device", "evaluate", "optimizer", "progress", "run_folder", "train_step",
+             "stopping")  # fmt: skip
     files = ["train.py", *(f"common/{name}.py" for name in names)]
     read = set().union(*(attributes_of((REPO / file).read_text(), "args", "a") for file in files))
     read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of train_rules.py only checks

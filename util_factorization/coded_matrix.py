@@ -4,12 +4,12 @@ A matrix kept by bits: each column of each group of rows has the bits that it is
     W ~ 1 mu^T + (1 m_g^T + Z) P        a token table: P is its `fisher` basis (decompose_table.py), columns are components
     W ~ Z                               a linear layer: no basis and no means, columns are the layer's inputs
 
-Rows lie in groups. A column j of group g has b_gj bits, a scale, and a stream of codes over the group's rows (trellis.py). The
-means m_g are those of the group's coordinates.
+Rows lie in groups. A column j of group g has a depth (half bits of a number), a scale, and a stream of codes over the group's
+rows (trellis.py). The means m_g are those of the group's coordinates.
 
-**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, bits, the place of each row, the streams.
-The levels are counted once for all matrices. lookup() and product() read the tensors in blocks; the matrix is never whole in
-float, unless one asks for matrix().
+**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
+streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
+product() read the tensors in blocks; the matrix is never whole in float, unless one asks for matrix().
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ import torch
 
 from util_factorization.packing import stream_bytes, unpack, unpack_all
 
-SEGMENT = 1024  # numbers of a stream at most: a group's column has several, which are encoded at once
+SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
+INTEGERS = ("place", "sizes", "depths", "P")  # the other tensors are floats
 OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
 
 
@@ -29,37 +30,37 @@ class CodedMatrix:
 
     place: torch.Tensor  # int16 or int32 [V]: where a row lies, counted through the groups
     sizes: torch.Tensor  # int32 [G]: rows of each group
-    bits: torch.Tensor  # uint8 [G,k]
+    depths: torch.Tensor  # uint8 [G,k]: half bits of a number
     scales: torch.Tensor  # float16 [G,k]
-    streams: dict  # {(g, b): uint8}: the columns of b bits, one after the other
-    levels: dict  # {b: float16 [2^L]}
+    streams: dict  # {(g, depth): uint8}: the columns of a depth, one after the other
+    codes: dict  # {depth: Code}
     P: torch.Tensor | None = None  # int8 [k,d]
     P_scale: torch.Tensor | None = None  # float16 [k]
     mean: torch.Tensor | None = None  # float16 [d]: mu
     means: torch.Tensor | None = None  # float16 [G,k]: m_g
 
     def tensors(self):
-        """{name: tensor} of all that is kept, but for the levels, which all matrices of a model share."""
+        """{name: tensor} of all that is kept."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return own | {f"streams.{g}.{b}": value for (g, b), value in self.streams.items()}
 
     @staticmethod
-    def from_tensors(tensors, levels):
-        """What tensors() gave -> the CodedMatrix. Raises KeyError or ValueError where one is missing or does not fit."""
+    def from_tensors(tensors, codes):
+        """What tensors() gave, and {depth: Code} -> the CodedMatrix. Raises KeyError or ValueError where a tensor is wrong."""
         tensors = dict(tensors)
         streams = {tuple(map(int, k.split(".")[1:])): tensors.pop(k) for k in list(tensors) if k.startswith("streams.")}
-        known = {"place", "sizes", "bits", "scales", *OPTIONAL}
+        known = {"place", "sizes", "depths", "scales", *OPTIONAL}
         if unknown := tensors.keys() - known:
             raise ValueError(f"{min(unknown)} is no part of a coded matrix")
         if missing := known - {*OPTIONAL} - tensors.keys():
             raise KeyError(f"{min(missing)} is missing")
-        coded = CodedMatrix(streams=streams, levels=levels, **tensors)
+        coded = CodedMatrix(streams=streams, codes=codes, **tensors)
         coded.check()
         return coded
 
     def check(self):
         """Raises ValueError where the tensors do not fit one another."""
-        (G, k), d = self.bits.shape, self.shape[1]
+        (G, k), d = self.depths.shape, self.shape[1]
         shapes = dict(sizes=(G,), scales=(G, k), means=(G, k), P=(k, d), P_scale=(k,), mean=(d,))
         for name, shape in shapes.items():
             tensor = getattr(self, name)
@@ -67,24 +68,24 @@ class CodedMatrix:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} has a number that is not finite")
+            if tensor is not None and (tensor.is_complex() or tensor.is_floating_point() == (name in INTEGERS)):
+                raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
             raise ValueError("the groups do not have all rows")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
             raise ValueError("two rows lie at one place")
-        if any(len(t) != 2 ** window_of(t) or not t.isfinite().all() for t in self.levels.values()):
-            raise ValueError("the levels are damaged")
         if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
-            raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1]} bits")
+            raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1] / 2:g} bits")
         for g, rows in enumerate(self.sizes.tolist()):
             for b, columns in self.columns(g):
-                if b not in self.levels or (g, b) not in self.streams:
-                    raise ValueError(f"group {g} has columns of {b} bits and no stream of them")
-                if self.streams[g, b].shape != (stream_size(len(columns), rows, b, self.levels[b]),):
-                    raise ValueError(f"the stream of group {g} at {b} bits has {self.streams[g, b].numel()} bytes")
+                if b not in self.codes or (g, b) not in self.streams:
+                    raise ValueError(f"group {g} has columns of {b / 2:g} bits and no stream of them")
+                if self.streams[g, b].shape != (stream_size(len(columns), rows, self.codes[b]),):
+                    raise ValueError(f"the stream of group {g} at {b / 2:g} bits has {self.streams[g, b].numel()} bytes")
 
     @property
     def shape(self):
-        return len(self.place), self.bits.shape[1] if self.P is None else self.P.shape[1]
+        return len(self.place), self.depths.shape[1] if self.P is None else self.P.shape[1]
 
     def bytes(self):
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -92,24 +93,24 @@ class CodedMatrix:
     @property
     def bits_of_number(self):
         """Mean bits of a number in each group, over all d columns."""
-        return [round(b.sum().item() / self.shape[1], 2) for b in self.bits]
+        return [round(b.sum().item() / 2 / self.shape[1], 2) for b in self.depths]
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def columns(self, g):
-        """(b, the columns that have b bits in a group), for every b above 0."""
-        return [(b, (self.bits[g] == b).nonzero()[:, 0]) for b in self.bits[g].unique().tolist() if b]
+        """(depth, the columns that have it in a group), for every depth above 0."""
+        return [(b, (self.depths[g] == b).nonzero()[:, 0]) for b in self.depths[g].unique().tolist() if b]
 
     def units(self, g, rows):
         """Rows of a group, long [m], counted from its first -> the values of their codes [m,k]; 0 where there are no bits."""
-        out = torch.zeros(len(rows), self.bits.shape[1])
+        out = torch.zeros(len(rows), self.depths.shape[1])
         count, length = segments(self.sizes[g].item())
-        segment, at = rows // length, rows % length
+        segment, at = rows // length, (rows % length)[:, None]
         for b, columns in self.columns(g):
-            window = window_of(self.levels[b])
+            code = self.codes[b]
             stream = torch.arange(len(columns)) * count + segment[:, None]  # (m, columns)
-            starts = 8 * stream * stream_bytes(length, b, window) + at[:, None] * b
-            out[:, columns] = self.levels[b].float()[unpack(self.streams[g, b], window, starts)]
+            starts = 8 * stream * bytes_of(length, code) + at // code.numbers * code.bits
+            out[:, columns] = code.levels[unpack(self.streams[g, b], code.window, starts).long(), at % code.numbers]
         return out
 
     def coordinates(self, g, rows):
@@ -127,7 +128,7 @@ class CodedMatrix:
     def lookup(self, ids):
         """ids, long of any shape -> their rows [..., d]."""
         places, ends = self.places(ids.flatten()), self.sizes.long().cumsum(0)
-        group, Z = torch.searchsorted(ends, places, right=True), torch.empty(ids.numel(), self.bits.shape[1])
+        group, Z = torch.searchsorted(ends, places, right=True), torch.empty(ids.numel(), self.depths.shape[1])
         for g in group.unique().tolist():
             here = group == g
             Z[here] = self.coordinates(g, places[here] - ends[g] + self.sizes[g])
@@ -142,21 +143,21 @@ class CodedMatrix:
             for first in range(0, count, SEGMENTS_AT_ONCE):
                 last = first + SEGMENTS_AT_ONCE
                 rows = min(size, last * length) - first * length
-                Z = torch.zeros(self.bits.shape[1], rows)
+                Z = torch.zeros(self.depths.shape[1], rows)
                 for b, columns in self.columns(g):
-                    windows = self.windows(g, b, first, last)[:, :rows]
-                    Z[columns] = self.levels[b].float().index_select(0, windows.flatten()).view(windows.shape)
+                    windows = self.windows(g, b, first, last)
+                    Z[columns] = self.codes[b].levels.index_select(0, windows.flatten()).view(len(columns), -1)[:, :rows]
                 Z *= self.scales[g].float()[:, None]
                 yield slice(start, start + rows), Z if self.means is None else Z.add_(self.means[g].float()[:, None])
                 start += rows
 
     def windows(self, g, b, first, last):
-        """The windows of the columns of b bits, in segments first to last [columns, numbers]."""
-        count, length = segments(self.sizes[g].item())
-        window = window_of(self.levels[b])
-        streams = self.streams[g, b][:-2].view(-1, count, stream_bytes(length, b, window))[:, first:last]
+        """The windows of the columns of a depth, in segments first to last [columns, windows]."""
+        (count, length), code = segments(self.sizes[g].item()), self.codes[b]
+        streams = self.streams[g, b][:-2].view(-1, count, bytes_of(length, code))[:, first:last]
         packed = torch.nn.functional.pad(streams.flatten(), (0, 2))
-        return unpack_all(packed, streams.shape[0] * streams.shape[1], length, b, window).reshape(len(streams), -1)
+        steps = length // code.numbers
+        return unpack_all(packed, streams.shape[0] * streams.shape[1], steps, code.bits, code.window).reshape(len(streams), -1)
 
     def product(self, x):
         """x [..., d] -> its product with every row, [..., V]."""
@@ -174,17 +175,17 @@ class CodedMatrix:
 
 
 def segments(rows):
-    """(streams of a column, numbers of each) for a group of so many rows."""
+    """(Streams of a column, numbers of each) for a group of so many rows. An even number: some codes give two at once."""
     count = -(-rows // SEGMENT)
-    return count, -(-rows // count)
+    return count, 2 * -(-rows // (2 * count))
 
 
-def window_of(levels):
-    """Bits of a window: 2^window levels."""
-    return len(levels).bit_length() - 1
+def bytes_of(length, code):
+    """Bytes of a stream of so many numbers."""
+    return stream_bytes(length // code.numbers, code.bits, code.window)
 
 
-def stream_size(columns, rows, b, levels):
-    """Bytes that the columns of b bits of a group take."""
+def stream_size(columns, rows, code):
+    """Bytes that the columns of a Code take in a group of so many rows."""
     count, length = segments(rows)
-    return columns * count * stream_bytes(length, b, window_of(levels)) + 2
+    return columns * count * bytes_of(length, code) + 2

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from util_factorization.bits import gains, spend
-from util_factorization.coded_matrix import CodedMatrix, segments
+from util_factorization.coded_matrix import CodedMatrix, segments, stream_size
 from util_factorization.decompose_table import decompose
-from util_factorization.packing import pack, stream_bytes
+from util_factorization.packing import pack
 from util_factorization.trellis import distortion, encode, gaussian_codes
 
 GROUPS = 10  # of a token table's rows
@@ -81,14 +81,13 @@ class Draft:
         """Bits that one bit of each column of each group takes, [G,k]."""
         return self.sizes[:, None].expand(self.worth.shape)
 
-    def bytes(self, bits, codes):
-        """Bytes of the CodedMatrix with these bits [G,k], levels not counted."""
-        k = self.Z.shape[1] if self.P is None else bits.any(0).sum().item()
+    def bytes(self, depths, codes):
+        """Bytes of the CodedMatrix with these half bits [G,k]. The levels are not counted: they are the program's."""
+        k = self.Z.shape[1] if self.P is None else depths.any(0).sum().item()
         total = len(self.Z) * place_type(len(self.Z)).itemsize + len(self.groups) * (4 + 3 * k)
         for code in codes:
-            for size, n in zip(self.sizes.tolist(), (bits == code.bits).sum(1).tolist()):
-                count, length = segments(size)
-                total += n * count * stream_bytes(length, code.bits, code.window) + 2 * bool(n)
+            for size, n in zip(self.sizes.tolist(), (depths == code.half_bits).sum(1).tolist()):
+                total += stream_size(n, size, code) if n else 0
         if self.P is not None:
             d = self.P.shape[1]
             total += k * (d + 2) + 2 * d + 2 * k * len(self.groups)
@@ -126,7 +125,7 @@ def draft_layer(W, C, weights, groups=None):
     groups        row indices of each group; left out, groups of equal size by weight
     """
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
-    C = C.double()
+    C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # of a layer that nothing reaches
     U, D = feedback((1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype))
     worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
     return Draft(W, groups, worth, U)
@@ -139,7 +138,7 @@ def layer_groups(rows):
 
 def fit(drafts, budget, codes=None):
     """
-    Bits [G,k] of each Draft, so that all of them together take at most `budget` bytes, levels included -> (them, the Codes).
+    Half bits [G,k] of the columns of each Draft, so that all of them together take at most `budget` bytes -> (them, the Codes).
 
     codes: left out, gaussian_codes(). Raises ValueError where the budget does not pay for what every matrix needs and a column
     of it.
@@ -148,18 +147,25 @@ def fit(drafts, budget, codes=None):
     found = gains(*worth_and_price(drafts), distortion(codes))
 
     def at(level):
-        """(The bits, at what they save over this level; what all takes.)"""
-        bits = split((found >= level).sum(0), drafts)
-        return bits, levels_bytes(codes) + sum(draft.bytes(b, codes) for b, draft in zip(bits, drafts))
+        """(The half bits, at what they save over this level; what all takes.)"""
+        depths = split(depths_of((found >= level).sum(0), codes), drafts)
+        return depths, sum(draft.bytes(b, codes) for b, draft in zip(depths, drafts))
 
+    if not found.isfinite().all() or not found.any():
+        raise ValueError("the loss does not depend on these matrices, or is not finite: give another model")
     low, high = math.log(found[found > 0].min().item()), math.log(2 * found.max().item())  # everything; nothing
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if at(math.exp(middle))[1] <= budget else (middle, high)
-    bits, _ = at(math.exp(high))
-    if not all(b.any() for b in bits):
+    depths, _ = at(math.exp(high))
+    if not all(b.any() for b, draft in zip(depths, drafts) if draft.worth.any()):  # a layer without effect needs none
         raise ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
-    return bits, codes
+    return depths, codes
+
+
+def depths_of(steps, codes):
+    """Steps of gains() -> half bits of a number."""
+    return torch.tensor([0, *(code.half_bits for code in codes)])[steps]
 
 
 def worth_and_price(drafts):
@@ -167,25 +173,22 @@ def worth_and_price(drafts):
     return [torch.cat([f(draft).flatten() for draft in drafts]) for f in (lambda x: x.worth, Draft.price)]
 
 
-def split(bits, drafts):
-    """bits [n] -> [G,k] of each Draft."""
-    parts = bits.split([draft.worth.numel() for draft in drafts])
+def split(steps, drafts):
+    """steps [n] -> [G,k] of each Draft."""
+    parts = steps.split([draft.worth.numel() for draft in drafts])
     return [part.view(draft.worth.shape) for part, draft in zip(parts, drafts)]
 
 
 def spend_over(drafts, budget, codes):
-    """Bits [G,k] of each Draft: `budget` bits for all of their numbers, nothing else counted."""
+    """Steps [G,k] of each Draft: `budget` bits for all of their numbers, nothing else counted."""
     return split(spend(*worth_and_price(drafts), budget, distortion(codes)), drafts)
 
 
-def levels_bytes(codes):
-    return sum(2 * len(code.levels) for code in codes)
-
-
-def code(draft, bits, codes):
-    """Round a Draft with bits [G,k] -> CodedMatrix."""
-    scales, streams = code_groups(draft.Z, draft.groups, bits, draft.U, codes)
-    used = bits.any(0) if draft.P is not None else torch.ones(bits.shape[1], dtype=torch.bool)
+def code(draft, depths, codes):
+    """Round a Draft with half bits [G,k] -> CodedMatrix."""
+    by_depth = {code.half_bits: code for code in codes}
+    scales, streams = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
+    used = depths.any(0) if draft.P is not None else torch.ones(depths.shape[1], dtype=torch.bool)
     place = torch.empty(len(draft.Z), dtype=torch.long)
     place[torch.cat(draft.groups)] = torch.arange(len(draft.Z))
     basis = {}
@@ -195,10 +198,10 @@ def code(draft, bits, codes):
     return CodedMatrix(
         place=place.to(place_type(len(place))),
         sizes=draft.sizes.int(),
-        bits=bits[:, used].to(torch.uint8),
+        depths=depths[:, used].to(torch.uint8),
         scales=scales[:, used].half(),
         streams=streams,
-        levels={c.bits: c.levels.half() for c in codes},
+        codes=by_depth,
         **basis,
     )
 
@@ -230,27 +233,27 @@ def feedback(M, columns=None):
     return out.float(), D
 
 
-def code_groups(Z, groups, bits, U, codes):
-    """Z [V,k], bits [G,k], U of feedback() or None -> (scales [G,k], {(g, b): packed stream})."""
-    parts, scales = [Z[rows] for rows in groups], torch.ones(bits.shape)
+def code_groups(Z, groups, depths, U, codes):
+    """Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream})."""
+    parts, scales = [Z[rows] for rows in groups], torch.ones(depths.shape)
     errors, found = [torch.zeros_like(part) for part in parts], defaultdict(list)
     step = COLUMNS if U is not None else Z.shape[1]
     for start in range(0, Z.shape[1], step):
         block = slice(start, start + step)
         aims = [z[:, block] if U is None else z[:, block] + e[:, :start] @ U[:start, block] for z, e in zip(parts, errors)]
         read = [torch.zeros_like(aim) for aim in aims]
-        for (b, _), some in alike(bits[:, block], groups).items():
-            columns = [(bits[g, block] == b).nonzero()[:, 0] for g in some]
+        for (b, _), some in alike(depths[:, block], groups).items():
+            columns = [(depths[g, block] == b).nonzero()[:, 0] for g in some]
             x = [aims[g][:, c] for g, c in zip(some, columns)]
-            scale = [scale_of(part, codes[b - 1]) for part in x]
-            windows = encode_columns([part / each for part, each in zip(x, scale)], codes[b - 1])
+            scale = [scale_of(part, codes[b]) for part in x]
+            windows = encode_columns([part / each for part, each in zip(x, scale)], codes[b])
             for g, c, each, w in zip(some, columns, scale, windows):
-                read[g][:, c] = values(w, codes[b - 1], len(parts[g])) * each
+                read[g][:, c] = values(w, codes[b], len(parts[g])) * each
                 scales[g, start + c] = each
                 found[g, b].append(w)
         for z, e, q in zip(parts, errors, read):
             e[:, block] = z[:, block] - q
-    return scales, {(g, b): pack(torch.cat(w), b, codes[b - 1].window) for (g, b), w in found.items()}
+    return scales, {(g, b): pack(torch.cat(w), codes[b].bits, codes[b].window) for (g, b), w in found.items()}
 
 
 def scale_of(x, code):
@@ -261,16 +264,16 @@ def scale_of(x, code):
     standard deviations, on an input that is as large, cost more than all the other weights of its layer.
     """
     scale = x.square().mean(0).sqrt()
-    if code.bits >= WHOLE_RANGE:
+    if code.half_bits >= 2 * WHOLE_RANGE:
         scale = torch.maximum(scale, x.abs().amax(0) / code.levels.max())
     return scale.clamp(min=1e-7).half().float()
 
 
-def alike(bits, groups):
-    """{(b, segments()): groups}: which groups have columns of b bits in streams of one length, and are encoded together."""
+def alike(depths, groups):
+    """{(half bits, segments()): groups}: which groups have columns of such streams, of one length, and are encoded together."""
     found = defaultdict(list)
     for g, rows in enumerate(groups):
-        for b in bits[g].unique().tolist():
+        for b in depths[g].unique().tolist():
             if b:
                 found[b, segments(len(rows))].append(g)
     return found
@@ -278,7 +281,7 @@ def alike(bits, groups):
 
 def encode_columns(parts, code):
     """
-    parts: a list of [rows,columns] whose streams have one length -> for each its windows [columns * segments, numbers of a
+    parts: a list of [rows,columns] whose streams have one length -> for each its windows [columns * segments, windows of a
     segment]; the last segment of a column is filled with zeros.
     """
     count, length = segments(len(parts[0]))
@@ -288,4 +291,5 @@ def encode_columns(parts, code):
 
 def values(windows, code, rows):
     """The inverse: windows -> [rows,columns]."""
-    return code.levels[windows].view(-1, segments(rows)[0] * windows.shape[1]).T[:rows]
+    count, length = segments(rows)
+    return code.levels[windows].view(-1, count * length).T[:rows]

@@ -128,6 +128,7 @@ def from_skeleton(rows, rest):
 
 
 def relative_error(W, rebuilt, C=None):
-    """|W - W'| / |W|; with C [in,in] the same of the outputs on text."""
+    """|W - W'| / |W|; with C [in,in] the same of the outputs on text. 0 where W, or its outputs, are zeros."""
     square = (lambda A: (A @ C.to(A) * A).sum()) if C is not None else (lambda A: A.square().sum())
-    return (square(W - rebuilt) / square(W)).sqrt().item()
+    whole = square(W)
+    return (square(W - rebuilt) / whole).clamp(min=0).sqrt().item() if whole > 0 else 0.0

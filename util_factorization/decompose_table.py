@@ -89,7 +89,7 @@ class Decomposition(Spectrum):
             for i, k in enumerate(ranks):
                 residual = torch.addmm(block, Z[:, :k], like[:k], alpha=-1)
                 cut[i] += weights[rows] @ residual.square().sum(1).double()
-        return [(error / complete).sqrt().item() for error in cut]
+        return [(error / complete).sqrt().item() if complete else 0.0 for error in cut]  # a table of zeros has no error
 
 
 def decompose(table, method="svd", counts=None, head=None, lookup=None, joint_lambda=JOINT_LAMBDA, device="cpu"):
@@ -142,6 +142,7 @@ def blocks_of(method, table, mean, p, head, lookup, joint_lambda, like):
         C = head.to(like)
         in_lookup = second_moment(table, mean, p * inverse**2, like).trace()
         in_head = (second_moment(table, mean, p, like) * C).sum()
+        in_lookup, in_head = (x if x > 0 else torch.ones_like(x) for x in (in_lookup, in_head))  # rows that are all alike
         return [(inverse, one * (joint_lambda / in_lookup).sqrt()), (None, root(C / in_head))]
     return [(None, one)]
 

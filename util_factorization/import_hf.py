@@ -6,6 +6,7 @@ Hugging Face in: a Pythia (GPT-NeoX) or a GPT-2 from the hub or a local folder -
 The weights are kept in float32. A model that our GPT cannot express is refused: the error names what does not fit.
 """
 
+import importlib.util
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -148,15 +149,13 @@ def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     if not args.out or Path(args.out).exists():
         fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
-    try:
-        from transformers import AutoConfig
-    except ImportError:
+    if importlib.util.find_spec("transformers") is None:
         fail("the package transformers is not installed: pip install transformers")
 
     from common import checkpoint
-    from common.hugging_face import read, read_model
+    from common.hugging_face import read_config, read_model
 
-    gpt_config(read(AutoConfig, "config", args.model, "--model"))  # refuses before the weights are downloaded
+    gpt_config(read_config(args.model, "--model"))  # refuses before the weights are downloaded
     model = from_hugging_face(read_model(args.model, "--model")[0])
     shape = {name: value for name, value in asdict(model.config).items() if name != "vocab_size"}
     facts = dict(args=shape | dict(dataset=args.dataset), iter_num=0, data_step=0)

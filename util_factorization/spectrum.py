@@ -35,6 +35,8 @@ def root(M):
 
 
 def with_ridge(M):
-    """A second moment in float64 that can be inverted."""
+    """A second moment in float64 that can be inverted. One of zeros, of a layer that nothing reaches, weighs all alike."""
     M = M.double()
+    if not M.any():
+        return torch.eye(len(M), dtype=M.dtype)
     return M + RIDGE * M.trace() / len(M) * torch.eye(len(M), dtype=M.dtype)

@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from util_factorization.coding import code, draft_table, fit, levels_bytes, row_weights
+from util_factorization.coding import code, draft_table, fit, row_weights
+from util_factorization.trellis import FAST_WINDOW, gaussian_codes
 
 
 class NoRounding:
@@ -31,20 +32,22 @@ class NoRounding:
 class StraightThrough:
     """A tied token table [V,k] that is coded again every so many steps."""
 
-    def __init__(self, parameter, share, every, counts, moments, unrounded=None):
+    def __init__(self, parameter, share, every, counts, moments, state=None):
         """
         parameter   of the table and the head
         share       bytes that the coded table may take, as a share of its float16 bytes
         every       steps from one coding to the next
         counts [V]  how often each token occurs in the training text
         moments     a function -> (C, G), [k,k], of calibrate() at the table as it trains
-        unrounded   the table of the run that goes on, whose state() kept it; the parameter gets it back
+        state       of the run that goes on, a dict with what its state had; the parameter gets the table back
         """
         self.parameter, self.budget, self.every = parameter, share * 2 * parameter.numel(), every
         self.weights, self.moments = row_weights(torch.as_tensor(counts)), moments
-        if unrounded is not None:
-            parameter.data.copy_(unrounded)
         self.calibrated_at, self.coded_at = None, None
+        if state is not None:
+            self.metric, self.calibrated_at, self.coded_at, self.size = state.get("coding") or (None, None, None, None)
+            self.coded = parameter.data.clone()
+            parameter.data.copy_(state["unrounded_wte"])
 
     @property
     def facts(self):
@@ -53,8 +56,8 @@ class StraightThrough:
 
     @property
     def state(self):
-        """What a resume needs: the table in the checkpoint is the rounded one."""
-        return dict(unrounded_wte=self.unrounded)
+        """What a resume needs: the table in the checkpoint is the rounded one. Runs that older versions began lack `coding`."""
+        return dict(unrounded_wte=self.unrounded, coding=(self.metric, self.calibrated_at, self.coded_at, self.size))
 
     def calibrate(self, step):
         """Measure anew what an error costs, and code the table. Raises ValueError where the share pays for too little."""
@@ -66,9 +69,9 @@ class StraightThrough:
     def code(self, step):
         table = self.parameter.detach().float().cpu()
         draft = draft_table(table, self.weights, self.metric)
-        (bits,), codes = fit([draft], self.budget)
-        coded = code(draft, bits, codes)
-        self.size, self.coded_at = coded.bytes() + levels_bytes(codes), step
+        (depths,), codes = fit([draft], self.budget, gaussian_codes(FAST_WINDOW))
+        coded = code(draft, depths, codes)
+        self.size, self.coded_at = coded.bytes(), step
         self.coded = coded.matrix().to(self.parameter)
 
     @contextmanager

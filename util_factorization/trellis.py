@@ -1,14 +1,16 @@
 """
-Codes of b bits a number: a trellis, and as its special case a scalar quantiser.
+Codes of b bits for v numbers: a trellis, and as its special case a scalar quantiser.
 
 A stream of numbers is stored as a stream of bits, b for each number. Number t is read from a *window* of L >= b bits: the
-number's own b bits, and before them bits of the numbers before it. The value is levels[window].
+number's own b bits, and before them bits of the numbers before it. The value is levels[window]. With v = 2 a window gives two
+numbers at once, so a number takes b / 2 bits: half a bit, or one and a half. A whole bit is much for a number that is hardly
+worth one.
 
 With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max). With L > b the numbers choose among 2^L
 levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded quantisation, Marcellin and
 Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). On Gaussian numbers of variance 1 at 2 bits the squared error
-is 0.118 with L = 2 and 0.081 with L = 8; no code of 2 bits can reach less than 0.0625. Both codes are read alike: one look-up a
-number, at any place of the stream.
+is 0.118 with L = 2, 0.080 with L = 8 and 0.071 with L = 12; no code of 2 bits can reach less than 0.0625. All codes are read
+alike: one look-up a window, at any place of the stream. Only the encoder's time grows with 2^L.
 """
 
 import math
@@ -19,16 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WINDOW = 8  # bits; 11 lowers the error by another tenth and takes ten times as long to encode
+WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode
+FAST_WINDOW = 8  # of what is encoded again and again: a cache, a table in training
 MOST_BITS = 8  # of a number
-FITTED = Path(__file__).with_name("gaussian_codes.npz")  # levels [8, 2^WINDOW] and errors [8] of the codes
-STREAMS_AT_ONCE = 2**9  # times 2^(8 - L): the costs of all windows of these streams fit the processor's cache
+PAIRS = (1, 3, 5, 7)  # bits for two numbers, of the codes between
+FITTED = Path(__file__).with_name("gaussian_codes.npz")  # for each window levels [2^L, v of all codes], and their errors
+COSTS_AT_ONCE = 2**17  # of all windows of the streams that are encoded together: they fit the processor's cache
 RESTART = 32  # numbers after which the least cost is taken off, so that costs keep their precision
 
 
 @dataclass
 class Code:
-    """bits: b of a number; levels [2^L]: the value of each window; error: mean squared, on Gaussian numbers of variance 1."""
+    """bits: b of v numbers; levels [2^L,v]: of each window; error: mean squared, on Gaussian numbers of variance 1."""
 
     bits: int
     levels: torch.Tensor
@@ -38,38 +42,57 @@ class Code:
     def window(self):
         return len(self.levels).bit_length() - 1
 
+    @property
+    def numbers(self):
+        return self.levels.shape[1]
 
-@lru_cache
-def gaussian_code(bits, window=WINDOW):
+    @property
+    def half_bits(self):
+        """Half bits of one number."""
+        return 2 * self.bits // self.numbers
+
+
+def gaussian_code(bits, window, numbers=1):
     """A Code whose levels are fitted to Gaussian numbers; the same in every run."""
     window = max(bits, window)
-    starts = [spread_levels(bits, window)]
+    starts = [spread_levels(bits, window)[:, None]] if numbers == 1 else []
     if window > bits:
         draw = torch.Generator().manual_seed(bits)
-        starts.append(torch.randn(2**window, generator=draw) * math.sqrt(1 - 4.0**-bits))
+        starts.append(torch.randn(2**window, numbers, generator=draw) * math.sqrt(1 - 4.0 ** (-bits / numbers)))
     return min((fitted(Code(bits, levels, 0.0)) for levels in starts), key=lambda code: code.error)
+
+
+def shapes(window):
+    """(bits, numbers) of the codes of a window, by rising bits of a number. Fast encoders have no pairs."""
+    pairs = PAIRS if window == WINDOW else ()
+    found = [(bits, 1) for bits in range(1, MOST_BITS + 1)] + [(bits, 2) for bits in pairs]
+    return sorted(found, key=lambda shape: shape[0] / shape[1])
 
 
 @lru_cache
 def gaussian_codes(window=WINDOW):
-    """The Codes of 1 to MOST_BITS bits; with window=1 scalar quantisers, which encode at once and err more."""
-    if window == WINDOW:  # fitting them takes seconds
-        kept = np.load(FITTED)
-        levels, errors = torch.from_numpy(kept["levels"]).float(), kept["errors"].tolist()
-        return [Code(bits, *both) for bits, both in enumerate(zip(levels, errors), 1)]
-    return [gaussian_code(bits, window) for bits in range(1, MOST_BITS + 1)]
+    """The Codes of up to MOST_BITS bits a number; with window=1 scalar quantisers, which encode at once and err more."""
+    if window not in (WINDOW, FAST_WINDOW):
+        return [gaussian_code(bits, window) for bits, _ in shapes(window)]
+    kept = np.load(FITTED)  # fitting them takes minutes
+    levels, errors = torch.from_numpy(kept[f"levels_{window}"]).float(), kept[f"errors_{window}"].tolist()
+    parts = levels.split([numbers for _, numbers in shapes(window)], 1)
+    return [Code(bits, *both) for (bits, _), *both in zip(shapes(window), parts, errors)]
 
 
 def write_fitted():
-    """Write gaussian_codes() to FITTED: python -c "from util_factorization.trellis import write_fitted as w; w()"."""
-    codes = [gaussian_code(bits) for bits in range(1, MOST_BITS + 1)]
-    levels = torch.stack([code.levels for code in codes]).half().numpy()
-    np.savez(FITTED, levels=levels, errors=np.array([code.error for code in codes]))
+    """Write FITTED anew: python -c "from util_factorization.trellis import write_fitted as w; w()"."""
+    found = {}
+    for window in (WINDOW, FAST_WINDOW):
+        codes = [gaussian_code(bits, window, numbers) for bits, numbers in shapes(window)]
+        found[f"levels_{window}"] = torch.cat([code.levels for code in codes], 1).half().numpy()
+        found[f"errors_{window}"] = np.array([code.error for code in codes])
+    np.savez(FITTED, **found)
 
 
 def distortion(codes):
-    """[1, error at 1 bit, error at 2 bits, ...], what bits.spend() reads."""
-    return [1.0, *(code.error for code in codes)]
+    """What bits.spend() reads: bits of a number [0, ...], and the error of each Code [1, ...]."""
+    return [0.0, *(code.half_bits / 2 for code in codes)], [1.0, *(code.error for code in codes)]
 
 
 def spread_levels(bits, window):
@@ -86,48 +109,63 @@ def spread_levels(bits, window):
 def fitted(code, rounds=12, streams=512):
     """Lloyd's algorithm on drawn numbers: the best windows for the levels, then the best levels for the windows."""
     draw, levels, shrink = torch.Generator().manual_seed(1), code.levels, 2
+    drawn = max(2**15, 2 ** (code.window + 5))
     for _ in range(40 if code.window == code.bits else rounds):
-        x = torch.randn(streams, 2**15 // streams, generator=draw)
-        chosen = encode(x, Code(code.bits, levels, 0.0)).flatten()
-        sums = torch.zeros(len(levels)).scatter_add_(0, chosen, x.flatten())
-        counts = torch.bincount(chosen, minlength=len(levels))
+        x = torch.randn(streams, drawn // streams, generator=draw)
+        chosen, numbers = encode(x, Code(code.bits, levels, 0.0)).flatten(), x.view(-1, code.numbers)
+        sums = torch.zeros_like(levels).index_add_(0, chosen, numbers)
+        counts = torch.bincount(chosen, minlength=len(levels))[:, None]
         levels = (sums + shrink * levels) / (counts + shrink)  # a level that few numbers choose moves little
-        levels = levels.sort().values if code.window == code.bits else levels
+        levels = levels.sort(0).values if code.window == code.bits else levels
     levels = levels.half().float()  # as they are stored
-    x = torch.randn(streams, 256, generator=draw)
-    chosen = encode(x, Code(code.bits, levels, 0.0))
-    return Code(code.bits, levels, (x - levels[chosen]).square().mean().item())
+    return Code(code.bits, levels, measured(Code(code.bits, levels, 0.0), draw))
+
+
+def measured(code, draw):
+    """Mean squared error on Gaussian numbers, in streams that are long: the first window of a stream has bits of its own."""
+    x = torch.randn(128, 1024, generator=draw)
+    return (x - code.levels[encode(x, code)].flatten(1)).square().mean().item()
 
 
 def encode(x, code):
-    """x [streams, n], of variance 1 -> the windows [streams, n] whose values are nearest to x."""
+    """x [streams, n], of variance 1, n a multiple of v -> the windows [streams, n / v] whose values are nearest to x."""
     if code.window == code.bits:
-        return torch.bucketize(x.contiguous(), (code.levels[1:] + code.levels[:-1]) / 2)
-    at_once = max(1, STREAMS_AT_ONCE * 2**WINDOW >> code.window)
-    return torch.cat([viterbi(part.T.contiguous(), code).T for part in x.split(at_once)])
+        levels = code.levels.flatten()
+        return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
+    at_once = max(1, COSTS_AT_ONCE >> code.window)
+    parts = x.unflatten(1, (-1, code.numbers)).split(at_once)
+    return torch.cat([viterbi(part.permute(1, 2, 0).contiguous(), code).T for part in parts])
 
 
 def viterbi(x, code):
     """
-    x [n, streams] -> the windows [n, streams] of least squared error.
+    x [n, v, streams] -> the windows [n, streams] of least squared error.
 
     After window w comes (w << b | new bits) mod 2^L: the low L - b bits of w stay. Of the 2^b windows that share them, only the
     best one can go on. Its high bits are written into the lowest bits of its cost, so that one minimum gives both.
     """
-    (n, streams), kept, high = x.shape, 2 ** (code.window - code.bits), 2**code.bits  # kept: values of the shared bits
-    levels, names = code.levels.view(kept, high, 1), torch.arange(high, dtype=torch.int32).view(-1, 1, 1)
+    (n, _, streams), kept, high = x.shape, 2 ** (code.window - code.bits), 2**code.bits  # kept: values of the shared bits
+    levels, names = code.levels.T.reshape(-1, kept, high, 1), torch.arange(high, dtype=torch.int32).view(-1, 1, 1)
     oldest = torch.empty(n, kept, streams, dtype=torch.uint8)
-    cost = (x[0] - levels).square()  # (shared bits, new bits, streams): a window is both, in this order
+    cost = error(x[0], levels)  # (shared bits, new bits, streams): a window is both, in this order
     for t in range(1, n):
         named = cost.view(torch.int32).view(high, kept, streams).bitwise_and_(-high).bitwise_or_(names)
         best = named.view(torch.float32).amin(0)
         oldest[t] = best.view(torch.int32) & high - 1
         if t % RESTART == 0:
             best = best - best.amin(0)
-        cost = torch.sub(x[t], levels, out=cost).square_().add_(best[:, None])
+        cost = error(x[t], levels, out=cost).add_(best[:, None])
     windows = torch.empty(n, streams, dtype=torch.long)
     windows[-1] = cost.view(-1, streams).argmin(0)
     for t in range(n - 1, 0, -1):
         shared = windows[t] >> code.bits
         windows[t - 1] = oldest[t].gather(0, shared[None])[0].long() * kept + shared
     return windows
+
+
+def error(x, levels, out=None):
+    """Squared error of v numbers x [v, streams] at levels [v, ..., 1] -> [..., streams]; out: where it is written to."""
+    out = torch.sub(x[0], levels[0], out=out).square_()
+    for number, level in zip(x[1:], levels[1:]):
+        out += (number - level).square_()
+    return out

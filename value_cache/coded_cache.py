@@ -34,7 +34,7 @@ import torch.nn as nn
 from util_factorization.bits import spend
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.spectrum import root
-from util_factorization.trellis import WINDOW, distortion, gaussian_codes
+from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads
@@ -55,7 +55,7 @@ class LayerCode(nn.Module):
     This is how a token's keys and values become bytes in one layer, and back. A layer without bits has no gain either.
 
     mean [D], forecast [P,D], to_z [D,K], from_z [K,D], bits: a list of K numbers above 0, rising; levels (most bits + 1,
-    2^WINDOW): the value of each window at each depth.
+    2^FAST_WINDOW): the value of each window at each depth.
     """
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
@@ -96,7 +96,7 @@ class LayerCode(nn.Module):
         return pack_rows(windows, self.stream)
 
     def unpack(self, packed):
-        return unpack_rows(packed, self.stream, WINDOW)
+        return unpack_rows(packed, self.stream, FAST_WINDOW)
 
     @property
     def bytes_per_token(self):
@@ -115,7 +115,7 @@ def encode_rows(z, bits, levels):
 
     Here each number has a depth of its own, and the stream before the first number is 0.
     """
-    (N, K), L, z, levels = z.shape, WINDOW, z.float().T.contiguous(), levels.float()
+    (N, K), L, z, levels = z.shape, FAST_WINDOW, z.float().T.contiguous(), levels.float()
     cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []
     cost[0] = 0
     for t, b in enumerate(bits):
@@ -146,14 +146,14 @@ def fit(x, e, G, budget, forecasts=True):
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
     budget      bits of a token, over all layers, the gains' too
     forecasts   false: x_l = mean_l + A_l z, for comparison
-    Raises ValueError where the budget pays for no component, or the texts are not longer than what is kept whole.
+    Raises ValueError where no component is paid for, or worth anything, or the texts are not longer than what is kept whole.
     """
     if budget < least_bits(len(x)):
         raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least_bits(len(x))} or more")
     if e.shape[1] <= WHOLE:
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
-    codes, draw = gaussian_codes(), torch.Generator().manual_seed(0)
-    errors = torch.tensor(distortion(codes), dtype=torch.float64)
+    codes, draw = gaussian_codes(FAST_WINDOW), torch.Generator().manual_seed(0)
+    errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
     steps, level = -errors.diff(), 0.0  # level: what the last bit that is paid for is worth
     for _ in range(PASSES if forecasts else 1):
         found, read = [], []
@@ -165,9 +165,11 @@ def fit(x, e, G, budget, forecasts=True):
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), errors.tolist()).view_as(variances)
+        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), distortion(codes)).view_as(variances)
+        if not bits.any():
+            raise ValueError("the loss does not depend on keys and values, no component is worth a bit: give another model")
         level = (variances * steps[bits - 1])[bits > 0].min().item()
-    levels = torch.stack([torch.zeros(2**WINDOW), *(code.levels for code in codes)])
+    levels = torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
 
 
@@ -198,7 +200,8 @@ class Fitted:
         self.forecast = least_squares(known - centre_known, x - centre)
         self.mean = centre - centre_known @ self.forecast
         left = x - self.expected(known)
-        half = root(G.double() + DAMPING * G.trace() / len(G) * torch.eye(len(G), dtype=torch.float64))
+        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
+        half = root(G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64))
         S = (left.T @ left).double() / len(x)
         variances, V = torch.linalg.eigh(half @ S @ half)
         self.variances, V = variances.clamp(min=0).flip(0), V.flip(1)
@@ -213,7 +216,7 @@ class Fitted:
         expected = self.expected(known)
         z = (x - expected) @ self.to_z.float()
         noise = torch.randn(z.shape, generator=draw) * (error * (1 - error) * self.variances).sqrt().float()
-        if (kept := error < 1).any():
+        if (kept := (error < 1) & (self.variances > 0)).any():
             noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
 

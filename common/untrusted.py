@@ -1,0 +1,179 @@
+"""
+Files that come from elsewhere: cut short, damaged, or made to harm. A reader states what it expects; all else ends in one line.
+
+    with reading(path, "a checkpoint of this project", "give a ckpt.pt of train.py"):
+        expect(checkpoint, dict(iter_num=COUNT, val_loss=(float, None)))
+
+No reader runs code that a file names, or reserves memory because a file says so: sizes that are declared are compared with the
+bytes that are there.
+"""
+
+import dataclasses
+import json
+import pickletools
+import re
+import typing
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.cli import LARGE, fail, value_type
+
+
+class Positive(float):
+    """In expect(): a finite number above 0."""
+
+
+COUNT = range(0, 2**63)
+IDS = range(2**24)  # no tokenizer has more
+WHOLE = range(1, LARGE + 1)  # 1, 2, 3, ...
+
+
+@contextmanager
+def reading(path, what, hint):
+    """A context in which any error means that a file is damaged: one line says what it is not, why, and what to do."""
+    try:
+        yield
+    except Exception as error:  # the readers of pickles, archives and tensors raise many types for a file that is damaged
+        words = " ".join(str(error).split())[:120]
+        why = words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}".rstrip(": ")
+        fail(f"{path} is not {what} ({why}): {hint}")
+
+
+# -- plain values -----------------------------------------------------------------------------------------------------
+
+
+def expect(value, shape, name="it"):
+    """
+    Raise ValueError where a value is not of a shape:
+
+        int, bool, str, ...     an instance of this type; a bool is no int
+        float, Positive         a finite number; one above 0
+        range(1, 9), "svd"      an int in it; this text
+        (shape, None, ...)      one of these
+        [shape]                 a list of such values
+        [shape, shape]          a list of as many
+        {str: shape}            a dict with any keys and such values
+        {"a": shape, "b?": ..}  a dict with these keys, and maybe others; b may be missing
+    """
+    if isinstance(shape, tuple):
+        if not any(fits(value, each) for each in shape):
+            raise ValueError(f"{name} is {shown(value)}")
+    elif isinstance(shape, list):
+        expect(value, list, name)
+        if len(shape) > 1 and len(value) != len(shape):
+            raise ValueError(f"{name} has length {len(value)}")
+        for i, each in enumerate(value):
+            expect(each, shape[i % len(shape)], f"{name}[{i}]")
+    elif isinstance(shape, dict):
+        expect(value, dict, name)
+        for key, inner in shape.items():
+            if key is str:
+                for its, each in value.items():
+                    expect(its, str, f"a name in {name}")
+                    expect(each, inner, its)
+            elif key.rstrip("?") in value:
+                expect(value[key.rstrip("?")], inner, key.rstrip("?"))
+            elif not key.endswith("?"):
+                raise ValueError(f"{name} lacks {key}")
+    elif not is_a(value, shape):
+        raise ValueError(f"{name} is {shown(value)}")
+
+
+def fits(value, shape):
+    try:
+        expect(value, shape)
+    except ValueError:
+        return False
+    return True
+
+
+def is_a(value, kind):
+    if kind is None or isinstance(kind, str):
+        return value == kind
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if kind in (float, Positive):
+        return type(value) in (int, float) and (0 if kind is Positive else -1e300) < value < 1e300
+    return type(value) is int if kind is int else isinstance(value, kind)
+
+
+def shown(value):
+    """A wrong value in a message, short."""
+    return repr(value)[:40] if isinstance(value, (int, float, str, bool, type(None))) else f"a {type(value).__name__}"
+
+
+def expect_fields(values, cls):
+    """Raise ValueError where a dict cannot be a dataclass's fields: an unknown name, a lacking one, another type or choice."""
+    hints, shape = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        kind = value_type(hints[f.name])
+        shape[f.name + "?" * (f.default is not dataclasses.MISSING)] = kind if kind is hints[f.name] else (kind, None)
+    expect(values, shape)
+    for f in dataclasses.fields(cls):
+        if (choices := f.metadata.get("choices")) and values.get(f.name, choices[0]) not in choices:
+            raise ValueError(f"{f.name} is {shown(values[f.name])}")
+    if unknown := sorted(map(str, values.keys() - {f.name for f in dataclasses.fields(cls)})):
+        raise ValueError(f"it has {unknown[0][:40]}, which is not known here")
+
+
+def read_json(path, shape, what, hint):
+    """A JSON file -> its value, which has the shape of expect()."""
+    with reading(path, what, hint):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        expect(value, shape)
+    return value
+
+
+def read_json_lines(path, shape, what, hint):
+    """A file with a JSON value a line -> the list of them, of a shape. A last line that an interruption cut off is left out."""
+    with reading(path, what, hint):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        values = [json.loads(line) for line in lines[:-1]]
+        expect(values, [shape])
+    return values
+
+
+# -- pickles and archives ---------------------------------------------------------------------------------------------
+
+UNSAFE = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # name or make an object by other ways
+TENSORS = r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+
+
+def check_pickle(data, allowed=r"(?!)"):
+    """
+    Raise ValueError where a pickle names anything but `allowed`, a pattern of "module name", before anything is made of it.
+
+    Also where a place in the memo is beyond the pickle's length, since Python reserves memory for all places before it.
+    """
+    for code, argument, _ in pickletools.genops(data):
+        if code.name in UNSAFE or (code.name == "GLOBAL" and not re.fullmatch(allowed, argument)):
+            raise ValueError(f"it wants {argument or code.name}")
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(data):
+            raise ValueError("it is damaged")
+
+
+def check_archive(path, most=None):
+    """Raise ValueError where a zip file would unpack to more than `most` bytes; left out, to more than it has itself."""
+    with zipfile.ZipFile(path) as archive:
+        most = Path(path).stat().st_size if most is None else most
+        if archive.comment or (size := sum(entry.file_size for entry in archive.infolist())) > most:
+            raise ValueError("it has a comment" if archive.comment else f"it would unpack to {size:,} bytes")
+        if most == Path(path).stat().st_size and any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError("it is compressed")
+        return archive.namelist()
+
+
+def load_tensors(path):
+    """
+    What torch.save wrote: plain containers, numbers, text and tensors on the CPU, mapped from the file. Raises for all else.
+
+    torch.load alone lets weights_only files make an array of any size, and reads beyond a storage that says it is longer.
+    """
+    import torch
+
+    names = [name for name in check_archive(path) if name.rpartition("/")[2] == "data.pkl"]
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            check_pickle(archive.read(name), TENSORS)
+    return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
