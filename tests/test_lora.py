@@ -49,7 +49,7 @@ def test_a_fresh_adapter_changes_nothing(tiny_config, tying):
     torch.manual_seed(0)
     model = GPT(tiny_config(**parts, lora_rank=3, lora_alpha=6.0, lora_targets=ALL)).eval()
     assert len(adapters(model)) == 2 * ((2 if tying else 3) + 2 * len(PLAIN))
-    assert torch.equal(plain(*batch(plain))[0], model(*batch(model))[0])
+    assert torch.equal(plain(batch(plain)[0])[0], model(batch(model)[0])[0])
     for name, p in adapters(model).items():  # B zeros, A uniform as wide as torch draws a Linear's weight
         bound = 0 if name.endswith(".B") else p.shape[1] ** -0.5
         assert p.abs().max() <= bound and (bound == 0 or p.abs().max() > bound / 2)
