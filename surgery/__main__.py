@@ -80,11 +80,13 @@ class Args:
         above=0,
         below=1,
     )
+    heal_dtype: str = flag("auto", "of its products; auto: what is fastest here", choices=("auto", "float32", "bfloat16"))
 
 
 # What may differ between the runs that write into one folder.
 SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens",
-         "out_dir", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr")  # fmt: skip
+         "out_dir", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
+         "heal_dtype")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
@@ -109,7 +111,7 @@ def check(args, given, points):
     """Refuse contradictions before anything is loaded."""
     if args.seed_faithful and (taken := sorted({"targets", "mode", "method"} & set(given))):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
-    if not args.heal_steps and (other := sorted({"heal_text", "heal_rank", "heal_lr"} & set(given))):
+    if not args.heal_steps and (other := sorted({"heal_text", "heal_rank", "heal_lr", "heal_dtype"} & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
     if not args.out:
         if args.heal_steps:

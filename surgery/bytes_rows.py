@@ -37,7 +37,7 @@ class Measurer:
         if row.name == "untouched":
             yield 2 * self.numbers
         elif row.name.startswith("bits"):
-            coded, size = self.coder.code(*row.given, self.drafts_without(row.name))
+            coded, size = self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name != "bits all at once")
             with coded_in(self.matrices, coded.values()):
                 yield size
         else:
@@ -51,7 +51,7 @@ class Measurer:
 
     def drafts_without(self, name):
         """{name: Draft} of the table with one part of the method left out; None for the whole method."""
-        if name == "bits":
+        if name in ("bits", "bits all at once"):
             return None
         weights, found = self.moments.weights, {}
         for table, metric in self.metrics.items():

@@ -15,20 +15,32 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.cli import fail
+from common.device import settle_dtype
+from common.train_step import autocast_of
 from model import adapt, merge_adapters
 
 WARMUP = 0.1  # of the steps
 
 
-def heal(student, teacher, windows, steps, rank, lr, seed, log):
+def heal(student, teacher, windows, steps, rank, lr, seed, log, dtype="float32"):
     """
     Train adapters on windows of tokens, a list of (x (1, T), y), and merge them -> what distil() returns.
     """
     torch.manual_seed(seed)
     adapters = adapters_of(student, rank)
-    found = distil(student, teacher, windows, steps, [dict(params=adapters, lr=lr)], log)
+    found = distil(student, teacher, windows, steps, [dict(params=adapters, lr=lr)], log, dtype)
     merge_adapters(student.model)
     return found
+
+
+def healing_dtype(args, width):
+    """--heal_dtype, measured where it is auto. float16 would need a scaler of gradients. width: of the model."""
+    dtype, why = settle_dtype(
+        SimpleNamespace(dtype=args.heal_dtype, batch_size=1, block_size=args.window, n_embd=width), args.device, 1
+    )
+    if why:
+        print(f"healing: {why}", flush=True)
+    return "float32" if dtype == "float16" else dtype
 
 
 def adapters_of(student, rank):
@@ -45,11 +57,12 @@ def adapters_of(student, rank):
     return adapters
 
 
-def distil(student, teacher, windows, steps, groups, log):
+def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
     """
     Train towards the teacher's distribution. Each step reads one window, in random order.
 
-    groups: AdamW's, each with its parameters and its highest learning rate. log(kl) is called after each step. Returns
+    groups: AdamW's, each with its parameters and its highest learning rate. log(kl) is called after each step. dtype: of the
+    products; probabilities are float32. Returns
     dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -63,9 +76,10 @@ def distil(student, teacher, windows, steps, groups, log):
         for group, lr in zip(optimizer.param_groups, highest):
             group["lr"] = lr * rate
         x, _ = windows[order[step]]
-        with torch.no_grad():
-            target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0].log_softmax(-1)
-        found = student.logits(student.trunk(student.lookup(x)))[0].log_softmax(-1)
+        with autocast_of(str(student.model.device), dtype):
+            with torch.no_grad():
+                target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0].log_softmax(-1)
+            found = student.logits(student.trunk(student.lookup(x)))[0].log_softmax(-1)
         loss = F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -105,7 +105,7 @@ def make_trainable(hf, coded):
     return codes
 
 
-def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, log):
+def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, log, dtype="float32"):
     """
     Heal a copy of the model, hf, whose matrices were coded -> ({name: CodedMatrix} as healed, what distil() returns).
 
@@ -121,6 +121,6 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
     for p in around:
         p.requires_grad_(True)
     groups = [dict(params=around, lr=RATE * lr)] + [dict(params=adapters, lr=lr)] * bool(adapters)
-    found = distil(student, teacher, windows, steps, groups, log)
+    found = distil(student, teacher, windows, steps, groups, log, dtype)
     merge_adapters(hf)
     return {name: made.healed() for name, made in codes.items()}, found

@@ -15,6 +15,7 @@ from surgery.coded import Coder, coded_in
 from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
 from surgery.coded_modules import install
+from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
@@ -44,7 +45,17 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
         with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
             healing = copy.deepcopy(hf)
             coded, training = heal_coded(
-                Subject, healing, coded, subject, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, shown(bar)
+                Subject,
+                healing,
+                coded,
+                subject,
+                windows,
+                args.heal_steps,
+                args.heal_rank,
+                args.heal_lr,
+                args.seed,
+                shown(bar),
+                healing_dtype(args, subject.config.n_embd),
             )
             keep_rest(healing, hf, coded)
     cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.timing import by_turns
-from surgery.heal import heal
+from surgery.heal import heal, healing_dtype
 from surgery.low_rank_folder import save
 from surgery.low_rank_modules import shrink
 from surgery.reading import load
@@ -62,13 +62,14 @@ def make_smaller(args, point, surgeon, evaluator, tokenizer, windows):
 
 
 def heal_with_bar(args, student, teacher, windows):
+    dtype = healing_dtype(args, teacher.config.n_embd)
     with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
 
         def log(kl):
             bar.set_postfix_str(f"KL {kl:.4f}")
             bar.update()
 
-        return heal(student, teacher, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, log)
+        return heal(student, teacher, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, log, dtype)
 
 
 @torch.inference_mode()
