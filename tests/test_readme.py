@@ -18,7 +18,7 @@ TOY_SURGERY = (
     "--answer_tokens 2"
 )
 TRAINS = r"train\.py|scripts/train_|scripts/run_all"
-FEW = dict(PRESET="laptop13", K="16", METHODS="fisher", GPUS="0 1")  # the rank that a later command of the page names
+FEW = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
 
 
 def readme_commands():
