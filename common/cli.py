@@ -33,6 +33,11 @@ def fail(message):
     sys.exit(2)
 
 
+def reason(error):
+    """An exception of another package's code, for one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def finish(**result):
     """The last line a program prints."""
     print(json.dumps(result), flush=True)

@@ -1,17 +1,25 @@
 """Figures from descriptions: labelled, readable in grey, as PNG and SVG."""
 
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-plt.rcParams["svg.hashsalt"] = "nanopca"  # the same figure is the same file
+from common.cli import reason
 
 # Line styles and markers tell the lines apart without colour.
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "d", "p")
+
+
+def pyplot():
+    """matplotlib.pyplot, imported for the first figure: where it is broken or missing, a report keeps its tables."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "nanopca"  # the same figure is the same file
+    return plt
 
 
 def style(order, name):
@@ -29,12 +37,12 @@ def save(fig, path):
     """Write path.png and path.svg."""
     fig.savefig(f"{path}.png", dpi=130)
     fig.savefig(f"{path}.svg", metadata=dict(Date=None))
-    plt.close(fig)
+    pyplot().close(fig)
 
 
 def scree_plot(path, spectra, ranks):
     """spectra: name -> singular values, falling. ranks: the ranks to mark."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    fig, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for (name, S), line in zip(spectra.items(), LINES):
         energy = [s * s for s in S]
         total = sum(energy)
@@ -59,7 +67,7 @@ def series_plot(path, panels, order, x, ranks=False, front=False):
     order: all series; it gives each its style. ranks: x is a rank, with a tick for every rank that was run. front: draw the
     Pareto front, a step line through the points that no other point beats in both x and y. Bars show the range over seeds.
     """
-    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
+    fig, axes = pyplot().subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
     handles = {}
     for ax, (ylabel, series, rules) in zip(axes[0], panels):
         for name, points in series.items():
@@ -96,7 +104,8 @@ def curves_plot(path, curves, order, unigram):
     unigram: the loss that a model without context can reach; a horizontal line.
     """
     ranks = sorted({k for _, k in curves if k}) or [None]
-    fig, axes = plt.subplots(1, len(ranks), figsize=(4 * len(ranks) + 4, 4.4), layout="constrained", sharey=True, squeeze=False)
+    size = dict(figsize=(4 * len(ranks) + 4, 4.4), layout="constrained")
+    fig, axes = pyplot().subplots(1, len(ranks), sharey=True, squeeze=False, **size)
     handles = {}
     for ax, rank in zip(axes[0], ranks):
         for (name, k), points in curves.items():
@@ -115,7 +124,7 @@ def curves_plot(path, curves, order, unigram):
 
 def lines_plot(path, curves, order, x, y, quantile=1.0):
     """curves: series -> [(x, y)]. quantile: the y axis ends above this share of the values; the first steps are far off."""
-    fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    fig, ax = pyplot().subplots(figsize=(9, 4.6), layout="constrained")
     for name, points in curves.items():
         ax.plot(*zip(*points), markersize=5, label=name, **style(order, name))
     ys = sorted(y for points in curves.values() for _, y in points)
@@ -140,10 +149,26 @@ class Figure:
 DRAW = dict(series=series_plot, curves=curves_plot, lines=lines_plot, scree=scree_plot)
 
 
+def draw(folder, figure, kinds=DRAW):
+    """
+    Draw a figure into a folder -> the markdown that shows it. kinds: {kind: the function that draws it}.
+
+    Where that fails there is a word in its place, in the report too: a figure never costs a report its tables.
+    """
+    try:
+        kinds[figure.kind](folder / figure.name, **figure.data)
+        return f"![{figure.caption}]({figure.name}.png)"
+    except Exception as error:
+        for suffix in ("png", "svg"):  # half a figure, or one of before, which does not belong to these tables
+            with suppress(OSError):
+                (folder / f"{figure.name}.{suffix}").unlink()
+        print(f"note: the figure {figure.name} is not drawn: {reason(error)}", file=sys.stderr)
+        return f"(The figure {figure.name} is not drawn: {reason(error)})"
+
+
 def draw_all(folder, figures, kinds=DRAW):
-    """Draw figures into a folder -> the markdown lines that show them. kinds: {kind: the function that draws it}."""
+    """draw() for every figure -> the markdown lines, with captions."""
     lines = []
     for figure in figures:
-        kinds[figure.kind](folder / figure.name, **figure.data)
-        lines += [f"![{figure.caption}]({figure.name}.png)", "", f"*{figure.caption}*", ""]
+        lines += [draw(folder, figure, kinds), "", f"*{figure.caption}*", ""]
     return lines

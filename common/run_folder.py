@@ -1,9 +1,8 @@
 """
 A run's folder: config.json (flags, command, commit, versions, hardware), metrics.jsonl (an object per log line or
-evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies.
+evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies, and may fail.
 """
 
-import importlib.util
 import json
 import os
 import platform
@@ -11,13 +10,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import checkpoint
-from common.cli import fail
+from common.cli import fail, reason
 from common.device import hardware
 from common.files import claim_folder, flush, remove, written_whole
 from common.untrusted import COUNT, read_json, read_json_lines
@@ -51,9 +51,6 @@ class RunFolder:
         """Claim args.out_dir. resumed_at: the step a resume goes on from; None claims the folder for a new run."""
         self.path = Path(args.out_dir)
         config = self.path / "config.json"
-        for given, package in ((args.wandb_log, "wandb"), (args.tensorboard_log, "tensorboard")):
-            if given and importlib.util.find_spec(package) is None:
-                fail(f"--{package}_log needs the package {package}: pip install {package}, or drop the flag")
         self.claim = claim_folder(self.path, "--out_dir")
         if resumed_at is None:
             self._refuse_another_run(config, args)
@@ -67,7 +64,8 @@ class RunFolder:
         self.kept = resumed_at  # the step of last.pt
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
-        self.loggers = [log for log in (wandb_log(args, self.path), tensorboard_log(args, self.path)) if log]
+        starts = dict(wandb_log=wandb_log, tensorboard_log=tensorboard_log)
+        self.copies = [Copy(name, start, args, self.path) for name, start in starts.items() if getattr(args, name)]
 
     def _refuse_another_run(self, config, args):
         """A folder with checkpoints, or with other flags, belongs to another run and stays as it is."""
@@ -110,8 +108,8 @@ class RunFolder:
             self.metrics.write(json.dumps(dict(iter=step, **values)) + "\n")
         except OSError as error:
             fail(f"{self.path / 'metrics.jsonl'} cannot be written ({error.strerror}): make room, then resume the run")
-        for log in self.loggers:
-            log(step, values)
+        for copy in self.copies:
+            copy.log(step, values)
 
     def keep(self, model, base, facts, state, is_best):
         """Write last.pt, unless there is no state to go on with, and ckpt.pt where the model is the best so far."""
@@ -135,24 +133,47 @@ class RunFolder:
         self.claim.release()
 
 
+class Copy:
+    """What W&B or TensorBoard gets of a run. They are not ours: where one fails, a line says so and the run goes on without."""
+
+    def __init__(self, name, start, args, folder):
+        """name: of the flag. start(args, folder) -> write(step, values)"""
+        self.name, self.write = name, None
+        self.write = self._attempt(start, args, folder)
+
+    def log(self, step, values):
+        if self.write:
+            self._attempt(self.write, step, values)
+
+    def _attempt(self, call, *given):
+        try:
+            return call(*given)
+        except Exception as error:  # a missing package, a full disk, whatever their code raises
+            self.write = None
+            print(f"note: --{self.name}: {reason(error)}; the run goes on without it", file=sys.stderr, flush=True)
+
+
 def wandb_log(args, folder):
-    if not args.wandb_log:
-        return None
     import wandb
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not wandb.login(prompt=False):
-        print(f"W&B has no key here: logging offline to {folder}/wandb, `wandb sync` uploads it later")
-        mode = "offline"
-    run = wandb.init(
-        project=args.wandb_project, name=args.wandb_run_name or folder.name, config=asdict(args), dir=folder, mode=mode
+    start = partial(
+        wandb.init, project=args.wandb_project, name=args.wandb_run_name or folder.name, config=asdict(args), dir=folder
     )
+    mode, why = os.environ.get("WANDB_MODE"), ""
+    try:
+        if mode is not None or wandb.login(prompt=False):
+            run = start(mode=mode)
+        else:
+            why = "has no key here"
+    except Exception as error:  # no network, or a key that is refused
+        why = f"cannot be reached ({reason(error)})"
+    if why:
+        print(f"W&B {why}: logging offline to {folder}/wandb, `wandb sync` uploads it later")
+        run = start(mode="offline")
     return lambda step, values: run.log(values, step=step)
 
 
 def tensorboard_log(args, folder):
-    if not args.tensorboard_log:
-        return None
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")

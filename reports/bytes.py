@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.cli import finish, flag, parse
 from common.files import claim_folder, written_whole
-from common.plots import plt, save
+from common.plots import Figure, draw, pyplot, save
 from common.untrusted import WHOLE, Positive, read_json, read_json_lines, reading
 from reports.markdown import table
 
@@ -68,7 +68,7 @@ def system_table(records):
 
 def system_figure(path, system, records):
     """A line for each method, named at its end; the front as a broad grey line."""
-    fig, ax = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    fig, ax = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
     rows = [r for r in records if r["name"] != "untouched"]
     front = sorted((r["share"], max(worst(r), FLOOR)) for r in rows if on_front(r, rows))
     ax.plot(*zip(*front), color="grey", linewidth=9, alpha=0.25, solid_capstyle="round")
@@ -108,9 +108,9 @@ def write_report(folder):
     for system in TITLES:
         some = [r for r in records if r["system"] == system]
         if len(some) > 1:
-            system_figure(folder / system, system, some)
+            figure = Figure(system, TITLES[system], "system", dict(system=system, records=some))
             parts.append(system_table(some))
-            text += [f"## {TITLES[system]}", "", f"![{TITLES[system]}]({system}.png)", "", parts[-1], ""]
+            text += [f"## {TITLES[system]}", "", draw(folder, figure, dict(system=system_figure)), "", parts[-1], ""]
     with written_whole(folder / "report.md", "make room") as part:
         part.write_text("\n".join(text))
     return "\n\n".join(parts)

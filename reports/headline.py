@@ -7,7 +7,7 @@ The README's first figure: what is kept, and what it costs, in the three places.
 import json
 from pathlib import Path
 
-from common.plots import plt, save
+from common.plots import pyplot, save
 
 RESULTS = Path(__file__).parents[1] / "results"
 LESS, MORE = "#1f5fa8", "#c8541c"  # little was cut, much was cut
@@ -99,7 +99,7 @@ PANELS = (
 
 def main():
     data = json.loads((RESULTS / "headline.json").read_text())
-    fig, axes = plt.subplots(1, 3, figsize=(16, 3.9), layout="constrained")
+    fig, axes = pyplot().subplots(1, 3, figsize=(16, 3.9), layout="constrained")
     for ax, (name, rows, title, unit) in zip(axes, PANELS):
         panel(ax, title, rows(data[name]), unit)
     save(fig, RESULTS / "headline")

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from common.cli import fail
-from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, plt, save
+from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, pyplot, save
 from common.untrusted import WHOLE, Positive, expect, read_json, reading
 from reports.compare import mean
 from reports.markdown import table
@@ -153,7 +153,7 @@ def line_styles(series):
 def perplexity_plot(path, records, x, xlabel, xscale, near):
     """A line for every choice of targets, mode and method: perplexity over x(record). Right: up to `near` times the least."""
     untouched = next(r for r in records if r["method"] == "-")["ppl"]
-    fig, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
+    fig, axes = pyplot().subplots(1, 2, figsize=(14, 4.8), layout="constrained")
     series = by_series(records)
     for ax in axes:
         for key, style in line_styles(series).items():
@@ -170,7 +170,7 @@ def perplexity_plot(path, records, x, xlabel, xscale, near):
 def heat_map(path, record):
     """Share of the components that each layer keeps, a row for each target."""
     parts = record["parts"]
-    fig, axes = plt.subplots(len(parts), 1, figsize=(10, 0.9 + 0.8 * len(parts)), layout="constrained", squeeze=False)
+    fig, axes = pyplot().subplots(len(parts), 1, figsize=(10, 0.9 + 0.8 * len(parts)), layout="constrained", squeeze=False)
     for ax, (name, part) in zip(axes[:, 0], parts.items()):
         shares = [k / full for k, full in zip(part["ranks"], part["full"])]
         image = ax.imshow([shares], aspect="auto", cmap="viridis", vmin=0, vmax=1)

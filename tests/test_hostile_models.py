@@ -187,6 +187,6 @@ def test_studies_of_bytes(survives, tmp_path, monkeypatch):
     settings = dict(model="toy", eval_windows=3, window=32, eval_text="a.txt", calib_tokens=99, calib_text="b.txt")
     config = dict(settings=settings, hardware="x", commit="c", command="python -m surgery.bytes_study")
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(bytes_report, "system_figure", lambda *_: None)
+    monkeypatch.setattr(bytes_report, "system_figure", lambda *_, **given: None)
     kinds = {"results.jsonl": "lines", "config.json": "json"}
     survives("study of bytes", folder, kinds, bytes_report.write_report, number=16)

@@ -157,7 +157,7 @@ def main(argv=None):
     import torch
 
     from common.factor_files import method_in_names, sha256, write_factors
-    from common.plots import scree_plot
+    from common.plots import Figure, draw
     from util_factorization.decompose_table import decompose
 
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -190,9 +190,10 @@ def main(argv=None):
         cost = f"{parameters:>12,} {facts['compression']:>11.2f}x"
         print(f"{k:>6} {facts['energy']:>8.1%} {row_error:>10.4f} {shown:>12} {cost}")
 
-    figure = Path(rows[-1]["wte_npy"]).with_name(f"scree_{method_in_names(args.method)}")
-    scree_plot(figure, {args.method: decomposition.S[:d].tolist()}, ranks)
-    finish(method=args.method, V=V, d=d, scree=f"{figure}.png", ranks=rows)
+    name, folder = f"scree_{method_in_names(args.method)}", Path(rows[-1]["wte_npy"]).parent
+    spectra = {args.method: decomposition.S[:d].tolist()}
+    draw(folder, Figure(name, "Spectrum", "scree", dict(spectra=spectra, ranks=ranks)))
+    finish(method=args.method, V=V, d=d, scree=str(folder / f"{name}.png"), ranks=rows)
 
 
 if __name__ == "__main__":
