@@ -131,7 +131,7 @@ if args.code_wte is not None and start.writes:  # else a checkpoint is evaluated
 step, last_step, best = start.step, start.last_step, None  # best: the evaluation with the least of the criterion
 torch.manual_seed(args.seed + rank)  # from here on it draws the dropout, another one in every process
 if start.state:
-    best = start.restore(optimizer, scaler, device, master)
+    best = start.restore(optimizer, scaler, device, rank)
 run = RunFolder(args, start.resumed_at) if start.writes and master else NoRunFolder()
 progress = Progress(args, master, step, last_step, start.state, tokens_per_step)
 tally = Tally(device, world_size, start.state if master else None)
@@ -174,12 +174,12 @@ def evaluate_and_log():
 
 def keep(evaluated):
     """Write what a resume needs, and the best. evaluated: at this step, else somewhere between two evaluations."""
-    kept = tally.state | progress.state  # every process asks for it
+    kept = tally.state | progress.state | random_state(device, world_size)  # every process asks for it
     if master:
         facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
         facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None) | rounding.facts
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, evaluated=evaluated)
-        state |= kept | rounding.state | random_state(device)
+        state |= kept | rounding.state
         run.keep(model, start.base, facts, None if args.eval_only else state, evaluated and best["iter"] == step)
     watch.saved()
 

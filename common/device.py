@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed import (
     DistBackendError,
+    all_gather_object,
     all_reduce,
     broadcast,
     destroy_process_group,
@@ -142,12 +143,20 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def random_state(device):
-    """The states of the random numbers, as a checkpoint keeps them."""
-    return dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.startswith("cuda") else None)
+def random_state(device, world_size=1):
+    """The states of the random numbers, as a checkpoint keeps them; those of other processes too. Every process has to ask."""
+    own = dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.startswith("cuda") else None)
+    if world_size == 1:
+        return own
+    states = [None] * world_size
+    all_gather_object(states, own)
+    return own | dict(other_rngs=states[1:])
 
 
-def set_random_state(state, device):
-    torch.set_rng_state(state["rng"])
-    if device.startswith("cuda") and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
+def set_random_state(state, device, rank=0):
+    """Go on from a checkpoint's random numbers. A process that the run did not have before draws anew."""
+    states = [state, *state.get("other_rngs", [])]
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["rng"])
+        if device.startswith("cuda") and states[rank]["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(states[rank]["cuda_rng"], device)

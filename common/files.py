@@ -109,6 +109,21 @@ def claim_folder(folder, flag, name=".lock"):
     return Claim(folder / name, f"{flag} {folder}", f"give another {flag}")
 
 
+def claim_new(out, kind="file"):
+    """Claim the --out of a program, a file or a folder that is not there yet -> Claim. Tried now, not after hours of work."""
+    if not out:
+        fail(f"--out is empty: give a {kind}")
+    path = Path(out).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out} cannot be written ({error.strerror}): choose another {kind}")
+    claim = Claim(path.with_name(f".{path.name}.lock"), f"--out {out}", f"choose another {kind}")
+    if path.exists():
+        fail(f"--out {out} exists: choose another {kind}, or delete it")
+    return claim
+
+
 def lock(descriptor):
     """Whether this process has the lock of a file now."""
     try:

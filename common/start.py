@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 # What last.pt has for a resume, besides what ckpt.pt has.
 BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)
 STATE = dict(best=BEST, seconds=float, optimizer=(dict, list), scaler={str: float}, rng=torch.Tensor)
-STATE |= {"logged?": [COUNT, float], "tally?": [float, float, float]}
+STATE |= {"logged?": [COUNT, float], "tally?": [float, float, float], "other_rngs?": [dict(rng=torch.Tensor)]}
 
 RESUMED = ("the state of a run", "go on from a copy of it, or start anew in another --out_dir")
 
@@ -60,13 +60,12 @@ class Start:
         """The step at which the run goes on; None where it is new."""
         return self.step if self.state else None
 
-    def restore(self, optimizer, scaler, device, master):
+    def restore(self, optimizer, scaler, device, rank):
         """Give a resumed run what last.pt has besides the weights -> the best evaluation."""
         with reading(Path(self.args.out_dir) / "last.pt", *RESUMED):
             resume_optimizer(optimizer, self.state["optimizer"])
             scaler.load_state_dict(self.state["scaler"])
-            if master:
-                set_random_state(self.state, device)
+            set_random_state(self.state, device, rank)
         return self.state["best"]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
+from common.files import claim_new
 from surgery.points import UNTOUCHED, Point, make_points
 
 
@@ -164,7 +165,7 @@ def pack(args):
     from surgery.evaluator import Evaluator
     from surgery.pack_model import pack_model
     from surgery.surgeon import digest
-    from surgery.sweep import check_writable, prepare_folder
+    from surgery.sweep import prepare_folder
     from surgery.texts import settings
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
@@ -173,7 +174,7 @@ def pack(args):
         check_cache(subject.model, args.cache_bytes, args.window)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _, *claims = prepare_folder(args, shared)
-    claims.append(check_writable(args.out))
+    claims.append(claim_new(args.out, "folder"))
     record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
     print(packed_table(record))
     for claim in claims:
@@ -198,7 +199,7 @@ def main(argv=None):
     from surgery.low_rank_modules import check_attention
     from surgery.moments import calibration
     from surgery.surgeon import Surgeon, digest
-    from surgery.sweep import check_writable, prepare_folder, read_records, sweep
+    from surgery.sweep import prepare_folder, read_records, sweep
     from surgery.texts import settings
     from surgery.write_model import write_smaller
 
@@ -212,7 +213,7 @@ def main(argv=None):
     shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
     folder, records, *claims = prepare_folder(args, shared)
     if args.out:
-        claims.append(check_writable(args.out))
+        claims.append(claim_new(args.out, "folder"))
 
     done = [Point.of_record(r) for r in records if "answer" in r or not args.answer_tokens]
     left = [p for p in [UNTOUCHED, *points] if p not in done]

@@ -3,14 +3,13 @@
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.cli import fail
-from common.files import Claim, claim_folder, written_whole
+from common.files import claim_folder, written_whole
 from common.run_folder import provenance
 from common.untrusted import read_json, read_json_lines
 from surgery.evaluator import answer
@@ -43,17 +42,6 @@ def prepare_folder(args, settings, line=LINE):
         for moments in folder.glob("calibration*.pt"):
             moments.unlink()
     return folder, records, claim
-
-
-def check_writable(out):
-    """The parent of --out takes files: tried now, not after hours of healing -> a Claim of --out, held while kept."""
-    parent = Path(out).absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        fail(f"--out {out} cannot be written ({error.strerror}): choose another folder")
-    return Claim(parent / f".{Path(out).name}.lock", f"--out {out}", "choose another folder")
 
 
 def add_line(file, record):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,16 @@ def assert_one_line_error():
             assert str(word) in result.err, (word, result.err)
 
     return check
+
+
+@contextmanager
+def in_use(lock):
+    """Another process holds a lock."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-S", "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
 
 
 # -- the scripts' chains ------------------------------------------------------------------------------------------------

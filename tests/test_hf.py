@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import in_use
 
 from common import checkpoint as ckpt
 from util_factorization.import_hf import from_hugging_face
@@ -168,6 +169,8 @@ def test_refusals_of_the_program(run_main, tmp_path, assert_one_line_error):
     neox().config.save_pretrained(tmp_path / "bare")
     refused(tmp_path / "bare", out, "--model", "save_pretrained")
     assert not out.exists()
+    with in_use(tmp_path / ".ckpt.pt.lock"):
+        refused(tmp_path / "nothing", out, "--out", "in use")
     out.write_text("mine")
     refused(tmp_path / "nothing", out, "--out", "exists")
     assert out.read_text() == "mine"

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, TINY, as_flags
 
-from common import checkpoint
+from common import checkpoint, stopping
 from common.optimizer import Both, Muon, skip_where
 
 
@@ -70,6 +71,25 @@ def test_signals_and_a_kill_end_as_the_uninterrupted_run(train, whole, toy_datas
     assert (parts / ".lock").exists()  # what the kill left does not count
     assert train(out_dir=parts, **RESUME).status == 0
     assert_same_end(whole, parts)
+
+
+def test_a_second_signal_stops_at_once(monkeypatch):
+    """In a child, since it dies of it. Two signals at one moment are one: a script hands on what a terminal sent to both."""
+    monkeypatch.setattr(stopping, "TWICE", 0.1)
+    args, (read, write) = SimpleNamespace(checkpoint_minutes=None, out_dir="run", eval_only=False), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with stopping.Watch(args, master=True, world_size=1) as watch:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.write(write, b"saves" if watch.asks_to_save() else b"goes on")
+                time.sleep(0.2)
+                os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGINT and os.read(read, 9) == b"saves"
+    os.close(read), os.close(write)
 
 
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path, monkeypatch, assert_one_line_error):

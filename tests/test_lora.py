@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, in_use
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -274,8 +274,10 @@ def test_merged_reloaded_and_unmerged_evaluate_alike(train, tmp_path, start, run
         run_main(program, "--ckpt_path", merged, "--out", tmp_path / "twice.pt"), "no adapters", "merged already"
     )
     assert_one_line_error(run_main(program, "--ckpt_path", out, "--out", merged), "--out", "exists")
+    with in_use(tmp_path / ".m.pt.lock"):
+        assert_one_line_error(run_main(program, "--ckpt_path", out, "--out", tmp_path / "m.pt"), "--out", "in use")
     assert_one_line_error(run_main(program, "--ckpt_path", tmp_path / "none.pt", "--out", tmp_path / "x.pt"), "not found")
-    assert not (tmp_path / "twice.pt").exists()
+    assert not (tmp_path / "twice.pt").exists() and not (tmp_path / "m.pt").exists()
     # what starts from adapters has to merge them first
     assert_one_line_error(train(out_dir=tmp_path / "x", init_from="prev_run", prev_run_ckpt=out), "merge_lora.py")
     again = ("util_factorization/pca_factorize_wte.py", "--ckpt_path", out, "--rank_k", 4)

@@ -1,6 +1,8 @@
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 import torch
 from conftest import REPO, TINY, as_flags
 
@@ -170,6 +173,26 @@ def kill_process_of_rank(rank, ancestor):
             os.kill(int(pid), signal.SIGKILL)
             return
     raise AssertionError("no such process")
+
+
+def test_dropout_goes_on_in_every_process(train, warm_python, toy_dataset, tmp_path):
+    """Two processes that are resumed draw what they would have drawn."""
+
+    def two(folder, **flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            place = f"WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={s.getsockname()[1]}"
+        train = f"python train.py {shlex.join(map(str, as_flags(flags | dict(out_dir=folder))))}"
+        shell.succeed(f"{place} RANK=1 {train} & {place} RANK=0 {train} && wait $!", REPO)
+
+    flags = TINY | dict(dataset=toy_dataset, compile=False, dropout=0.5, lr_decay_iters=6)
+    two(tmp_path / "whole", **flags)
+    two(tmp_path / "parts", **flags | dict(max_iters=3))
+    two(tmp_path / "parts", init_from="resume", max_iters=6)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "parts").values()))
+    more = dict.fromkeys([*TINY, "dataset"]) | dict(init_from="resume", max_iters=7)
+    assert train(out_dir=tmp_path / "parts", **more).status == 0  # one process goes on for two
 
 
 # -- starts -----------------------------------------------------------------------------------------------------------

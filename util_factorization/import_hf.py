@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
+from common.files import claim_new
 
 # Settings that our GPT has fixed, by model_type. A config that is older than a setting lacks it and has this value.
 GRANTED = dict(
@@ -147,8 +148,7 @@ def gpt2_state(hf):
 
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
-    if not args.out or Path(args.out).exists():
-        fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
+    claim = claim_new(args.out)
     if importlib.util.find_spec("transformers") is None:
         fail("the package transformers is not installed: pip install transformers")
 
@@ -161,6 +161,7 @@ def main(argv=None):
     facts = dict(args=shape | dict(dataset=args.dataset), iter_num=0, data_step=0)
     facts |= dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
     checkpoint.save_new(args.out, model, **facts)
+    claim.release()
     counts = model.count_parameters()
     print(f"{args.model}: {counts['total']:,} numbers stored")
     finish(out=args.out, parameters=counts)

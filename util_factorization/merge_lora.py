@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
+from common.files import claim_new
 
 
 @dataclass
@@ -30,8 +31,7 @@ def main(argv=None):
     checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank", **moved)
     if checkpoint["config"].get("lora_rank") is None:
         fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
-    if not args.out or Path(args.out).exists():
-        fail(f"--out {args.out or '(empty)'} exists: choose another file, or delete it")
+    claim = claim_new(args.out)
     model = ckpt.build(checkpoint)
     before = model.count_parameters()
     model.merge_lora()
@@ -39,6 +39,7 @@ def main(argv=None):
     facts = {name: checkpoint[name] for name in kept if name in checkpoint}
     facts["args"] = facts["args"] | dict(lora_rank=None, save_adapters_only=False)
     ckpt.save_new(args.out, model, **facts)
+    claim.release()
     after = model.count_parameters()
     print(f"{args.ckpt_path}: {before['adapters']:,} numbers of adapters merged, {after['total']:,} stored")
     finish(out=args.out, adapters_merged=before["adapters"], parameters=after)
