@@ -100,7 +100,7 @@ def find_layers(model):
         if all(linear is not None for linear in linears.values()):
             sizes = [len(plain(part, linear).weight) for part, linear in linears.items()]
             rows = dict(zip("qkv", torch.arange(sum(sizes)).split(sizes)))
-        elif hasattr(module, "query_key_value") and model.config.model_type == "gpt_neox":
+        elif hasattr(module, "query_key_value") and model.config.model_type.endswith("gpt_neox"):
             qkv = plain(f"{name}.query_key_value", module.query_key_value)
             linears = {f"{name}.query_key_value": qkv}
             # [H 3 n, in]: every head's q, k and v lie side by side

@@ -6,6 +6,7 @@ import torch
 from common import checkpoint as ckpt
 from surgery.low_rank_folder import save
 from surgery.reading import load
+from surgery.write_model import cache_bytes
 from util_factorization.import_hf import from_hugging_face
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
@@ -105,3 +106,29 @@ def test_every_smaller_model_as_its_standard_architecture(spoken, export, tmp_pa
     hf = opened(tmp_path / "out")
     assert type(hf) is type(MODELS[name]()) and not hasattr(hf.config, "surgery")
     assert_same(hf, before, ids(300))
+
+
+# -- compact ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "mode", "targets"), [*CUTS, ("llama", "table", "wte"), ("neox", "table", "wte")])
+def test_every_smaller_model_compact(spoken, export, tmp_path, name, mode, targets):
+    before = smaller(tmp_path / "small", spoken, name, mode, targets)
+    result = export(tmp_path / "small", "--compact")
+    assert result.status == 0, result.err
+    hf = opened(tmp_path / "out", trust_remote_code=True)
+    assert hf.num_parameters() == before.num_parameters() < MODELS[name]().num_parameters()
+    assert_same(hf, before, ids(300))
+
+
+@pytest.mark.parametrize("name", ["factors", "tied_scales", "mean", "compressed", "both"])
+def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
+    changes = (OURS | dict(both=OURS["compressed"] | FACTORS | dict(tie_head=True)))[name]
+    model = tiny_model(vocab_size=300, **changes)
+    result = export(saved(model, tmp_path / "run"), "--tokenizer", spoken, "--compact")
+    assert result.status == 0, result.err
+    hf, x = opened(tmp_path / "out", trust_remote_code=True), ids(300)
+    with torch.no_grad():
+        torch.testing.assert_close(hf(x).logits, model(x)[0], atol=1e-4, rtol=1e-4)
+    assert cache_bytes(hf, x[0]) == 4 * model.config.n_layer * sum(model.cache_widths())
+
