@@ -3,10 +3,9 @@
 import math
 
 import torch
-import torch.nn as nn
 
 from surgery.layers import find_layers
-from surgery.low_rank_modules import LatentAttention, LowRank
+from surgery.low_rank_modules import LatentAttention, LowRank, Uncut
 
 
 def plain_config(hf, **changes):
@@ -41,7 +40,7 @@ def multiplied(small, plan):
 
 
 def product(part):
-    """A LowRank as one matrix -> (weight [out,in], bias [out] or None). Where nothing is cut, `up` is an Identity."""
-    if isinstance(part.up, nn.Identity):
+    """A LowRank as one matrix -> (weight [out,in], bias [out] or None)."""
+    if isinstance(part, Uncut):
         return part.down.weight, part.down.bias
     return part.up.weight @ part.down.weight, part.up.bias

@@ -42,6 +42,17 @@ class SharingLowRank(LowRank):
         return self.owner[0].down
 
 
+class Uncut(LowRank):
+    """A whole matrix where attention expects a LowRank."""
+
+    def __init__(self, whole):
+        nn.Module.__init__(self)
+        self.down = whole
+
+    def up(self, x):
+        return x
+
+
 class Turns:
     """The model's own cosines and sines of all positions so far; kept, since every layer reads them at every step."""
 
@@ -199,7 +210,7 @@ def install(hf, plan):
     for name, parts in by_layer.items():
         layer, attn = layers[name], hf.get_submodule(name)
         if layer.fused or parts.keys() & {"k", "v"}:
-            uncut = {target: LowRank(layer.linear(target), nn.Identity()) for target in "qkv" if target not in parts}
+            uncut = {target: Uncut(layer.linear(target)) for target in "qkv" if target not in parts}
             parent, last = name.rsplit(".", 1)
             setattr(hf.get_submodule(parent), last, LatentAttention(attn, *({**parts, **uncut}[t] for t in "qkv"), turns))
         else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from common import checkpoint as ckpt
+from export.__main__ import main
 from surgery.low_rank_folder import save
 from surgery.reading import load
 from surgery.write_model import cache_bytes
@@ -11,6 +12,7 @@ from util_factorization.import_hf import from_hugging_face
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers
+from test_hostile_models import low_rank  # noqa: E402
 from test_smaller import MODELS, cut  # noqa: E402
 
 PYTHIA = dict(rotary_pct=0.25, parallel_residual=True, tie_head=False)
@@ -132,3 +134,62 @@ def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
         torch.testing.assert_close(hf(x).logits, model(x)[0], atol=1e-4, rtol=1e-4)
     assert cache_bytes(hf, x[0]) == 4 * model.config.n_layer * sum(model.cache_widths())
 
+
+
+@pytest.fixture(scope="module")
+def compact(spoken, tmp_path_factory):
+    """(A compact folder, k and v of a layer in one latent, the table with a mean; the model that surgery.load() reads)."""
+    folder = tmp_path_factory.mktemp("compact")
+    low_rank(folder / "small", transformers.AutoTokenizer.from_pretrained(spoken))
+    main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
+    return folder / "out", load(folder / "small")[0]
+
+
+def test_a_compact_model_reads_padded_batches_as_it_reads_each_text_alone(compact):
+    folder, before = compact
+    hf, tokenizer = opened(folder, trust_remote_code=True), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["1 is odd, and", "12 is even, and 144 is its square; 13 is"]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    together = hf.generate(**tokenizer(texts, return_tensors="pt", padding=True), **options)[:, -12:]
+    for text, found in zip(texts, together):
+        x = tokenizer(text, return_tensors="pt")
+        assert torch.equal(hf.generate(**x, **options)[0, -12:], found)
+        assert torch.equal(before.generate(**x, **options)[0, -12:], found)
+
+
+def test_a_compact_model_saves_itself_again_in_half_precision_on_a_device_map(compact, tmp_path):
+    folder, before = compact
+    hf = opened(folder, trust_remote_code=True, dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16}
+    x = ids(300)
+    torch.testing.assert_close(hf(x).logits.float(), before(x).logits, atol=0.1, rtol=0.1)
+    hf.save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again", trust_remote_code=True, dtype=torch.bfloat16)
+    assert torch.equal(again(x).logits, hf(x).logits)
+    sizes = [sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (folder, tmp_path / "again")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_adapters_on_a_compact_model_train_and_merge(compact):
+    peft = pytest.importorskip("peft")
+    hf, x = opened(compact[0], trust_remote_code=True), ids(300)
+    config = peft.LoraConfig(r=2, target_modules=["down", "up", "scale_up", "scale_down", "o_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(hf, config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    loss = model(input_ids=x, labels=x).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        adapted = model(x).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(x).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert (adapted - compact[1](x).logits).abs().max() > 0.1
+    assert cache_bytes(merged, x[0]) == 2 * 5 * 4  # one latent a layer, still
+
+
+def test_a_compact_model_without_trust_says_what_to_pass(compact):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        opened(compact[0])
