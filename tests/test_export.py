@@ -135,7 +135,6 @@ def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
     assert cache_bytes(hf, x[0]) == 4 * model.config.n_layer * sum(model.cache_widths())
 
 
-
 @pytest.fixture(scope="module")
 def compact(spoken, tmp_path_factory):
     """(A compact folder, k and v of a layer in one latent, the table with a mean; the model that surgery.load() reads)."""
