@@ -7,8 +7,14 @@ import torch
 from export.bundle import bundle
 from export.multiplied import plain_config
 from surgery.low_rank_modules import install, set_factors
+from util_factorization.trellis import gaussian_codes
+from value_cache.coded_cache import LayerCode
 
 CODE = "modeling_nanopca"
+TITLE = {
+    False: "{model} with less in it: low-rank factors in place of matrices, latents in place of keys and values.",
+    True: "{model} with less in it: matrices, and keys and values where config.json says so, are kept by bits.",
+}
 TAIL = """
 class CompactConfig({config}):
     model_type = "nanopca_{kind}"
@@ -38,7 +44,7 @@ def made_compact(hf, model, cuts):
     return plan
 
 
-def write_compact(folder, hf, plan):
+def write_compact(folder, hf, plan, dtype):
     """
     Write a model's weights, its config.json and modeling_nanopca.py.
 
@@ -48,19 +54,55 @@ def write_compact(folder, hf, plan):
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
-    persistent = hf.state_dict().keys()
-    kept = [*hf.named_parameters(), *hf.named_buffers()]  # a shared one once
-    save_torch_state_dict({name: t.detach().contiguous() for name, t in kept if name in persistent}, folder)
+    packed = "coded" in plan
+    tensors = packed_tensors(hf) if packed else {name: t.to(dtype) for name, t in stored(hf)}
+    save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder)
     kind, config = hf.config.model_type, type(hf.config)
-    values = plain_config(hf).to_dict() | dict(model_type=f"nanopca_{kind}", architectures=["CompactForCausalLM"], surgery=plan)
+    values = plain_config(hf).to_dict() | dict(model_type=f"nanopca_{kind}", architectures=["CompactForCausalLM"])
     values |= dict(auto_map=dict(AutoConfig=f"{CODE}.CompactConfig", AutoModelForCausalLM=f"{CODE}.CompactForCausalLM"))
-    values |= dict(dtype=str(hf.dtype).removeprefix("torch."))
-    if plan["table"]:
-        values["tie_word_embeddings"] = False  # lookup and head share wte by themselves
+    values |= dict(dtype=str(dtype).removeprefix("torch."), surgery=packed_plan(hf, plan) if packed else plan)
+    if plan.get("table") or "wte" in plan.get("coded", []):
+        values["tie_word_embeddings"] = False  # the head reads the table by itself
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if hf.generation_config is not None:
         hf.generation_config.save_pretrained(folder)
-    names = dict(model=type(hf).__name__, config=config.__name__, kind=kind, mixin="LowRankModel")
+    names = dict(model=type(hf).__name__, config=config.__name__, kind=kind, mixin="PackedModel" if packed else "LowRankModel")
     imports = [f"from transformers import {names['config']}, {names['model']}"]
-    title = f"{names['model']} with less in it: low-rank factors in place of matrices, latents in place of keys and values."
-    (folder / f"{CODE}.py").write_text(bundle("export.modeling", "LowRankModel", title, imports, TAIL.format(**names)))
+    text = bundle("export.modeling", names["mixin"], TITLE[packed].format(**names), imports, TAIL.format(**names))
+    (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
+
+
+def stored(hf):
+    """(name, tensor) of all parameters and of the buffers that are kept; a shared one once."""
+    kept = hf.state_dict().keys()
+    return [(name, t) for name, t in [*hf.named_parameters(), *hf.named_buffers()] if name in kept]
+
+
+def packed_tensors(hf):
+    """What is stored of a packed model: as surgery does it, matrices beside the packed ones and the cache's in 16 bits."""
+    tensors = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in stored(hf)}
+    for name, code in layer_codes(hf):
+        tensors |= {f"{name}.{part}": t for part, t in code.tensors().items()}
+    levels = torch.cat([code.levels for code in gaussian_codes()], 1)
+    return tensors | {"levels.bits": levels.half().view(torch.int16)}
+
+
+def layer_codes(hf):
+    return [(name, module) for name, module in hf.named_modules() if isinstance(module, LayerCode)]
+
+
+def packed_plan(hf, plan):
+    """The plan of a packed model with the sizes of all tensors (modeling.py)."""
+    ends = dict(wte=hf.get_input_embeddings(), head=hf.get_output_embeddings())
+    coded = {name: (ends.get(name) or hf.get_submodule(name)).coded.tensors() for name in plan["coded"]}
+    cache = [dict(bits=counts(code.bits), parts=sizes(code.tensors())) for _, code in layer_codes(hf)]
+    return dict(coded={name: sizes(tensors) for name, tensors in coded.items()}, cache=cache)
+
+
+def sizes(tensors):
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+
+
+def counts(bits):
+    """How many components have 1 bit, 2 bits, ... of bits that rise."""
+    return [bits.count(b) for b in range(1, max(bits, default=0) + 1)]

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,8 @@ class Source:
 
 def read_own(args):
     """A checkpoint of train.py -> Source."""
+    if (Path(args.model) / "config.json").is_file() and not checkpoint.file_of(args.model).is_file():
+        fail(f"--model {args.model} is a folder of Hugging Face already: give a run folder, or one that surgery's --out wrote")
     saved = checkpoint.load(args.model, hint="give a run folder, its ckpt.pt, or a folder that surgery's --out wrote")
     model = checkpoint.build(saved, dropout=0.0).float().eval().requires_grad_(False)
     refuse_what_no_architecture_has(model.config, f"--model {args.model}")
@@ -61,7 +64,7 @@ def read_smaller(args):
 
     if args.tokenizer:
         fail(f"--tokenizer: {args.model} has its own: drop the flag")
-    small, tokenizer = load(args.model, packed=False)
+    small, tokenizer = load(args.model, packed=args.compact)
     plan = small.config.surgery
     if plan.get("cache") and args.dense:
         fail(f"--dense: no standard architecture keeps a cache by bits, which {args.model} has: write it without --cache_bytes")

@@ -1,8 +1,5 @@
 """The tokenizer of an exported model, as Hugging Face writes it to a folder."""
 
-import tempfile
-from pathlib import Path
-
 from common.cli import fail
 from common.dataset import find_folder, read_meta
 from common.hugging_face import read_tokenizer
@@ -44,9 +41,10 @@ def of_dataset(name):
 
 
 def from_tiktoken(encoding):
+    """A tiktoken Encoding with one special token, end-of-text -> a tokenizer of Hugging Face."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.tiktoken import convert_tiktoken_to_fast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert_tiktoken_to_fast(encoding, folder)
-        return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=END_OF_TEXT)
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens)
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # instead of a file
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=END_OF_TEXT)

@@ -22,7 +22,7 @@ def write(args, source):
     with written_whole(args.out, hint, errors=(OSError,)) as part:
         source.hf.config = plain_config(source.hf)
         if source.plan:
-            write_compact(part, source.hf.to(dtype), source.plan)
+            write_compact(part, source.hf, source.plan, dtype)
         else:
             source.hf.to(dtype).save_pretrained(part)
         source.tokenizer.save_pretrained(part)

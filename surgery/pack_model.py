@@ -14,7 +14,7 @@ from common.cli import fail
 from surgery.coded import Coder, coded_in
 from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
-from surgery.coded_modules import install
+from surgery.coded_modules import install_coded
 from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
@@ -72,7 +72,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 def cache_of(args, hf, coded, texts):
     """A LayerCode for each layer, calibrated on the model as its matrices are decoded."""
     decoded = copy.deepcopy(hf)
-    install(decoded, coded, packed=False)
+    install_coded(decoded, coded, packed=False)
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
     torch.manual_seed(args.seed)
     try:

@@ -1,17 +1,28 @@
 """Models out: what is written opens with plain transformers, and computes what the model did."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from common import checkpoint as ckpt
+from common.dataset import write_dataset
+from common.tokenizer import gpt2, train_bpe
 from export.__main__ import main
+from export.tokenizer import from_tiktoken, tokenizer_for
+from surgery.coded_folder import save as save_coded
 from surgery.low_rank_folder import save
 from surgery.reading import load
 from surgery.write_model import cache_bytes
+from util_factorization.coding import code, draft_layer, draft_table, fit
 from util_factorization.import_hf import from_hugging_face
+from value_cache.generation import chooser, generate
+from value_cache.kv_cache import KVCache
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers
+import test_coded_cache  # noqa: E402
 from test_hostile_models import low_rank  # noqa: E402
 from test_smaller import MODELS, cut  # noqa: E402
 
@@ -66,7 +77,7 @@ def ids(V, B=3, T=16):
 
 @pytest.mark.parametrize("changes", OURS.values(), ids=OURS)
 def test_every_checkpoint_as_a_standard_architecture(tiny_model, spoken, export, tmp_path, changes):
-    model = tiny_model(vocab_size=300, **changes)
+    model = tiny_model(vocab_size=300, block_size=96, **changes)
     result = export(saved(model, tmp_path / "run"), "--tokenizer", spoken, "--dense")
     assert result.status == 0, result.err
     hf, x = opened(tmp_path / "out"), ids(300)
@@ -74,6 +85,9 @@ def test_every_checkpoint_as_a_standard_architecture(tiny_model, spoken, export,
     with torch.no_grad():
         torch.testing.assert_close(hf(x).logits, model(x)[0], atol=1e-4, rtol=1e-4)
     assert ("adapters" in result.err) == ("lora_rank" in changes)
+    if changes == OURS["gpt2"]:
+        ours = generate(model, x[:1], 64, chooser(0), None, KVCache(model, 1, 80, "float32"))
+        assert torch.equal(greedy(hf, x[:1], 64)[:, 16:], torch.stack(list(ours), 1))
     if changes in (OURS["gpt2"], OURS["pythia"], OURS["own_head"], OURS["one_after_another"]):
         again = from_hugging_face(hf)
         assert again.config == model.config
@@ -93,34 +107,31 @@ def smaller(folder, spoken, name="llama", mode="shared_kv", targets="k,v", **poi
     return load(folder)[0]
 
 
-def assert_same(hf, before, x):
+def greedy(hf, x, tokens):
+    return hf.generate(x, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+def assert_same(hf, before, x, tokens=0):
     with torch.no_grad():
         torch.testing.assert_close(hf(x).logits, before(x).logits, atol=1e-4, rtol=1e-4)
-    options = dict(max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(hf.generate(x, **options), before.generate(x, **options))
+    if tokens:
+        assert torch.equal(greedy(hf, x, tokens), greedy(before, x, tokens))
 
 
 @pytest.mark.parametrize(("name", "mode", "targets"), [*CUTS, ("llama", "table", "wte"), ("neox", "table", "wte")])
-def test_every_smaller_model_as_its_standard_architecture(spoken, export, tmp_path, name, mode, targets):
+def test_every_smaller_model_in_both_forms(spoken, export, tmp_path, name, mode, targets):
     before = smaller(tmp_path / "small", spoken, name, mode, targets)
-    result = export(tmp_path / "small", "--dense")
-    assert result.status == 0, result.err
-    hf = opened(tmp_path / "out")
-    assert type(hf) is type(MODELS[name]()) and not hasattr(hf.config, "surgery")
-    assert_same(hf, before, ids(300))
+    dense, compact = (export(tmp_path / "small", f"--{form}", out=form) for form in ("dense", "compact"))
+    assert dense.status == compact.status == 0, dense.err + compact.err
+    hf, untouched, x = opened(tmp_path / "dense"), MODELS[name](), ids(300, B=1)
+    assert type(hf) is type(untouched) and not hasattr(hf.config, "surgery")
+    small = opened(tmp_path / "compact", trust_remote_code=True)
+    assert small.num_parameters() == before.num_parameters() < untouched.num_parameters()
+    assert_same(small, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
+    assert_same(hf, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
 
 
 # -- compact ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "mode", "targets"), [*CUTS, ("llama", "table", "wte"), ("neox", "table", "wte")])
-def test_every_smaller_model_compact(spoken, export, tmp_path, name, mode, targets):
-    before = smaller(tmp_path / "small", spoken, name, mode, targets)
-    result = export(tmp_path / "small", "--compact")
-    assert result.status == 0, result.err
-    hf = opened(tmp_path / "out", trust_remote_code=True)
-    assert hf.num_parameters() == before.num_parameters() < MODELS[name]().num_parameters()
-    assert_same(hf, before, ids(300))
 
 
 @pytest.mark.parametrize("name", ["factors", "tied_scales", "mean", "compressed", "both"])
@@ -192,3 +203,122 @@ def test_adapters_on_a_compact_model_train_and_merge(compact):
 def test_a_compact_model_without_trust_says_what_to_pass(compact):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         opened(compact[0])
+
+
+# -- by bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["matrices", "matrices and cache"])
+def packed(request, spoken, tmp_path_factory):
+    """(A compact folder of a model whose table, a layer and maybe the cache are kept by bits; surgery's folder)."""
+    folder = tmp_path_factory.mktemp("packed")
+    hf, _, codes = test_coded_cache.coded(0.25)
+    metric, layer = torch.eye(32) + 0.1, hf.model.layers[0].mlp.up_proj.weight.data
+    drafts = {
+        "wte": draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric),
+        "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer))),
+    }
+    bits, book = fit(list(drafts.values()), 2 * 0.6 * (300 * 32 + layer.numel()))
+    matrices = {name: code(draft, b, book) for (name, draft), b in zip(drafts.items(), bits)}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spoken)
+    save_coded(folder / "small", hf, tokenizer, matrices, codes if "cache" in request.param else ())
+    main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
+    return folder / "out", folder / "small"
+
+
+def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
+    before, hf = load(packed[1])[0], opened(packed[0], trust_remote_code=True)
+    assert_same(hf, before, ids(300, B=1), tokens=3)
+    assert cache_bytes(hf, ids(300)[0]) == cache_bytes(before, ids(300)[0])
+    held = [sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) for m in (hf, before)]
+    levels = 2 * 16 * 2**12
+    assert held[0] <= held[1] + levels
+    on_disk = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in packed]
+    assert on_disk[0] < on_disk[1] + levels + 4000
+    hf.save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again", trust_remote_code=True, dtype=torch.bfloat16)
+    x = ids(300, B=1, T=8)
+    with torch.no_grad():
+        rounded = again(x).logits
+        torch.testing.assert_close(rounded.float(), before(x).logits, atol=0.2, rtol=0.2)
+    assert rounded.dtype == torch.bfloat16
+
+
+def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_one_line_error):
+    result = run_main("-m", "export", "--model", packed[1], "--out", tmp_path / "dense", "--dense")
+    if json.loads((packed[1] / "config.json").read_text())["surgery"]["cache"]:
+        return assert_one_line_error(result, "--dense", "no standard architecture", "cache by bits")
+    assert result.status == 0, result.err
+    assert_same(opened(tmp_path / "dense"), load(packed[1], packed=False)[0], ids(300, B=1))
+
+
+# -- the folder around the weights ------------------------------------------------------------------------------------
+
+
+def test_the_card_has_what_was_measured_and_nothing_else(tiny_model, spoken, export, tmp_path):
+    run = saved(tiny_model(vocab_size=300), tmp_path / "run")
+    assert export(run, "--tokenizer", spoken, "--dense", out="bare").status == 0
+    bare = (tmp_path / "bare" / "README.md").read_text()
+    assert (
+        "GPT2LMHeadModel" in bare and "perplexity" not in bare and "trust_remote_code" not in bare and str(tmp_path) not in bare
+    )
+    final = dict(val_loss=4.25, val_ppl=70.1054, eval_tokens=48, tokens=1280)
+    (run / "summary.json").write_text(json.dumps(dict(dataset="sotu", final=final)))
+    (run / "config.json").write_text(json.dumps(dict(command="python train.py --seed 1", commit="abc")))
+    assert export(run, "--tokenizer", spoken, "--dense", out="measured").status == 0
+    card = (tmp_path / "measured" / "README.md").read_text()
+    for words in ("| perplexity | 70.11 |", "| tokens read | 1,280 |", "`python train.py --seed 1`", "| trained on | sotu |"):
+        assert words in card
+
+
+def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
+    small = shutil.copytree(compact[0].parent / "small", tmp_path / "small")
+    measures = dict(
+        untouched=dict(loss=3.3, ppl=27.11, kl=0.0), healed=dict(loss=3.4, ppl=29.96, kl=0.12, texts={"a.txt": dict(ppl=30.0)})
+    )
+    made = dict(model="HuggingFaceTB/SmolLM2-135M", command="python -m surgery --rank 5", calib_text="b.txt", eval_text="a.txt")
+    record = dict(method="fisher", mode="shared_kv", targets="k,v", rank=5, models=measures, made_by=made)
+    (small / "measured.json").write_text(json.dumps(record))
+    assert export(small, "--compact").status == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ('base_model: "HuggingFaceTB/SmolLM2-135M"', "| perplexity | 29.96 (base model: 27.11) |", "| calibration text | b.txt |",
+                  "| KL from the base model, nats a token | 0.1200 |", "| perplexity, a.txt | 30.00 |", "trust_remote_code=True",
+                  "`python -m surgery --rank 5`", "| cut | k,v shared_kv fisher |"):  # fmt: skip
+        assert words in card, words
+
+
+def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
+    encoding, text = gpt2(), "It's 1867: naïve  words\n\n and <|endoftext|>"
+    theirs = from_tiktoken(encoding)
+    assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == encoding.eot_token
+    assert theirs(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
+    bpe = train_bpe([toys.TEXT], 300)
+    meta = dict(vocab_size=300, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
+    write_dataset(tmp_path, [1, 2], [3], meta)
+    own = tokenizer_for(str(tmp_path), "none", 300, "x")
+    own.save_pretrained(tmp_path / "saved")
+    for tokenizer in (own, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert tokenizer("12 is even")["input_ids"] == bpe.encode("12 is even").ids and tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path, assert_one_line_error, compact):
+    run, other = saved(tiny_model(vocab_size=300), tmp_path / "run"), ("--tokenizer", spoken)
+    parallel = saved(tiny_model(vocab_size=300, parallel_residual=True), tmp_path / "parallel")
+    learned = saved(tiny_model(vocab_size=300, v_proj_dim=4), tmp_path / "learned")
+    few = saved(tiny_model(vocab_size=97), tmp_path / "few")
+    (tmp_path / "there").mkdir()
+    for model, argv, out, *words in [
+        (run, other, "out", "--dense", "--compact"),
+        (run, (*other, "--dense", "--compact"), "out", "two forms"),
+        (run, (*other, "--dense"), "there", "--out", "exists"),
+        (run, ("--dense",), "out", "none", "--tokenizer"),
+        (few, (*other, "--dense"), "out", "--tokenizer", "300 tokens", "97"),
+        (parallel, (*other, "--dense"), "out", "no standard architecture"),
+        (run, (*other, "--compact"), "out", "--compact", "nothing", "--dense"),
+        (learned, (*other, "--compact"), "out", "--compact", "rotates", "--dense"),
+        (tmp_path / "nothing", ("--dense",), "out", "nothing", "run folder"),
+        (compact[0].parent / "small", (*other, "--dense"), "out", "--tokenizer", "its own"),
+        (compact[0], ("--dense",), "out", "Hugging Face"),
+    ]:
+        assert_one_line_error(export(model, *argv, out=out), *words)
+        assert not (tmp_path / "out").exists() and not list((tmp_path / "there").iterdir())
