@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import tiktoken
 import torch
+from tiktoken_ext import openai_public
 
 from common import checkpoint as ckpt
 from common.dataset import write_dataset
-from common.tokenizer import gpt2, train_bpe
+from common.tokenizer import END_OF_TEXT, train_bpe
 from export.__main__ import main
 from export.tokenizer import from_tiktoken, tokenizer_for
 from surgery.coded_folder import save as save_coded
@@ -259,9 +261,8 @@ def test_the_card_has_what_was_measured_and_nothing_else(tiny_model, spoken, exp
     run = saved(tiny_model(vocab_size=300), tmp_path / "run")
     assert export(run, "--tokenizer", spoken, "--dense", out="bare").status == 0
     bare = (tmp_path / "bare" / "README.md").read_text()
-    assert (
-        "GPT2LMHeadModel" in bare and "perplexity" not in bare and "trust_remote_code" not in bare and str(tmp_path) not in bare
-    )
+    assert "GPT2LMHeadModel" in bare
+    assert not [words for words in ("perplexity", "trust_remote_code", str(tmp_path)) if words in bare]
     final = dict(val_loss=4.25, val_ppl=70.1054, eval_tokens=48, tokens=1280)
     (run / "summary.json").write_text(json.dumps(dict(dataset="sotu", final=final)))
     (run / "config.json").write_text(json.dumps(dict(command="python train.py --seed 1", commit="abc")))
@@ -281,14 +282,25 @@ def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
     (small / "measured.json").write_text(json.dumps(record))
     assert export(small, "--compact").status == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ('base_model: "HuggingFaceTB/SmolLM2-135M"', "| perplexity | 29.96 (base model: 27.11) |", "| calibration text | b.txt |",
-                  "| KL from the base model, nats a token | 0.1200 |", "| perplexity, a.txt | 30.00 |", "trust_remote_code=True",
-                  "`python -m surgery --rank 5`", "| cut | k,v shared_kv fisher |"):  # fmt: skip
+    for words in (
+        'base_model: "HuggingFaceTB/SmolLM2-135M"',
+        "| perplexity | 29.96 (base model: 27.11) |",
+        "| calibration text | b.txt |",
+        "| KL from the base model, nats a token | 0.1200 |",
+        "| perplexity, a.txt | 30.00 |",
+        "trust_remote_code=True",
+        "`python -m surgery --rank 5`",
+        "| cut | k,v shared_kv fisher |",
+    ):
         assert words in card, words
 
 
 def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
-    encoding, text = gpt2(), "It's 1867: naïve  words\n\n and <|endoftext|>"
+    ranks = {bytes([i]): i for i in range(256)} | {b" w": 256, b"or": 257, b" wor": 258, b"ds": 259, b" words": 260, b"it": 261}
+    encoding = tiktoken.Encoding(
+        "few", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 262}
+    )
+    text = "It's 1867: naïve  words with it\n\n and <|endoftext|>"
     theirs = from_tiktoken(encoding)
     assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == encoding.eot_token
     assert theirs(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
