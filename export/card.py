@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ MEASURED = {"loss": float, "ppl": float, "kl?": NUMBER, "texts?": {str: dict(ppl
 MEASURED |= {"tokens_per_second?": [Positive], "cache_bytes?": Positive}
 RECORD = {
     "models": {str: MEASURED}, "method?": (str, None), "targets?": str, "mode?": str, "rank?": (int, None),
-    "made_by?": {"model": str, "command": str, "calib_text": str, "eval_text": str},
+    "bytes?": dict(asked=NUMBER), "cache?": {"asked?": NUMBER}, "tokens_per_second?": {str: [Positive]},
+    "made_by?": dict.fromkeys(("model", "command", "calib_text", "eval_text", "commit", "hardware"), str),
 }  # fmt: skip
 
 
@@ -50,18 +52,30 @@ def facts_of_smaller(folder):
     record = read_json(path, RECORD, "what surgery writes", HINT)
     made, models = record.get("made_by", {}), record["models"]
     last, before = models[list(models)[-1]], models.get("untouched")
+    speed = statistics.median(record.get("tokens_per_second", {}).get("packed") or last.get("tokens_per_second") or [0])
     facts = [
         ("base model", made.get("model")),
         ("cut", " ".join(str(record[name]) for name in ("targets", "mode", "method") if record.get(name)) or None),
         ("rank", record.get("rank")),
-        ("calibration text", made.get("calib_text")),
-        ("evaluation text", made.get("eval_text")),
+        ("share of the matrices' float16 bytes", record.get("bytes", {}).get("asked")),
+        ("share of the cache's float16 bytes", record.get("cache", {}).get("asked")),
+        ("calibration text", names(made.get("calib_text"))),
+        ("evaluation text", names(made.get("eval_text"))),
         ("perplexity", against(last, before, "ppl", ".2f")),
         ("loss, nats a token", against(last, before, "loss", ".4f")),
         ("KL from the base model, nats a token", f"{last['kl']:.4f}" if last.get("kl") is not None else None),
     ]
-    facts += [(f"perplexity, {text}", f"{found['ppl']:.2f}") for text, found in last.get("texts", {}).items()]
-    return facts + [("written by", code(made.get("command")))]
+    facts += [(f"perplexity, {names(text)}", f"{found['ppl']:.2f}") for text, found in last.get("texts", {}).items()]
+    facts += [
+        ("tokens/s, greedy, in surgery's own folder", f"{speed:.1f}" if speed else None),
+        ("hardware", made.get("hardware")),
+    ]
+    return facts + [("written by", code(made.get("command"))), ("commit", made.get("commit"))]
+
+
+def names(texts):
+    """Texts as a card shows them: of a path the file's name."""
+    return ", ".join(Path(text).name for text in texts.split(", ")) if texts else None
 
 
 def against(last, before, name, form):
@@ -69,7 +83,12 @@ def against(last, before, name, form):
 
 
 def code(command):
-    return f"`{command}`" if command else None
+    return f"`{' '.join(map(shown, shlex.split(command)))}`" if command else None
+
+
+def shown(word):
+    """A word of a command as a card shows it: of a place on this machine the last name."""
+    return ",".join(Path(part).name if part.startswith("/") else part for part in word.split(","))
 
 
 def base_model(facts):
@@ -90,12 +109,11 @@ def write_card(folder, name, hf, form, size, facts):
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     numbers = sum(p.numel() for p in hf.parameters())
-    facts = [("parameters", f"{numbers:,}"), ("bytes of the weights", f"{size:,}"), *facts]
-    facts.append(("exported by", code(shlex.join(["python -m export", *map(shown, sys.argv[1:])]).replace("'", ""))))
+    facts = [
+        (f"numbers in {str(hf.dtype).removeprefix('torch.')}", f"{numbers:,}"),
+        ("bytes of the weights", f"{size:,}"),
+        *facts,
+        ("exported by", code(shlex.join(["python", "-m", "export", *sys.argv[1:]]))),
+    ]
     lines += ["```", "", "| | |", "|---|---|", *(f"| {key} | {str(text).replace('|', ' ')} |" for key, text in facts if text)]
     (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def shown(argument):
-    """An argument as a card shows it: of a path outside this folder its name alone."""
-    return Path(argument).name if Path(argument).is_absolute() else argument

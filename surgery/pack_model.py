@@ -19,7 +19,7 @@ from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
-from surgery.sweep import add_line
+from surgery.sweep import add_line, made_by
 from surgery.write_model import cache_bytes, decode_speeds
 
 
@@ -61,6 +61,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []
     try:
         record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject, taken, cache)
+        record |= dict(made_by=made_by(args, folder))
         for file in (Path(args.out) / "measured.json", folder / "packed.jsonl"):
             add_line(file, record)
     except BaseException:

@@ -277,7 +277,8 @@ def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
     measures = dict(
         untouched=dict(loss=3.3, ppl=27.11, kl=0.0), healed=dict(loss=3.4, ppl=29.96, kl=0.12, texts={"a.txt": dict(ppl=30.0)})
     )
-    made = dict(model="HuggingFaceTB/SmolLM2-135M", command="python -m surgery --rank 5", calib_text="b.txt", eval_text="a.txt")
+    made = dict(model="HuggingFaceTB/SmolLM2-135M", command="python -m surgery --rank 5 --out /home/me/small")
+    made |= dict(calib_text="/text/b.txt", eval_text="a.txt", commit="abc", hardware="a laptop")
     record = dict(method="fisher", mode="shared_kv", targets="k,v", rank=5, models=measures, made_by=made)
     (small / "measured.json").write_text(json.dumps(record))
     assert export(small, "--compact").status == 0
@@ -289,7 +290,7 @@ def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
         "| KL from the base model, nats a token | 0.1200 |",
         "| perplexity, a.txt | 30.00 |",
         "trust_remote_code=True",
-        "`python -m surgery --rank 5`",
+        "`python -m surgery --rank 5 --out small`",
         "| cut | k,v shared_kv fisher |",
     ):
         assert words in card, words
