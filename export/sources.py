@@ -45,6 +45,7 @@ def read_own(args):
         print(f"{args.model} has adapters: they are merged into the weights", file=sys.stderr)
         model.merge_lora()
     tokenizer = tokenizer_for(args.tokenizer, saved["args"]["dataset"], model.config.vocab_size, args.model)
+    tokenizer.model_max_length = model.config.block_size
     hf, cuts = to_standard(model, tokenizer.eos_token_id)
     plan = made_compact(hf, model, cuts) if args.compact else None
     return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model))

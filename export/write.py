@@ -14,12 +14,14 @@ SAME = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-1}  # relative to the l
 
 def write(args, source):
     """-> what the program's last line says."""
+    from safetensors import SafetensorError
+
     form, dtype = "compact" if args.compact else "dense", getattr(torch, args.dtype)
-    hint = "--out: make room, or choose another folder"
-    ids = torch.randint(source.hf.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    c, draw = source.hf.config, torch.Generator().manual_seed(0)
+    ids = torch.randint(c.vocab_size, (2, min(8, c.max_position_embeddings)), generator=draw)
     with torch.inference_mode():
         before = source.logits(ids)
-    with written_whole(args.out, hint, errors=(OSError,)) as part:
+    with written_whole(args.out, "--out: make room, or choose another folder", errors=(OSError, SafetensorError)) as part:
         source.hf.config = plain_config(source.hf)
         if source.plan:
             write_compact(part, source.hf, source.plan, dtype)

@@ -162,6 +162,13 @@ class TiedHead(FactorizedHead):
     def wte(self):
         return self.table[0].wte
 
+    def forward(self, h):
+        wte = self.wte
+        if isinstance(wte, nn.Embedding):
+            return super().forward(h)
+        rows = wte(torch.arange(len(wte.weight), device=h.device))  # PEFT's adapters act in the lookup and in the head
+        return self.scale_down(h) @ rows.T
+
 
 # -- building ---------------------------------------------------------------------------------------------------------
 

@@ -186,10 +186,11 @@ def test_a_compact_model_saves_itself_again_in_half_precision_on_a_device_map(co
 def test_adapters_on_a_compact_model_train_and_merge(compact):
     peft = pytest.importorskip("peft")
     hf, x = opened(compact[0], trust_remote_code=True), ids(300)
-    config = peft.LoraConfig(r=2, target_modules=["down", "up", "scale_up", "scale_down", "o_proj"], task_type="CAUSAL_LM")
+    targets = ["down", "up", "wte", "scale_up", "scale_down", "o_proj"]  # wte is the head's too
+    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(hf, config)
     for name, p in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(p, std=0.1)
     loss = model(input_ids=x, labels=x).loss
     loss.backward()
