@@ -11,6 +11,7 @@ the model's Linear(k, d) they are [d,k].
 
 import hashlib
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
     Returns dict(wte [V,k], scale_up [k,d], scale_down [k,d], mean [d] or None), float32. tied: scale_up and scale_down must be
     equal.
 
-    Every shape is checked, since at k = d a transposed matrix would load in silence.
+    Scale matrices [d,k], as ReaLLMASIC/nanoGPT exports them, are turned, with a note. At k = d nothing tells them apart.
     """
     most = 16 * (2 * k + 1) * d + 2**16  # of the widest float, and of headers
     wte, scale = (
@@ -75,6 +76,11 @@ def read_factors(wte_npy, scale_npz, V, k, d, tied=False):
     for key in ("scale_up", "scale_down"):
         if key not in scale:
             fail(f"{scale_npz} lacks {key}, it has {', '.join(scale) or 'nothing'}: factorize the checkpoint again")
+        if scale[key].shape == (d, k) != (k, d):
+            print(
+                f"note: {scale_npz}: {key} is [{d},{k}], as ReaLLMASIC/nanoGPT exports it: turned to [{k},{d}]", file=sys.stderr
+            )
+            scale[key] = scale[key].T
     _check(wte_npy, "wte", wte, (V, k))
     for key in ("scale_up", "scale_down"):
         _check(scale_npz, key, scale[key], (k, d))

@@ -6,8 +6,10 @@ it, which believes any number of layers. No code of it runs, and no file outside
 """
 
 import json
+import re
 import struct
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,8 +25,47 @@ GROWTH_GGUF = 32  # at a bit a number
 GENERATION = {name: (range(1, 65), None) for name in ("num_beams?", "num_return_sequences?", "num_beam_groups?")}
 
 
+def is_hub_id(name):
+    """Whether a name can be an id on the hub: gpt2, or EleutherAI/pythia-70m where there is no folder EleutherAI."""
+    fits = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not str(name).startswith(".")
+    return bool(fits) and not Path(name).exists() and ("/" not in str(name) or not Path(name).parent.exists())
+
+
+@lru_cache
+def hub_error(name):
+    """Why the hub does not know a model: the name of an error, or "" where it does. Asks once, 5 seconds at most."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=5)
+        return ""
+    except Exception as error:  # the network raises its own
+        return type(error).__name__
+
+
+def is_cached(name):
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def from_where(source, flag):
+    """Options of from_pretrained: the cache alone where the hub does not answer, which it is given minutes for otherwise."""
+    if not is_hub_id(source) or not (why := hub_error(str(source))):
+        return {}
+    if is_cached(str(source)):
+        return dict(local_files_only=True)
+    if why == "RepositoryNotFoundError":
+        fail(f"{flag} {source} is no folder here and no model on the hub: give one of them")
+    fail(
+        f"{flag} {source} is no folder here, and the Hugging Face hub does not answer ({why}): give a folder of "
+        "save_pretrained, or set HF_HOME to a cache that has it"
+    )
+
+
 def read(kind, what, source, flag, **options):
     """kind.from_pretrained(source, **options), or one line. kind: an Auto class. what: its name in the message."""
+    options = from_where(source, flag) | options
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the network, the folder and every reader raise errors of their own

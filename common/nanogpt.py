@@ -1,4 +1,4 @@
-"""The GPT of a nanoGPT checkout, to measure beside ours."""
+"""The GPT of a nanoGPT checkout, to measure beside ours; and that of ReaLLMASIC/nanoGPT, which reads our factor files."""
 
 import importlib.util
 import io
@@ -26,8 +26,53 @@ def nanogpt(folder, config, flag):
         return module.GPT(shape)
 
 
+# Our modules -> those of ReaLLMASIC/nanoGPT.
+REALLMASIC = {
+    "ln_1": "pre_ln_attn", "ln_2": "pre_ln_mlp", "attn.q_proj": "attn.c_attn_q", "attn.k_proj": "attn.c_attn_k",
+    "attn.v_proj": "attn.c_attn_v", "mlp.mlp_up": "mlp.c_fc", "mlp.mlp_down": "mlp.c_proj",
+}  # fmt: skip
+TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.", "lm_head.")
+
+
+def reallmasic(folder, ours, wte_npy, scale_npz, flag):
+    """
+    The GPT of a checkout of ReaLLMASIC/nanoGPT: it imports the factor files itself, the other weights are those of our GPT.
+
+    ours: a model with a factorized table, learned positions and blocks one after the other.
+    """
+    module, c = load_module(folder, flag), ours.config
+    shape = {
+        name: getattr(c, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_embd_wte", "bias")
+    }
+    shape |= dict(n_kv_group=c.n_head, mlp_expansion_factor=c.mlp_expansion_factor, n_embd_wte_scale_tying=False, dropout=0.0)
+    shape |= dict(norm_variant_attn="layernorm", norm_variant_output="layernorm", activation_variant="gelu")
+    files = dict(import_wte_npy=str(wte_npy), import_scale_matrices_npz=str(scale_npz))
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints its size
+            theirs = module.GPT(module.GPTConfig(**shape, **files)).eval()
+        state = {renamed(name): p for name, p in ours.state_dict().items() if not name.startswith(TABLE)}
+        unknown = theirs.load_state_dict(state, strict=False).unexpected_keys  # it has settings of its own besides
+    except (TypeError, AttributeError, RuntimeError) as error:  # of other fields, or other shapes
+        fail(f"{flag} {folder}: its model.py is not that of ReaLLMASIC/nanoGPT ({first_line(error)}): give its checkout")
+    if unknown:
+        fail(f"{flag} {folder}: its model.py has no {unknown[0]}: give the checkout of another day")
+    return theirs
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+
+def renamed(name):
+    """transformer.h.0.ln_1.weight -> transformer.h.0.pre_ln_attn.weight"""
+    for ours, theirs in REALLMASIC.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
 def load_module(folder, flag):
-    """The checkout's model.py; an error where it is another file."""
+    """The checkout's model.py, which may import its neighbours; an error where it is another file."""
+    sys.path.insert(0, str(Path(folder).resolve()))
     try:
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -37,3 +82,5 @@ def load_module(folder, flag):
         return module
     except Exception as error:  # whatever the file does
         fail(f"{flag} {folder}: its model.py is not nanoGPT's ({type(error).__name__}: {error}): give the folder of a checkout")
+    finally:
+        sys.path.pop(0)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from surgery.coded_attention import cache_bits, coded_layers, gather, id_bytes, install
+from surgery.coded_attention import cache_bits, coded_layers, gather, id_bytes, install_cache
 from surgery.evaluator import Evaluator
 from surgery.subject import Subject
 from util_factorization.rounding import in_groups
@@ -59,7 +59,7 @@ class CacheMeasurer:
             x, e, G, cache_bits(self.subject.model, len(x), x[0].shape[-1], row.given[0] - whole), forecasts=row.name == "bits"
         )
         hf = copy.deepcopy(self.subject.model)
-        install(hf, codes)
+        install_cache(hf, codes)
         taken = sum(code.bytes_per_token for code in codes) + id_bytes(hf)
         return Subject(hf), taken + whole * self.float16_bytes()
 

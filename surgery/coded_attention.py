@@ -24,7 +24,7 @@ class Step:
 
     def __init__(self, hf):
         self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
-        self.places = 8 * torch.arange(id_bytes(hf))
+        self.id_bytes = id_bytes(hf)
         self.ids, self.e, self.read = None, None, []
         self.table.register_forward_hook(self.note)
 
@@ -36,10 +36,14 @@ class Step:
         if self.ids is None or self.ids.shape != like.shape[:2]:
             raise ValueError("a coded cache keeps the tokens' ids: give the model input_ids, not inputs_embeds")
         ids, self.ids = self.ids, None  # each is read once
-        return (ids[..., None] >> self.places.to(like.device)).to(torch.uint8)
+        return (ids[..., None] >> self.places(ids)).to(torch.uint8)
+
+    def places(self, like):
+        """The first bit of each byte of an id."""
+        return 8 * torch.arange(self.id_bytes, device=like.device)
 
     def begin(self, packed_ids):
-        ids = (packed_ids.long() << self.places.to(packed_ids.device)).sum(-1)
+        ids = (packed_ids.long() << self.places(packed_ids)).sum(-1)
         self.e, self.read = rows_of(self.table, self.norm, ids), []
 
     def known(self, like):
@@ -173,7 +177,7 @@ def gather(subject, windows):
     return [torch.cat(found) for found in x], e.float().cpu(), G
 
 
-def install(hf, codes, layers=None):
+def install_cache(hf, codes, layers=None):
     """
     Give a model attention with a coded cache, in place.
 
@@ -194,7 +198,7 @@ def code_cache(subject, windows, share):
     """
     x, e, G = gather(subject, windows)
     codes = fit(x, e, G, cache_bits(subject.model, len(x), x[0].shape[-1], share))
-    install(subject.model, codes)
+    install_cache(subject.model, codes)
     return codes
 
 

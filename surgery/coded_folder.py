@@ -5,7 +5,7 @@ float32, and of a coded cache the constants, in 16 bits. config.json's entry "su
 """
 
 from surgery import coded_attention
-from surgery.coded_modules import install
+from surgery.coded_modules import install_coded
 from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.coded_matrix import CodedMatrix
 from util_factorization.trellis import FAST_WINDOW, WINDOW, gaussian_codes
@@ -65,9 +65,9 @@ def fill(hf, plan, tensors, packed=True):
     layers = coded_attention.coded_layers(hf) if cache else []
     for name, tensor in rest.items():
         put(hf.get_parameter(name), tensor)
-    install(hf, coded, packed)
+    install_coded(hf, coded, packed)
     if cache:
-        coded_attention.install(hf, cache, layers)
+        coded_attention.install_cache(hf, cache, layers)
 
 
 def taken(tensors, start):

@@ -1,16 +1,37 @@
 """The modules of a packed model: they read a CodedMatrix at every call, and never hold it whole in float."""
 
+import torch
 import torch.nn as nn
+
+from util_factorization.coded_matrix import CodedMatrix
 
 
 class Coded(nn.Module):
-    """A CodedMatrix whose tensors are buffers too, so that counts of memory find them. On the CPU only."""
+    """
+    The tensors of a CodedMatrix as buffers. On the CPU only.
+
+    Those in float16 are kept as the integers of the same bits: a change of the model's dtype leaves them as they are.
+    """
 
     def __init__(self, coded):
         super().__init__()
-        self.coded = coded
+        self.codes = [coded.codes]  # in a list, so that a module of codes has one name
         for name, tensor in coded.tensors().items():
-            self.register_buffer(name.replace(".", "_"), tensor)
+            bits = tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
+            self.register_buffer(name.replace(".", "_"), bits)
+        self.halves = [name for name, tensor in coded.tensors().items() if tensor.dtype == torch.float16]
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the model's dtype
+
+    @property
+    def coded(self):
+        """The CodedMatrix of the buffers as they are now."""
+        streams, tensors = {}, {}
+        for name, tensor in self._buffers.items():
+            if name.startswith("streams_"):
+                streams[tuple(map(int, name.split("_")[1:]))] = tensor
+            elif name != "like":
+                tensors[name] = tensor.view(torch.float16) if name in self.halves else tensor
+        return CodedMatrix(streams=streams, codes=self.codes[0], **tensors)
 
 
 class CodedEmbedding(Coded):
@@ -21,22 +42,33 @@ class CodedEmbedding(Coded):
         self.scale = scale
 
     def forward(self, ids):
-        return self.coded.lookup(ids) * self.scale
+        return (self.coded.lookup(ids) * self.scale).to(self.like.dtype)
 
 
 class CodedLinear(Coded):
-    """A linear layer, or the head."""
+    """A linear layer, or a head of its own."""
 
     def __init__(self, coded, bias=None):
         super().__init__(coded)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x):
-        y = self.coded.product(x)
+        y = self.coded.product(x.float()).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
-def install(hf, coded, packed=True):
+class TiedCodedHead(nn.Module):
+    """The head of a model whose table is a CodedEmbedding."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = [table]  # in a list, so that its buffers have one name
+
+    def forward(self, h):
+        return self.table[0].coded.product(h.float()).to(h.dtype)
+
+
+def install_coded(hf, coded, packed=True):
     """
     Give a model the matrices of {name: CodedMatrix}: "wte" is the table, "head" a head of its own, others name a Linear.
 
@@ -50,7 +82,7 @@ def install(hf, coded, packed=True):
             scale = getattr(hf.get_input_embeddings(), "embed_scale", 1.0)
             hf.set_input_embeddings(CodedEmbedding(made, float(scale)))
             if tied:
-                hf.set_output_embeddings(CodedLinear(made))
+                hf.set_output_embeddings(TiedCodedHead(hf.get_input_embeddings()))
         elif name == "head":
             hf.set_output_embeddings(CodedLinear(made))
         else:

@@ -38,11 +38,21 @@ class Layer:
         return self.here(self.joined[self.rows[target]])
 
     def set_weight(self, target, W):
-        joined = self.joined
-        joined[self.rows[target]] = W.to(joined)
-        for module, part in zip(self.linears.values(), joined.split([len(x.weight) for x in self.linears.values()])):
-            if not torch.equal(module.weight.data, part):
-                module.weight.data.copy_(part)
+        self._set("weight", target, W)
+
+    def set(self, target, W, bias):
+        """Weight [out,in] and bias [out], or None where the layer has none."""
+        self._set("weight", target, W)
+        if bias is not None:
+            self._set("bias", target, bias)
+
+    def _set(self, kind, target, values):
+        tensors = [getattr(linear, kind).data for linear in self.linears.values()]
+        joined = torch.cat(tensors)
+        joined[self.rows[target]] = values.to(joined)
+        for tensor, part in zip(tensors, joined.split([len(x) for x in tensors])):
+            if not torch.equal(tensor, part):
+                tensor.copy_(part)
 
     @property
     def fused(self):
@@ -90,7 +100,7 @@ def find_layers(model):
         if all(linear is not None for linear in linears.values()):
             sizes = [len(plain(part, linear).weight) for part, linear in linears.items()]
             rows = dict(zip("qkv", torch.arange(sum(sizes)).split(sizes)))
-        elif hasattr(module, "query_key_value") and model.config.model_type == "gpt_neox":
+        elif hasattr(module, "query_key_value") and model.config.model_type.endswith("gpt_neox"):
             qkv = plain(f"{name}.query_key_value", module.query_key_value)
             linears = {f"{name}.query_key_value": qkv}
             # [H 3 n, in]: every head's q, k and v lie side by side

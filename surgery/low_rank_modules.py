@@ -20,7 +20,7 @@ from value_cache.latent_attention import restore_sums
 
 
 class LowRank(nn.Module):
-    """y = up (down x) [+ bias], down [r,in], up [out,r]. Several LowRanks may share one `down`."""
+    """y = up (down x) [+ bias], down [r,in], up [out,r]."""
 
     def __init__(self, down, up):
         super().__init__()
@@ -28,6 +28,29 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         return self.up(self.down(x))
+
+
+class SharingLowRank(LowRank):
+    """A LowRank with the `down` of another one, or with what takes its place there: an adapted layer of PEFT."""
+
+    def __init__(self, owner, up):
+        nn.Module.__init__(self)
+        self.owner, self.up = [owner], up  # in a list, so that its weights have one name
+
+    @property
+    def down(self):
+        return self.owner[0].down
+
+
+class Uncut(LowRank):
+    """A whole matrix where attention expects a LowRank."""
+
+    def __init__(self, whole):
+        nn.Module.__init__(self)
+        self.down = whole
+
+    def up(self, x):
+        return x
 
 
 class Turns:
@@ -118,7 +141,7 @@ class FactorizedTable(nn.Module):
 
 
 class FactorizedHead(nn.Module):
-    """The head: scale_down [k,d], then wte [V,k], the table's own where they are tied. It needs no mean."""
+    """The head: scale_down [k,d], then wte [V,k]. It needs no mean."""
 
     def __init__(self, wte, scale_down):
         super().__init__()
@@ -126,6 +149,25 @@ class FactorizedHead(nn.Module):
 
     def forward(self, h):
         return self.scale_down(h) @ self.wte.weight.T
+
+
+class TiedHead(FactorizedHead):
+    """A FactorizedHead with the wte of a FactorizedTable."""
+
+    def __init__(self, table, scale_down):
+        nn.Module.__init__(self)
+        self.table, self.scale_down = [table], scale_down  # in a list, so that its weights have one name
+
+    @property
+    def wte(self):
+        return self.table[0].wte
+
+    def forward(self, h):
+        wte = self.wte
+        if isinstance(wte, nn.Embedding):
+            return super().forward(h)
+        rows = wte(torch.arange(len(wte.weight), device=h.device))  # PEFT's adapters act in the lookup and in the head
+        return self.scale_down(h) @ rows.T
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -164,17 +206,18 @@ def install(hf, plan):
     layers = {layer.name: layer for layer in find_layers(hf)} if plan["stacks"] else {}
     turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []
     for stack in plan["stacks"]:
-        down = unset(layers[stack["parts"][0][0]].width, stack["rank"])
         made.append([])
         for name, target in stack["parts"]:
             layer = layers[name]
-            part = LowRank(down, unset(stack["rank"], len(layer.rows[target]), layer.bias(target)))
+            up = unset(stack["rank"], len(layer.rows[target]), layer.bias(target))
+            first = made[-1][0] if made[-1] else None
+            part = SharingLowRank(first, up) if first else LowRank(unset(layer.width, stack["rank"]), up)
             by_layer.setdefault(name, {})[target] = part
             made[-1].append(part)
     for name, parts in by_layer.items():
         layer, attn = layers[name], hf.get_submodule(name)
         if layer.fused or parts.keys() & {"k", "v"}:
-            uncut = {target: LowRank(layer.linear(target), nn.Identity()) for target in "qkv" if target not in parts}
+            uncut = {target: Uncut(layer.linear(target)) for target in "qkv" if target not in parts}
             parent, last = name.rsplit(".", 1)
             setattr(hf.get_submodule(parent), last, LatentAttention(attn, *({**parts, **uncut}[t] for t in "qkv"), turns))
         else:
@@ -187,8 +230,10 @@ def install_table(hf, plan):
     here = torch.get_default_device()
     wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"], device=here)
     table = FactorizedTable(wte, unset(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
-    own = wte if plan["head"] is None else nn.utils.skip_init(nn.Embedding, V, plan["head"], device=here)
-    head = FactorizedHead(own, unset(d, own.embedding_dim))
+    if plan["head"] is None:
+        head = TiedHead(table, unset(d, plan["rank"]))
+    else:
+        head = FactorizedHead(nn.utils.skip_init(nn.Embedding, V, plan["head"], device=here), unset(d, plan["head"]))
     hf.set_input_embeddings(table)
     hf.set_output_embeddings(head)
     return table, head

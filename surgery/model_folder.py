@@ -25,6 +25,7 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
         part.mkdir()
         save_file(tensors, str(part / WEIGHTS), metadata=dict(format="pt"))
         config = hf.config.to_dict() | dict(surgery=plan)
+        config.pop("_name_or_path", None)  # a place on this machine
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         tokenizer.save_pretrained(part)
         if hf.generation_config is not None:

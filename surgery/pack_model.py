@@ -14,12 +14,12 @@ from common.cli import fail
 from surgery.coded import Coder, coded_in
 from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
-from surgery.coded_modules import install
+from surgery.coded_modules import install_coded
 from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
-from surgery.sweep import add_line
+from surgery.sweep import add_line, made_by
 from surgery.write_model import cache_bytes, decode_speeds
 
 
@@ -61,6 +61,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []
     try:
         record = write_and_measure(args, hf, coded, tokenizer, evaluator, found | {last: training}, last, subject, taken, cache)
+        record |= dict(made_by=made_by(args, folder))
         for file in (Path(args.out) / "measured.json", folder / "packed.jsonl"):
             add_line(file, record)
     except BaseException:
@@ -72,7 +73,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 def cache_of(args, hf, coded, texts):
     """A LayerCode for each layer, calibrated on the model as its matrices are decoded."""
     decoded = copy.deepcopy(hf)
-    install(decoded, coded, packed=False)
+    install_coded(decoded, coded, packed=False)
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
     torch.manual_seed(args.seed)
     try:

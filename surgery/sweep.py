@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,17 @@ def prepare_folder(args, settings, line=LINE):
         for moments in folder.glob("calibration*.pt"):
             moments.unlink()
     return folder, records, claim
+
+
+def made_by(args, folder):
+    """What the record of a written model says of its making. folder: prepare_folder() has filled its config.json."""
+    settings, known = json.loads((folder / "config.json").read_text())["settings"], provenance(args.device)
+    found = {name: settings[name] for name in ("model", "calib_text", "eval_text")}
+    return (
+        found
+        | dict(command=shlex.join(["python", "-m", "surgery", *sys.argv[1:]]))
+        | {x: known[x] for x in ("commit", "hardware")}
+    )
 
 
 def add_line(file, record):

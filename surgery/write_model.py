@@ -14,13 +14,13 @@ from surgery.low_rank_modules import shrink
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import check_changes, fingerprint
-from surgery.sweep import add_line
+from surgery.sweep import add_line, made_by
 
 
 def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, folder):
     """make_smaller(), and its record in both folders. A model that was not measured to its end is removed."""
     try:
-        record = make_smaller(args, point, surgeon, evaluator, tokenizer, windows)
+        record = make_smaller(args, point, surgeon, evaluator, tokenizer, windows) | dict(made_by=made_by(args, folder))
         for file in (Path(args.out) / "measured.json", folder / "smaller.jsonl"):
             add_line(file, record)
     except BaseException:

@@ -231,7 +231,7 @@ def test_gradients_pass_and_rows_without_ids_are_refused(at_quarter):
 
 def test_a_fused_model_is_refused(capsys):
     with pytest.raises(SystemExit):
-        modules.install(toys.neox(), [])
+        modules.install_cache(toys.neox(), [])
     assert "give a Llama" in capsys.readouterr().err
 
 
@@ -239,5 +239,5 @@ def test_a_sliding_window_is_refused(capsys):
     sliding = toys.llama()
     sliding.config.sliding_window = 8
     with pytest.raises(SystemExit):
-        modules.install(sliding, [])
+        modules.install_cache(sliding, [])
     assert "sliding window" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -58,9 +59,13 @@ def test_another_vocabulary_or_width(files, capsys):
 
 def test_wrong_orientation(files, capsys):
     paths, Z, P = files
-    np.savez(paths[1], scale_up=P.T, scale_down=P)
-    err = refused(capsys, *paths, V, k, d)
-    assert "scale_up" in err and "[5, 3]" in err and "[3, 5]" in err and "transposed" in err
+    os.remove(json_beside(paths[0]))
+    np.savez(paths[1], scale_up=P.T, scale_down=P)  # as ReaLLMASIC/nanoGPT exports it, and as it imports it
+    found = read_factors(*paths, V, k, d)
+    assert np.array_equal(found["scale_up"], P) and np.array_equal(found["scale_down"], P)
+    err = capsys.readouterr().err
+    assert err.count("note") == 1 and "scale_up" in err and "[5,3]" in err and "turned to [3,5]" in err
+    np.savez(paths[1], scale_up=P, scale_down=P)
     np.save(paths[0], Z.T)
     assert "transposed" in refused(capsys, *paths, V, k, d)
 

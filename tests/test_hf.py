@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import in_use
@@ -117,6 +118,52 @@ def test_folder_to_checkpoint(run_main, tmp_path, make, tied):
     model = ckpt.build(checkpoint).eval()
     assert result.last == dict(out=str(out), parameters=model.count_parameters())
     assert_same(model, hf)
+
+
+def test_positions_are_cropped_where_asked(run_main, tmp_path, assert_one_line_error):
+    hf = gpt2()
+    hf.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    where = ("util_factorization/import_hf.py", "--model", tmp_path / "hf", "--out", tmp_path / "ckpt.pt", "--block_size")
+    assert_one_line_error(run_main(*where, CONTEXT + 1), "--block_size 17", "16")
+    assert run_main(*where, 5).status == 0
+    checkpoint = ckpt.load(tmp_path / "ckpt.pt")
+    assert checkpoint["config"]["block_size"] == checkpoint["args"]["block_size"] == 5
+    assert checkpoint["args"]["dataset"] == "wikitext103" and checkpoint["config"]["vocab_size"] == VOCAB
+    x = torch.arange(5)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ckpt.build(checkpoint).eval()(x)[0], hf(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_table_of_a_hugging_face_model_is_factorized_and_trained_on(run_main, train, tmp_path):
+    """Job B from a GPT-2's own table: no checkpoint of ours between."""
+    hf = gpt2(n_embd=16)
+    hf.save_pretrained(tmp_path / "hf")
+    names = [tmp_path / name for name in ("wte_{method}_k{k}.npy", "scale_mats_{method}_k{k}.npz")]
+    out = ("--out_wte_npy", names[0], "--out_scale_npz", names[1])
+    result = run_main("util_factorization/pca_factorize_wte.py", "--ckpt_path", tmp_path / "hf", "--rank_k", "8,16", *out)
+    assert result.status == 0, result.err
+    half, whole = result.last["ranks"]
+    with np.load(whole["scale_npz"]) as scale:
+        table = torch.from_numpy(np.load(whole["wte_npy"]) @ scale["scale_up"])
+    torch.testing.assert_close(table, hf.transformer.wte.weight.data, atol=1e-4, rtol=1e-4)
+    factors = dict(n_embd_wte=8, import_wte_npy=half["wte_npy"], import_scale_matrices_npz=half["scale_npz"])
+    b = train(out_dir=tmp_path / "b", **factors)
+    assert b.status == 0, b.err
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(run_main, tmp_path, monkeypatch, assert_one_line_error):
+    monkeypatch.setattr("common.hugging_face.hub_error", lambda name: "ConnectError")
+    monkeypatch.setattr("common.hugging_face.is_cached", lambda name: False)
+    for program, name in (("import_hf.py", "model"), ("pca_factorize_wte.py", "ckpt_path")):
+        rest = ("--out", tmp_path / "ckpt.pt") if name == "model" else ()
+        result = run_main(f"util_factorization/{program}", f"--{name}", "openai-community/gpt2", *rest)
+        assert_one_line_error(
+            result, f"--{name} openai-community/gpt2", "does not answer (ConnectError)", "folder of save_pretrained"
+        )
+    monkeypatch.setattr("common.hugging_face.hub_error", lambda name: "RepositoryNotFoundError")
+    result = run_main("util_factorization/import_hf.py", "--model", "gpt-3", "--out", tmp_path / "ckpt.pt")
+    assert_one_line_error(result, "--model gpt-3", "no model on the hub")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

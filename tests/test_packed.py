@@ -12,7 +12,7 @@ from surgery.bytes_rows import Measurer
 from surgery.bytes_study import Row
 from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
 from surgery.coded_folder import save
-from surgery.coded_modules import CodedLinear, install
+from surgery.coded_modules import CodedLinear, install_coded
 from surgery.evaluator import Evaluator
 from surgery.in_order import blocks_of, calls_of, code_in_order, inputs_of, repaired
 from surgery.linears import LinearMoments, find_linears
@@ -119,7 +119,7 @@ def test_packed_modules_compute_what_the_decoded_weights_do(packed):
         decoded = logits(packed.hf)
     for as_packed in (True, False):
         hf = copy.deepcopy(packed.hf)
-        install(hf, packed.coded, as_packed)
+        install_coded(hf, packed.coded, as_packed)
         torch.testing.assert_close(logits(hf), decoded, rtol=1e-4, atol=1e-4)
         assert as_packed == any(isinstance(m, CodedLinear) for m in hf.modules())
 

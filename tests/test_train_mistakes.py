@@ -204,9 +204,8 @@ def test_import_of_another_rank_or_shape(train, factors, tmp_path, assert_one_li
     flags = factors(8)
     result = train(out_dir=tmp_path / "run", **flags | dict(n_embd_wte=4))
     assert_one_line_error(result, "[97, 8]", "[97, 4]", "--n_embd_wte 8")
-    wrong = np.load(flags["import_scale_matrices_npz"])["scale_up"].T
-    np.savez(flags["import_scale_matrices_npz"], scale_up=wrong, scale_down=wrong)
-    assert_one_line_error(train(out_dir=tmp_path / "run", **flags), "[16, 8]", "[8, 16]", "transposed")
+    np.save(flags["import_wte_npy"], np.load(flags["import_wte_npy"]).T)
+    assert_one_line_error(train(out_dir=tmp_path / "run", **flags), "[8, 97]", "[97, 8]", "transposed")
     assert not (tmp_path / "run").exists()
 
 

@@ -45,17 +45,38 @@ GPT2 = {
 class Args:
     model: str = flag(help="a hub id, or a folder written by save_pretrained")
     out: str = flag(help="the file to write; an existing one is left alone")
-    dataset: str = flag("pile", "dataset that later programs use by default; same tokenizer")
+    dataset: str = flag("", "dataset that later programs use by default; left out, wikitext103 for a GPT-2, pile for a Pythia")
+    block_size: int | None = flag(None, "keep so many positions; left out, all", low=1)
 
 
-def from_hugging_face(hf):
-    """A GPTNeoXForCausalLM or a GPT2LMHeadModel -> our GPT in float32, ready to evaluate."""
+DATASET = dict(gpt_neox="pile", gpt2="wikitext103")  # with the same tokenizer
+
+
+def read_checkpoint(source, flag, block_size=None, dataset=""):
+    """A GPT-2 or a Pythia, by a hub id or a folder -> (our GPT, the other entries of its checkpoint)."""
+    from common.hugging_face import read_config, read_model
+
+    theirs = read_config(source, flag)
+    config = gpt_config(theirs)  # refuses before the weights are downloaded
+    if block_size and block_size > config.block_size:
+        fail(f"--block_size {block_size}: {source} has {config.block_size} positions, give as many or fewer")
+    model = from_hugging_face(read_model(source, flag)[0], block_size)
+    shape = {name: value for name, value in asdict(model.config).items() if name != "vocab_size"}
+    facts = dict(args=shape | dict(dataset=dataset or DATASET[theirs.model_type]), iter_num=0, data_step=0)
+    return model, facts | dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
+
+
+def from_hugging_face(hf, block_size=None):
+    """A GPTNeoXForCausalLM or a GPT2LMHeadModel -> our GPT in float32, ready to evaluate. block_size: positions to keep."""
     from model import GPT
 
     config = gpt_config(hf.config)
+    config = replace(config, block_size=block_size or config.block_size)
     table, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
     model = GPT(replace(config, tie_head=head is table)).eval()
     state = gpt_neox_state(hf, config.n_head) if hf.config.model_type == "gpt_neox" else gpt2_state(hf)
+    if "transformer.wpe.weight" in state:
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.block_size]
     model.load_state_dict({"transformer.wte.weight": table, "lm_head.weight": head} | state)
     return model
 
@@ -153,13 +174,8 @@ def main(argv=None):
         fail("the package transformers is not installed: pip install transformers")
 
     from common import checkpoint
-    from common.hugging_face import read_config, read_model
 
-    gpt_config(read_config(args.model, "--model"))  # refuses before the weights are downloaded
-    model = from_hugging_face(read_model(args.model, "--model")[0])
-    shape = {name: value for name, value in asdict(model.config).items() if name != "vocab_size"}
-    facts = dict(args=shape | dict(dataset=args.dataset), iter_num=0, data_step=0)
-    facts |= dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
+    model, facts = read_checkpoint(args.model, "--model", args.block_size, args.dataset)
     checkpoint.save_new(args.out, model, **facts)
     claim.release()
     counts = model.count_parameters()

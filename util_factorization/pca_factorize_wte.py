@@ -6,14 +6,16 @@ Factorize the token table of a checkpoint: one decomposition, then a pair of fac
 The files are what train.py imports with --import_wte_npy and --import_scale_matrices_npz.
 """
 
+import hashlib
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
 from util_factorization import JOINT_LAMBDA, METHODS, MOMENTS, reads_text
+from util_factorization.import_hf import read_checkpoint
 
 FOLDER = "model_weights/pca_factorized"
 CALIB_TOKENS = 131072  # 8,192 already give the same losses to 0.01 on the laptop's model
@@ -26,7 +28,10 @@ def methods_with(*needs):
 
 @dataclass
 class Args:
-    ckpt_path: str = flag("model_weights/gpt_baseline/ckpt.pt", "checkpoint, or the run folder that holds ckpt.pt")
+    ckpt_path: str = flag(
+        "model_weights/gpt_baseline/ckpt.pt",
+        "checkpoint, or run folder with ckpt.pt, or a GPT-2 of Hugging Face (id, folder)",
+    )
     rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
     out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
     out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
@@ -100,12 +105,17 @@ def calibration(args, checkpoint, dataset):
 
 
 def read_dense(ckpt_path):
-    """(The file, its checkpoint); an error unless the token table is dense, tied and without adapters."""
+    """(The file or source, its checkpoint); an error unless the token table is dense, tied and without adapters."""
     from common import checkpoint as ckpt
+    from common.hugging_face import is_hub_id
 
     path = Path(ckpt_path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    checkpoint = ckpt.load(path)
+    if is_hub_id(ckpt_path) or (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
+        model, facts = read_checkpoint(ckpt_path, "--ckpt_path")
+        checkpoint = dict(model=model.state_dict(), config=asdict(model.config), **facts)
+    else:
+        path = path / "ckpt.pt" if path.is_dir() else path
+        checkpoint = ckpt.load(path)
     if checkpoint["config"].get("lora_rank") is not None:
         fail(f"--ckpt_path {path} has adapters: merge them first (util_factorization/merge_lora.py)")
     if checkpoint["config"]["n_embd_wte"] is not None:
@@ -169,9 +179,8 @@ def main(argv=None):
     ranks = [rank if isinstance(rank, int) else decomposition.rank_for(rank) for rank in asked]
     per_row = decomposition.relative_errors(ranks)
     per_token = [None] * len(ranks) if counts is None else decomposition.relative_errors(ranks, counts)
-    source |= dict(
-        method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=sha256(path), ckpt_tokens=checkpoint["tokens"]
-    )
+    digest = sha256(path) if path.is_file() else hashlib.sha256(table.detach().numpy().tobytes()).hexdigest()
+    source |= dict(method=args.method, V=V, d=d, ckpt_path=str(path), ckpt_sha256=digest, ckpt_tokens=checkpoint["tokens"])
     source |= dict(versions=dict(torch=torch.__version__, numpy=np.__version__))
     source |= dict(singular_values=[float(f"{s:.6g}") for s in decomposition.S[:d]])
     print(f"{path}: table {V} x {d}, method {args.method}")

@@ -63,7 +63,7 @@ class LayerCode(nn.Module):
         self.bits, self.stream = bits, bits + [GAIN_BITS] * bool(bits)
         for name, tensor in dict(mean=mean, forecast=forecast, to_z=to_z, from_z=from_z, levels=levels).items():
             self.register_buffer(name, tensor.float())
-        self.register_buffer("offsets", torch.tensor(bits, dtype=torch.long) * levels.shape[1], persistent=False)
+        self.offsets = None
 
     def tensors(self):
         """What is stored, in 16 bits. to_z is as large as differences from the forecast are small: beyond float16, at times."""
@@ -87,6 +87,8 @@ class LayerCode(nn.Module):
         """The inverse, to rounding: -> x [N,D]."""
         if not self.bits:
             return self.expected(known)
+        if self.offsets is None or self.offsets.device != windows.device:
+            self.offsets = torch.tensor(self.bits, dtype=torch.long, device=windows.device) * self.levels.shape[1]
         gain = GAINS.to(self.levels)[windows[:, -1:].long() & 2**GAIN_BITS - 1]
         z = self.levels.flatten()[windows[:, :-1] + self.offsets] * gain
         return torch.addmm(self.expected(known), z, self.from_z)

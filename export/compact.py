@@ -1,0 +1,108 @@
+"""The compact form: modeling_nanopca.py beside the weights, and a config that names it."""
+
+import json
+
+import torch
+
+from export.bundle import bundle
+from export.multiplied import plain_config
+from surgery.low_rank_modules import install, set_factors
+from util_factorization.trellis import gaussian_codes
+from value_cache.coded_cache import LayerCode
+
+CODE = "modeling_nanopca"
+TITLE = {
+    False: "{model} with less in it: low-rank factors in place of matrices, latents in place of keys and values.",
+    True: "{model} with less in it: matrices, and keys and values where config.json says so, are kept by bits.",
+}
+TAIL = """
+class CompactConfig({config}):
+    model_type = "nanopca_{kind}"
+
+
+class CompactForCausalLM({mixin}, {model}):
+    config_class = CompactConfig
+""".strip()
+
+
+@torch.no_grad()
+def made_compact(hf, model, cuts):
+    """Give the standard form of our GPT its factors back, in place -> the plan (low_rank_modules.py)."""
+    layer = "gpt_neox.layers.{}.attention"
+    stacks = [dict(parts=[[layer.format(cut.layer), cut.target]], rank=len(cut.right)) for cut in cuts]
+    c, t, table = model.config, model.transformer, None
+    if c.n_embd_wte is not None:
+        table = dict(rank=c.n_embd_wte, mean=c.n_embd_wte_mean, head=None)
+    plan = dict(stacks=stacks, table=table)
+    made, ends = install(hf, plan)
+    for parts, cut in zip(made, cuts):
+        set_factors(parts, cut.left, cut.right)
+    if ends:
+        ends[0].wte.weight.copy_(t.wte.weight)
+        ends[0].scale_up.load_state_dict(t.scale_up.state_dict())
+        ends[1].scale_down.weight.copy_(t.scale_down.weight.T)
+    return plan
+
+
+def write_compact(folder, hf, plan, dtype):
+    """
+    Write a model's weights, its config.json and modeling_nanopca.py.
+
+    The names of the weights are those of the modules: save_pretrained() has other ones for some kinds of models, which only a
+    config of that kind reads back.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir()
+    packed = "coded" in plan
+    tensors = packed_tensors(hf) if packed else {name: t.to(dtype) for name, t in stored(hf)}
+    save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder)
+    kind, config = hf.config.model_type, type(hf.config)
+    values = plain_config(hf).to_dict() | dict(model_type=f"nanopca_{kind}", architectures=["CompactForCausalLM"])
+    values |= dict(auto_map=dict(AutoConfig=f"{CODE}.CompactConfig", AutoModelForCausalLM=f"{CODE}.CompactForCausalLM"))
+    values |= dict(dtype=str(dtype).removeprefix("torch."), surgery=packed_plan(hf, plan) if packed else plan)
+    if plan.get("table") or "wte" in plan.get("coded", []):
+        values["tie_word_embeddings"] = False  # the head reads the table by itself
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if hf.generation_config is not None:
+        hf.generation_config.save_pretrained(folder)
+    names = dict(model=type(hf).__name__, config=config.__name__, kind=kind, mixin="PackedModel" if packed else "LowRankModel")
+    imports = [f"from transformers import {names['config']}, {names['model']}"]
+    text = bundle("export.modeling", names["mixin"], TITLE[packed].format(**names), imports, TAIL.format(**names))
+    (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
+
+
+def stored(hf):
+    """(name, tensor) of all parameters and of the buffers that are kept; a shared one once."""
+    kept = hf.state_dict().keys()
+    return [(name, t) for name, t in [*hf.named_parameters(), *hf.named_buffers()] if name in kept]
+
+
+def packed_tensors(hf):
+    """What is stored of a packed model: as surgery does it, matrices beside the packed ones and the cache's in 16 bits."""
+    tensors = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in stored(hf)}
+    for name, code in layer_codes(hf):
+        tensors |= {f"{name}.{part}": t for part, t in code.tensors().items()}
+    levels = torch.cat([code.levels for code in gaussian_codes()], 1)
+    return tensors | {"levels.bits": levels.half().view(torch.int16)}
+
+
+def layer_codes(hf):
+    return [(name, module) for name, module in hf.named_modules() if isinstance(module, LayerCode)]
+
+
+def packed_plan(hf, plan):
+    """The plan of a packed model with the sizes of all tensors (modeling.py)."""
+    ends = dict(wte=hf.get_input_embeddings(), head=hf.get_output_embeddings())
+    coded = {name: (ends.get(name) or hf.get_submodule(name)).coded.tensors() for name in plan["coded"]}
+    cache = [dict(bits=counts(code.bits), parts=sizes(code.tensors())) for _, code in layer_codes(hf)]
+    return dict(coded={name: sizes(tensors) for name, tensors in coded.items()}, cache=cache)
+
+
+def sizes(tensors):
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+
+
+def counts(bits):
+    """How many components have 1 bit, 2 bits, ... of bits that rise."""
+    return [bits.count(b) for b in range(1, max(bits, default=0) + 1)]

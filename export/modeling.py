@@ -1,0 +1,79 @@
+"""What a compact model is beyond its standard class: bundle.py makes the file beside the weights of one of these classes."""
+
+import torch
+import torch.nn as nn
+
+from surgery.coded_attention import coded_layers, install_cache
+from surgery.coded_modules import install_coded
+from surgery.low_rank_modules import install
+from util_factorization.coded_matrix import CodedMatrix
+from util_factorization.trellis import WINDOW, Code, shapes
+from value_cache.coded_cache import LayerCode
+
+
+class LowRankModel:
+    """
+    Before a standard class of Hugging Face: config.surgery says which parts have factors, and the cache holds latents.
+
+    Keys are counted from the first in the cache, so a text can be padded on the left. A static cache is refused.
+    """
+
+    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        install(self, config.surgery)
+        self.requires_grad_(True)
+        self.post_init()
+
+
+class PackedModel:
+    """
+    Before a standard class of Hugging Face: config.surgery says which matrices are packed, and how the cache is.
+
+    Packed matrices are read on the CPU. Tokens are to be given as input_ids where the cache is packed.
+    """
+
+    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = ["self_attn.code"]  # LayerCodes: a key must be read back as it was written
+
+    def __init__(self, config):
+        super().__init__(config)
+        plan, self.levels = config.surgery, Levels()
+        layers = coded_layers(self) if plan["cache"] else []
+        install_coded(self, {name: blank_matrix(parts, self.levels) for name, parts in plan["coded"].items()})
+        if layers:
+            install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], layers)
+        self.post_init()
+
+
+class Levels(nn.Module):
+    """The levels of all depths' codes, in the bits of float16: {half bits: Code}."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.codes = [numbers for _, numbers in shapes(WINDOW)], {}
+        self.register_buffer("bits", torch.zeros(2**WINDOW, sum(self.numbers), dtype=torch.int16))
+
+    def __getitem__(self, half_bits):
+        if not self.codes:
+            parts = self.bits.view(torch.float16).float().split(self.numbers, 1)
+            codes = [Code(bits, levels, 0.0) for (bits, _), levels in zip(shapes(WINDOW), parts)]
+            self.codes = {code.half_bits: code for code in codes}
+        return self.codes[half_bits]
+
+
+def blank(parts):
+    """{name: [dtype, [sizes]]} -> {name: a tensor to be filled in}."""
+    return {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in parts.items()}
+
+
+def blank_matrix(parts, codes):
+    tensors = blank(parts)
+    streams = {tuple(map(int, name.split(".")[1:])): tensors.pop(name) for name in parts if name.startswith("streams.")}
+    return CodedMatrix(streams=streams, codes=codes, **tensors)
+
+
+def blank_layer_code(bits, parts):
+    """bits: how many components have 1 bit, 2 bits, ..."""
+    return LayerCode(bits=[b for b, count in enumerate(bits, 1) for _ in range(count)], **blank(parts))

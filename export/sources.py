@@ -1,0 +1,75 @@
+"""What an export starts from, read into one form."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.cli import fail
+from export.card import facts_of_run, facts_of_smaller
+from export.compact import made_compact
+from export.multiplied import multiplied
+from export.standard import refuse_what_no_architecture_has, to_standard
+from export.tokenizer import tokenizer_for
+
+
+@dataclass
+class Source:
+    """
+    hf         the model to write, of Hugging Face
+    plan       what is smaller in it (low_rank_modules.py), or None where it is dense
+    tokenizer  its tokenizer
+    logits     ids (B, T) -> logits (B, T, V), of the model as it was
+    facts      [(name, text or None)] for the card
+    """
+
+    hf: torch.nn.Module
+    plan: dict | None
+    tokenizer: object
+    logits: object
+    facts: list
+
+
+def read_own(args):
+    """A checkpoint of train.py -> Source."""
+    if (Path(args.model) / "config.json").is_file() and not checkpoint.file_of(args.model).is_file():
+        fail(f"--model {args.model} is a folder of Hugging Face already: give a run folder, or one that surgery's --out wrote")
+    saved = checkpoint.load(args.model, hint="give a run folder, its ckpt.pt, or a folder that surgery's --out wrote")
+    model = checkpoint.build(saved, dropout=0.0).float().eval().requires_grad_(False)
+    refuse_what_no_architecture_has(model.config, f"--model {args.model}")
+    if args.compact:
+        refuse_what_is_not_smaller(model.config, args.model)
+    if model.config.lora_rank is not None:
+        print(f"{args.model} has adapters: they are merged into the weights", file=sys.stderr)
+        model.merge_lora()
+    tokenizer = tokenizer_for(args.tokenizer, saved["args"]["dataset"], model.config.vocab_size, args.model)
+    tokenizer.model_max_length = model.config.block_size
+    hf, cuts = to_standard(model, tokenizer.eos_token_id)
+    plan = made_compact(hf, model, cuts) if args.compact else None
+    return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model))
+
+
+def refuse_what_is_not_smaller(config, name):
+    compressed = config.k_proj_dim is not None or config.v_proj_dim is not None
+    if compressed and not config.rotary_pct:
+        fail(f"--compact: the latents of {name} need a model that rotates its positions (Pythia): give --dense")
+    if not compressed and config.n_embd_wte is None:
+        fail(f"--compact: nothing of {name} is smaller than in its standard architecture: give --dense")
+
+
+def read_smaller(args):
+    """A folder that surgery's --out wrote -> Source."""
+    from surgery import load
+
+    if args.tokenizer:
+        fail(f"--tokenizer: {args.model} has its own: drop the flag")
+    small, tokenizer = load(args.model, packed=args.compact)
+    plan = small.config.surgery
+    if plan.get("cache") and args.dense:
+        fail(f"--dense: no standard architecture keeps a cache by bits, which {args.model} has: write it without --cache_bytes")
+    if args.compact:
+        return Source(small, plan, tokenizer, lambda ids: small(ids).logits, facts_of_smaller(args.model))
+    hf = small if "coded" in plan else multiplied(small, plan)
+    return Source(hf, None, tokenizer, lambda ids: small(ids).logits, facts_of_smaller(args.model))

@@ -1,0 +1,50 @@
+"""The tokenizer of an exported model, as Hugging Face writes it to a folder."""
+
+from common.cli import fail
+from common.dataset import find_folder, read_meta
+from common.hugging_face import read_tokenizer
+from common.tokenizer import END_OF_TEXT, gpt2, read_codec
+
+
+def tokenizer_for(name, dataset, rows, source):
+    """
+    A tokenizer of Hugging Face for a model whose table has so many rows, or one line.
+
+    name: --tokenizer, a dataset, hub id or folder; "" takes the dataset's that the model was trained on. source: --model.
+    """
+    what = name or dataset
+    found = of_dataset(what)
+    if found is None and not name:
+        fail(f"--model {source} was trained on {dataset}, which is not here: run its prepare.py, or give --tokenizer")
+    tokenizer, exact = (read_tokenizer(name, "--tokenizer"), False) if found is None else (found, True)
+    if len(tokenizer) > rows or exact and len(tokenizer) < rows:
+        flag = "--tokenizer" if name else f"--model {source}: its dataset"
+        fail(f"{flag} {what} has {len(tokenizer)} tokens, the model a table of {rows}: give --tokenizer its own")
+    return tokenizer
+
+
+def of_dataset(name):
+    """The tokenizer of a dataset, or None where there is no such dataset."""
+    folder = find_folder(name)
+    if folder is None or not (folder / "meta.pkl").is_file():
+        return None
+    meta, source = read_meta(folder / "meta.pkl"), folder / "meta.pkl"
+    read_codec(meta, source, "give --tokenizer")  # checks it
+    from transformers import PreTrainedTokenizerFast
+
+    if meta["tokenizer"] == "gpt2":
+        return from_tiktoken(gpt2())
+    from tokenizers import Tokenizer
+
+    bpe = Tokenizer.from_str(meta["tokenizer_json"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=bpe.id_to_token(meta["end_of_text"]))
+
+
+def from_tiktoken(encoding):
+    """A tiktoken Encoding with one special token, end-of-text -> a tokenizer of Hugging Face."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens)
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # instead of a file
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=END_OF_TEXT)

@@ -1,0 +1,48 @@
+"""A model into a folder of Hugging Face: written whole or not at all, read back, compared with what it was made of."""
+
+from pathlib import Path
+
+import torch
+
+from common.files import written_whole
+from export.card import write_card
+from export.compact import CODE, write_compact
+from export.multiplied import plain_config
+
+SAME = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-1}  # relative to the largest logit: how far rounding may move them
+
+
+def write(args, source):
+    """-> what the program's last line says."""
+    from safetensors import SafetensorError
+
+    form, dtype = "compact" if args.compact else "dense", getattr(torch, args.dtype)
+    c, draw = source.hf.config, torch.Generator().manual_seed(0)
+    ids = torch.randint(c.vocab_size, (2, min(8, c.max_position_embeddings)), generator=draw)
+    with torch.inference_mode():
+        before = source.logits(ids)
+    with written_whole(args.out, "--out: make room, or choose another folder", errors=(OSError, SafetensorError)) as part:
+        source.hf.config = plain_config(source.hf)
+        if source.plan:
+            write_compact(part, source.hf, source.plan, dtype)
+        else:
+            source.hf.to(dtype).save_pretrained(part)
+        source.tokenizer.save_pretrained(part)
+        size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
+        write_card(part, Path(args.out).name, source.hf, form, size, source.facts)
+        moved = distance(part, dtype, ids, before)
+        if not moved <= SAME[args.dtype]:
+            raise RuntimeError(f"the exported model gives other logits, by {moved:.2g} of the largest")
+    numbers = sum(p.numel() for p in source.hf.parameters())
+    print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} numbers, {size:,} bytes; logits moved by {moved:.1e}")
+    return dict(out=args.out, form=form, architecture=type(source.hf).__name__, numbers=numbers, bytes=size, moved=moved)
+
+
+@torch.inference_mode()
+def distance(folder, dtype, ids, before):
+    """How far the logits of the folder's model are from those before, relative to the largest."""
+    from transformers import AutoModelForCausalLM
+
+    own = (folder / f"{CODE}.py").is_file()  # written a moment ago by this program
+    after = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own).eval()(ids).logits.float()
+    return ((after - before).abs().max() / before.abs().max()).item()
