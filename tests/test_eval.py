@@ -66,10 +66,13 @@ def test_each_token_is_predicted_once_from_the_tokens_of_its_window(evaluate, ow
 
 @torch.no_grad()
 def test_kl_and_agreement_with_a_reference_model(evaluate, own_clinic):
-    result = evaluate("gpt", "--reference", own_clinic / "neox", texts="a,b", window=64)
+    ours = models.load_subject(own_clinic / "pythia.pt")[0].model
+    for p in ours.parameters():
+        p += 0.05 * torch.randn_like(p)
+    models.save(own_clinic / "moved.pt", ours, own_clinic / "text")
+    result = evaluate("moved.pt", "--reference", own_clinic / "neox", texts="a,b", window=64)
     assert result.status == 0, result.err
     theirs, encode = hugging_face(own_clinic / "neox")
-    ours = models.load_subject(own_clinic / "gpt")[0].model
     lost, kl, same = [], [], []
     for text in TEXTS.values():
         for x, y, new in rolling_windows(torch.tensor(encode(text)), 0, 64, 64):
@@ -81,7 +84,7 @@ def test_kl_and_agreement_with_a_reference_model(evaluate, own_clinic):
             same += list(p.argmax(1) == q.argmax(1))
     found = result.last
     assert found["nats"] == pytest.approx(np.mean(lost), abs=1e-5) and found["kl"] == pytest.approx(np.mean(kl), abs=1e-5)
-    assert found["top1"] == pytest.approx(np.mean(same)) and 0 < found["top1"] < 1 and found["kl"] > 0.1
+    assert found["top1"] == pytest.approx(np.mean(same)) and 0 < found["top1"] < 1 and found["kl"] > 1e-3
     assert found["nats"] == pytest.approx(found["loss"] - found["reference_loss"])
     parts = found["texts"].values()
     assert len(parts) == 2 and found["loss"] == pytest.approx(sum(p["loss"] * p["tokens"] for p in parts) / len(lost))
