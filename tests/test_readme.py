@@ -128,12 +128,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_every_link_of_the_pages_leads_somewhere():
-    for page in [
-        REPO / "README.md",
-        REPO / "CHANGELOG.md",
-        REPO / "results" / "README.md",
-        *(REPO / "results").glob("*/README.md"),
-    ]:
+    for page in [*REPO.glob("*.md"), REPO / "results" / "README.md", *(REPO / "results").glob("*/README.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), (page, link)
 
