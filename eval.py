@@ -18,7 +18,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from math import exp, log, nan
+from math import isfinite, log, nan
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse, rounded
@@ -90,12 +90,14 @@ def measure(args, model, reference, ids):
 def result(texts, windows, sums, counts):
     """What is said of some texts together. windows: a list of Measured."""
     from common.evaluate import by_ranges
-    from surgery.evaluator import over_tokens, paired, summary
+    from surgery.evaluator import over_tokens, paired, perplexity, summary
 
     tokens, size, words = int(counts.sum()), *map(sum, zip(*((len(t.encode()), len(re.split(r"\s+", t))) for t in texts)))
     found = summary(windows)
+    if not isfinite(found["loss"] + found.get("kl", 0)):
+        fail(f"a model's loss is {found['loss']}: its numbers are not finite, give another")
     nats = found["loss"] * tokens
-    per_unit = dict(bits_per_byte=nats / size / log(2), byte_ppl=exp(nats / size), word_ppl=exp(min(nats / words, 700)))
+    per_unit = dict(bits_per_byte=nats / size / log(2), byte_ppl=perplexity(nats / size), word_ppl=perplexity(nats / words))
     found = dict(tokens=tokens, bytes=size) | found | per_unit | dict(position_loss=by_ranges(sums, counts))
     if windows[0].before is not None:
         found |= dict(reference_loss=over_tokens(windows, "before"), **paired(windows))

@@ -71,10 +71,14 @@ class Evaluator:
 def summary(windows):
     """Means over all tokens of a list of Measured -> dict(loss, ppl), and of those with a reference also kl and top1."""
     found = dict(loss=over_tokens(windows, "loss"))
-    found["ppl"] = math.exp(min(found["loss"], 700))
+    found["ppl"] = perplexity(found["loss"])
     if windows[0].before is not None:
         found |= dict(kl=over_tokens(windows, "kl"), top1=over_tokens(windows, "same"))
     return found
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # beyond, a float overflows
 
 
 def over_tokens(windows, name):

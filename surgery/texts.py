@@ -127,11 +127,11 @@ def documents(path, flag):
         return addresses(flag)
     if not Path(path).is_file():
         return decoded(path)
-    text = text_of(path, flag)
+    text = text_of(path, flag, MOST)
     return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
 
 
-def text_of(path, flag, most=MOST):
+def text_of(path, flag, most):
     """The first `most` characters of a text: of a file as they are, else of its documents one after the other."""
     if path == SOTU or not Path(path).is_file():
         return "".join(documents(path, flag))[:most]

@@ -309,15 +309,13 @@ def test_tensorboard_and_wandb_which_is_offline_without_a_key(train, tmp_path, m
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
             copies["tensorboard"].setdefault(event.step, {})[name] = event.value
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = {}
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        at_step = expected.setdefault(line.pop("iter"), {})
+        at_step |= {f"position_loss/{name}": loss for name, loss in line.pop("position_loss", {}).items()} | line
+    assert sorted(expected) == [0, 3, 6]
     for copy in copies.values():
-        assert sorted(copy) == [0, 3, 6]
-        for step, found in copy.items():
-            expected = {}
-            for line in (line for line in lines if line["iter"] == step):
-                expected |= {f"position_loss/{name}": loss for name, loss in line.pop("position_loss", {}).items()}
-                expected |= {name: value for name, value in line.items() if name != "iter"}
-            assert found == pytest.approx(expected)
+        assert {step: pytest.approx(values) for step, values in expected.items()} == copy
     assert events.Tags()["images"] == ["figures/position_loss", "figures/validation_curve"]
     assert len(list((offline / "files" / "media" / "images" / "figures").glob("*.png"))) == 2
     config = json.loads((tmp_path / "run" / "config.json").read_text())
