@@ -18,10 +18,10 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from math import isfinite, log, nan
+from math import isfinite, log
 from pathlib import Path
 
-from common.cli import fail, finish, flag, parse, rounded
+from common.cli import fail, finish, flag, parse
 
 WINDOW = 512
 
@@ -92,7 +92,8 @@ def result(texts, windows, sums, counts):
     from common.evaluate import by_ranges
     from surgery.evaluator import over_tokens, paired, perplexity, summary
 
-    tokens, size, words = int(counts.sum()), *map(sum, zip(*((len(t.encode()), len(re.split(r"\s+", t))) for t in texts)))
+    tokens, size = int(counts.sum()), sum(len(text.encode()) for text in texts)
+    words = sum(len(re.split(r"\s+", text)) for text in texts)  # as lm-eval counts them
     found = summary(windows)
     if not isfinite(found["loss"] + found.get("kl", 0)):
         fail(f"a model's loss is {found['loss']}: its numbers are not finite, give another")
@@ -104,6 +105,10 @@ def result(texts, windows, sums, counts):
     return found
 
 
+def shown(loss):
+    return "-" if loss is None else f"{loss:.4f}"
+
+
 def tables(results):
     """{text: result()} as two markdown tables: the measures, and the loss by position."""
     from reports.markdown import table
@@ -112,13 +117,13 @@ def tables(results):
     header += ["nats lost", "KL", "same top token"] if compared else []
     lines, positions = [], {}
     for name, r in results.items():
-        line = [Path(name).name, f"{r['tokens']:,}", f"{r['loss']:.4f}", f"{r['ppl']:.3f}", f"{r['bits_per_byte']:.4f}"]
+        line = [Path(name).name, f"{r['tokens']:,}", shown(r["loss"]), f"{r['ppl']:.3f}", f"{r['bits_per_byte']:.4f}"]
         if compared:
             error = "" if r["nats_se"] is None else f" ± {r['nats_se']:.4f}"
             line += [f"{r['nats']:+.4f}{error}", f"{r['kl']:.5f}", f"{r['top1']:.2%}"]
         lines.append(line)
-        positions |= dict.fromkeys(r["position_loss"])
-    rows = [[Path(name).name, *(rounded(r["position_loss"].get(p, nan)) for p in positions)] for name, r in results.items()]
+        positions |= r["position_loss"]
+    rows = [[Path(name).name, *(shown(r["position_loss"].get(p)) for p in positions)] for name, r in results.items()]
     return table(header, lines) + "\n\n" + table(["loss at position", *positions], rows)
 
 
