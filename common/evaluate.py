@@ -78,14 +78,18 @@ def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=la
     loss, (cosine, cosine_full) = by_position.sum().item() / tokens, (sums / tokens).tolist()
     ppl = math.exp(loss) if loss < 700 else math.inf
     values = dict(val_loss=loss, val_ppl=ppl, ln_f_cosine=cosine, ln_f_cosine_full=cosine_full, eval_tokens=tokens)
-    values["position_loss"] = {
-        f"{low}-{high}": by_position[low:high].mean().item() * T / tokens for low, high in position_bins(T)
-    }
+    values["position_loss"] = by_ranges(by_position, torch.full((T,), tokens / T))
     if restored:
         error, squares, mean = lost[:, 0], lost[:, 1], lost[:, 2:] / tokens
         values["v_recon"] = (error.mean() / tokens / mean.shape[1]).item()
         values["v_error"] = (error / (squares - tokens * mean.square().sum(1))).tolist()
     return values
+
+
+def by_ranges(sums, counts):
+    """Losses summed at each of T positions, and how many tokens were there -> {"0-16": nats per token, ...} where any were."""
+    bins = {f"{low}-{high}": slice(low, high) for low, high in position_bins(len(sums))}
+    return {name: (sums[bin].sum() / counts[bin].sum()).item() for name, bin in bins.items() if counts[bin].sum()}
 
 
 def position_bins(T):

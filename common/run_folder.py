@@ -1,23 +1,41 @@
 """
 A run's folder: config.json (flags, command, commit, versions, hardware), metrics.jsonl (an object per log line or
-evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies, and may fail.
+evaluation), summary.json (what report.py reads, written when the run is done). W&B and TensorBoard are copies (trackers.py).
+
+The keys of metrics.jsonl. Every line has
+    iter               optimizer steps done
+A line of --log_interval
+    lr                 learning rate of that step
+    train_loss         nats per token, the mean since the line before; null where every step was skipped
+    tokens_per_second  of training since the line before, over all cards
+    peak_share         share of the cards' peak arithmetic that this is; only where the peak is known
+    skipped            steps since the line before whose loss or gradient was not finite; only where there are some
+An evaluation
+    seconds            of training so far, without evaluations
+    tokens             of training so far
+    val_loss           nats per token, the mean over eval_tokens
+    val_ppl            perplexity, e to the val_loss
+    ln_f_cosine        mean cosine of what the head reads and the target's row, in the head's own space (evaluate.py)
+    ln_f_cosine_full   the same in the space of ln_f
+    eval_tokens        tokens that were predicted
+    position_loss      {"0-16": nats per token, ...}: val_loss by position in the window
+    v_recon            mean squared error of restored values; only with --v_proj_dim
+    v_error            for each layer the share of the values' variance that is missed; only with --v_proj_dim
 """
 
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import checkpoint
-from common.cli import fail, reason
+from common import checkpoint, trackers
+from common.cli import fail
 from common.device import hardware
 from common.files import claim_folder, flush, remove, written_whole
 from common.untrusted import COUNT, read_json, read_json_lines
@@ -64,8 +82,8 @@ class RunFolder:
         self.kept = resumed_at  # the step of last.pt
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
-        starts = dict(wandb_log=wandb_log, tensorboard_log=tensorboard_log)
-        self.copies = [Copy(name, start, args, self.path) for name, start in starts.items() if getattr(args, name)]
+        chosen = [(name, kind) for name, kind in trackers.TRACKERS.items() if getattr(args, name)]
+        self.copies = [trackers.Copy(name, kind, args, self.path, facts) for name, kind in chosen]
 
     def _refuse_another_run(self, config, args):
         """A folder with checkpoints, or with other flags, belongs to another run and stays as it is."""
@@ -130,56 +148,10 @@ class RunFolder:
         with written_whole(self.path / "summary.json") as part:
             part.write_text(json.dumps(summary, indent=1) + "\n")
         remove(self.path / PREVIOUS)
+        if self.copies:
+            metrics = (self.path / "metrics.jsonl").read_text().splitlines()
+            trackers.finish(self.copies, [json.loads(line) for line in metrics], summary)
         self.claim.release()
-
-
-class Copy:
-    """What W&B or TensorBoard gets of a run. They are not ours: where one fails, a line says so and the run goes on without."""
-
-    def __init__(self, name, start, args, folder):
-        """name: of the flag. start(args, folder) -> write(step, values)"""
-        self.name, self.write = name, None
-        self.write = self._attempt(start, args, folder)
-
-    def log(self, step, values):
-        if self.write:
-            self._attempt(self.write, step, values)
-
-    def _attempt(self, call, *given):
-        try:
-            return call(*given)
-        except Exception as error:  # a missing package, a full disk, whatever their code raises
-            self.write = None
-            print(f"note: --{self.name}: {reason(error)}; the run goes on without it", file=sys.stderr, flush=True)
-
-
-def wandb_log(args, folder):
-    import wandb
-
-    start = partial(
-        wandb.init, project=args.wandb_project, name=args.wandb_run_name or folder.name, config=asdict(args), dir=folder
-    )
-    mode, why = os.environ.get("WANDB_MODE"), ""
-    try:
-        if mode is not None or wandb.login(prompt=False):
-            run = start(mode=mode)
-        else:
-            why = "has no key here"
-    except Exception as error:  # no network, or a key that is refused
-        why = f"cannot be reached ({reason(error)})"
-    if why:
-        print(f"W&B {why}: logging offline to {folder}/wandb, `wandb sync` uploads it later")
-        run = start(mode="offline")
-    return lambda step, values: run.log(values, step=step)
-
-
-def tensorboard_log(args, folder):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(folder / "tensorboard")
-    return lambda step, values: [
-        writer.add_scalar(name, value, step) for name, value in values.items() if isinstance(value, (int, float))
-    ]
 
 
 def provenance(device):

@@ -13,13 +13,24 @@ from common.cli import fail
 
 @dataclass
 class Measured:
-    """Sums over the tokens of a window. before: the untouched model's loss; same: tokens that both models find likeliest."""
+    """What was found at the tokens of a window, (T,) each; the last three where there is a reference model."""
 
-    loss: float
-    before: float
-    kl: float
-    same: int
-    tokens: int
+    loss: torch.Tensor
+    before: torch.Tensor | None = None  # the reference's loss
+    kl: torch.Tensor | None = None  # KL(reference | model)
+    same: torch.Tensor | None = None  # whether both find the same token likeliest
+
+
+def measured(logits, labels, reference=None):
+    """A model's logits (T, V) for the tokens `labels` (T,), and those of a reference model or None -> Measured, in nats."""
+    after, labels = logits.float().log_softmax(-1), labels.to(logits.device)
+    loss = F.nll_loss(after, labels, reduction="none")
+    if reference is None:
+        return Measured(loss)
+    before = reference.float().log_softmax(-1)
+    kl = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+    same = after.argmax(-1) == before.argmax(-1)
+    return Measured(loss, F.nll_loss(before, labels, reduction="none"), kl, same)
 
 
 class Evaluator:
@@ -54,26 +65,33 @@ class Evaluator:
         return everything | dict(texts={name: summary(found) | paired(found) for name, found in texts.items()})
 
     def window(self, model, x, y, hidden):
-        before = self.head(hidden)[0].log_softmax(-1)  # (T, V)
-        after = model.logits(model.trunk(model.lookup(x)))[0].log_softmax(-1)
-        labels = y[0].to(after.device)
-        losses = [F.nll_loss(found, labels, reduction="sum").item() for found in (after, before)]
-        kl = F.kl_div(after, before, reduction="sum", log_target=True).item()
-        return Measured(*losses, kl, (after.argmax(-1) == before.argmax(-1)).sum().item(), y.numel())
+        return measured(model.logits(model.trunk(model.lookup(x)))[0], y[0], self.head(hidden)[0])
 
 
 def summary(windows):
-    """Means over all tokens of a list of Measured."""
-    loss, kl, same, tokens = (sum(getattr(w, name) for w in windows) for name in ("loss", "kl", "same", "tokens"))
-    loss = loss / tokens
-    return dict(loss=loss, ppl=math.exp(min(loss, 700)), kl=kl / tokens, top1=same / tokens)
+    """Means over all tokens of a list of Measured -> dict(loss, ppl), and of those with a reference also kl and top1."""
+    found = dict(loss=over_tokens(windows, "loss"))
+    found["ppl"] = perplexity(found["loss"])
+    if windows[0].before is not None:
+        found |= dict(kl=over_tokens(windows, "kl"), top1=over_tokens(windows, "same"))
+    return found
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # beyond, a float overflows
+
+
+def over_tokens(windows, name):
+    """The mean of a part of Measured over all tokens."""
+    return torch.cat([getattr(w, name) for w in windows]).double().mean().item()
 
 
 def paired(windows):
-    """Nats per token over the untouched model: mean over windows, and its standard error; None where one window has none."""
-    lost = np.array([(w.loss - w.before) / w.tokens for w in windows])
+    """Nats per token over the reference model, and their standard error over windows; None where one window has none."""
+    lost = np.array([(w.loss - w.before).double().mean().item() for w in windows])
     error = float(lost.std(ddof=1) / len(lost) ** 0.5) if len(lost) > 1 else math.nan
-    return dict(nats=float(lost.mean()), nats_se=error if math.isfinite(error) else None)
+    nats = over_tokens(windows, "loss") - over_tokens(windows, "before")
+    return dict(nats=nats, nats_se=error if math.isfinite(error) else None)
 
 
 def prompt_ids(tokenizer, prompt):

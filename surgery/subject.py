@@ -14,6 +14,7 @@ from common.cli import fail
 from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
+from surgery.model_folder import WEIGHTS
 from value_cache import generation
 from value_cache.kv_cache import KVCache
 
@@ -40,58 +41,71 @@ def choose_model():
 
 def load_subject(name, tokenizer_name=""):
     """What --model and --tokenizer name -> (Subject in float32, tokenizer), or one line."""
-    own = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file()
-    subject, its_tokenizer = (load_own if own else load_hugging_face)(name)
+    if is_own(name):
+        subject, its_tokenizer = load_own(name)
+    else:
+        hf, its_tokenizer = load_hugging_face(name)
+        subject = Subject(hf)
     tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else its_tokenizer()
-    rows = len(subject.table.weight)
-    if len(tokenizer) > rows:
-        fail(
-            f"the tokenizer of {tokenizer_name or name} has {len(tokenizer)} tokens, --model {name} a table of {rows}: "
-            "give --tokenizer its own"
-        )
+    check_size(tokenizer, tokenizer_name or name, len(subject.table.weight), f"--model {name}")
     return subject, tokenizer
 
 
-def load_hugging_face(name):
-    """A hub id, a folder or a .gguf file -> (Subject, what loads its tokenizer)."""
+def check_size(tokenizer, source, rows, model):
+    """No token of a tokenizer is beyond the rows of a model's table. source, model: for the message."""
+    if len(tokenizer) > rows:
+        fail(f"the tokenizer of {source} has {len(tokenizer)} tokens, {model} a table of {rows}: give --tokenizer its own")
+
+
+def is_own(name):
+    """Whether it is a checkpoint of train.py."""
+    return Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file()
+
+
+def load_hugging_face(name, flag="--model"):
+    """A hub id, a folder or a .gguf file -> (the model of transformers in float32, what loads its tokenizer)."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path, options = name, {}
+    path, options, given = name, {}, f"{flag} {name}"
     if str(name).endswith(".gguf"):
         if not Path(name).is_file():
-            fail(f"--model {name} is not there: give a .gguf file, a folder of save_pretrained, or an id on the hub")
+            fail(f"{given} is not there: give a .gguf file, a folder of save_pretrained, or an id on the hub")
         if importlib.util.find_spec("gguf") is None:
-            fail(f"--model {name} needs the package gguf: pip install gguf==0.19.0")
+            fail(f"{given} needs the package gguf: pip install gguf==0.19.0")
         path, options = str(Path(name).parent), dict(gguf_file=Path(name).name)
-    if (Path(path) / "surgery.safetensors").is_file():
-        fail(f"--model {name} is a smaller model already, which surgery.load() reads: give the one it was made of")
-    config = read_config(path, "--model", **options)
+    if is_smaller(path):
+        fail(f"{given} is a smaller model already, which surgery.load() reads: give the one it was made of")
+    config = read_config(path, flag, **options)
     if getattr(config, "quantization_config", None) and not options:
-        fail(f"--model {name} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
-    model, info = read_model(path, "--model", dtype=torch.float32, **options)
+        fail(f"{given} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
+    model, info = read_model(path, flag, dtype=torch.float32, **options)
     modules = dict(model.named_modules())
     unread = [
         key for key in info["unexpected_keys"] if isinstance(modules.get(key.rpartition(".")[0]), (nn.Linear, nn.Embedding))
     ]
     if unread:  # e.g. the scales of quantised weights: without them the weights are other numbers
-        fail(f"--model {name} has {min(unread)}, which a float {config.model_type} does not read: give the float model")
+        fail(f"{given} has {min(unread)}, which a float {config.model_type} does not read: give the float model")
     if options:
         model.config.__dict__.pop("quantization_config", None)  # the weights are float32 by now
-    subject = Subject(model.eval().requires_grad_(False))
-    return subject, lambda: read_tokenizer(path, "--model", **options)
+    return model.eval().requires_grad_(False), lambda: read_tokenizer(path, flag, **options)
 
 
-def load_own(name):
+def is_smaller(folder):
+    """Whether surgery wrote it."""
+    return (Path(folder) / WEIGHTS).is_file()
+
+
+def load_own(name, flag="--model"):
     """A run folder or a checkpoint of train.py -> (OwnSubject, what loads the tokenizer of the dataset that it names)."""
-    saved = checkpoint.load(name, hint="give --model a run folder, its ckpt.pt, or a model of Hugging Face")
+    saved = checkpoint.load(name, hint=f"give {flag} a run folder, its ckpt.pt, or a model of Hugging Face")
     model, trained_on = checkpoint.build(saved, dropout=0.0).eval(), saved["args"]["dataset"]
     model.merge_lora()
 
     def its_tokenizer():
         return dataset_tokenizer(trained_on) or fail(
-            f"--model {name} was trained on {trained_on}, which is not here: run its prepare.py, or give --tokenizer"
+            f"{flag} {name} was trained on {trained_on}, which is not here: run its prepare.py, or give --tokenizer"
         )
 
     return OwnSubject(model.requires_grad_(False)), its_tokenizer
@@ -111,7 +125,7 @@ def dataset_tokenizer(name):
 class CodecTokenizer:
     """A dataset's codec behind the calls of a Hugging Face tokenizer that surgery makes."""
 
-    chat_template = None
+    chat_template = bos_token_id = None
 
     def __init__(self, codec, size):
         self.codec, self.size, self.eos_token_id = codec, size, codec.end_of_text
@@ -142,7 +156,7 @@ class Subject(nn.Module):
         self.model, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
         self.tables = tables_of(hf, self.table, self.head) if isinstance(self.table, nn.Embedding) else {}
         self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
-        self.longest = getattr(hf.config, "max_position_embeddings", None) or math.inf
+        self.longest = longest_of(hf)
         self.scale = getattr(self.table, "embed_scale", 1)  # Gemma's: what enters the trunk is so many times a row
         x = torch.arange(2, 8)[None] % hf.config.vocab_size
         try:
@@ -172,6 +186,11 @@ class Subject(nn.Module):
         options |= dict(attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=end or 0)
         out = self.model.generate(ids, **options)
         return out[0, ids.shape[1] :]
+
+
+def longest_of(hf):
+    """Tokens that a model of Hugging Face reads at most."""
+    return getattr(hf.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 class OwnSubject(nn.Module):

@@ -127,15 +127,23 @@ def documents(path, flag):
         return addresses(flag)
     if not Path(path).is_file():
         return decoded(path)
+    text = text_of(path, flag, MOST)
+    return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
+
+
+def text_of(path, flag, most):
+    """The first `most` characters of a text: of a file as they are, else of its documents one after the other."""
+    if path == SOTU or not Path(path).is_file():
+        return "".join(documents(path, flag))[:most]
     opened = lzma.open if path.endswith(".xz") else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
-            text, more = file.read(MOST), file.read(1)
+            text, more = file.read(most), file.read(1)
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         fail(f"--{flag} {path} cannot be read as text ({type(error).__name__}): give a file in UTF-8, or .xz of one")
     if more:
-        print(f"{path}: its first {MOST:,} characters are read", flush=True)
-    return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
+        print(f"{path}: its first {most:,} characters are read", flush=True)
+    return text
 
 
 def addresses(flag):

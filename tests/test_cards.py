@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -192,3 +193,17 @@ def test_the_thirteen_alone(pretend):
     trained = [c for c in calls if " train.py " in c and "parse_args" not in c]
     assert len(trained) == 13 and all("--bias" in c for c in trained)
     assert [len([c for c in trained if word in c]) for word in ("lowrank_scratch", "nofinetune", "lora_k")] == [4, 4, 4]
+
+
+def test_a_sweep_of_wandb_starts_the_script_of_its_run(pretend, copy):
+    """The agent's command, with the macros that sweep.yaml uses filled in by W&B's own code."""
+    yaml = pytest.importorskip("yaml")
+    macros = pytest.importorskip("wandb.sdk.launch.sweeps.utils").create_sweep_command_args
+    sweep = yaml.safe_load((copy / "scripts" / "sweep.yaml").read_text())
+    for start in sweep["parameters"]["start"]["values"]:
+        assert (copy / "scripts" / f"train_{start}.sh").exists()
+    of_run = macros(dict(args=dict(start=dict(value="random_lowrank"), rank=dict(value=32)))) | dict(env=["/usr/bin/env"])
+    parts = [of_run[part[2:-1]] if part.startswith("${") else [part] for part in sweep["command"]]
+    done, calls = pretend(shlex.join(sum(parts, [])), PRESET="laptop")
+    assert done.returncode == 0, done.stderr
+    assert "gpt_random_lowrank_k32 " in calls[-1] and "--n_embd_wte 32" in calls[-1] and calls[-1].endswith("--wandb_log")

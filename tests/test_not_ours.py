@@ -29,8 +29,9 @@ def wandb(monkeypatch):
     """A W&B that has a key, and logs online; .started: the modes of its runs."""
     module = ModuleType("wandb")
     module.started, module.logged = [], []
-    run = SimpleNamespace(log=lambda values, step: module.logged.append(step))
-    module.login = lambda prompt: True
+    run = SimpleNamespace(log=lambda values, step: module.logged.append(step), finish=lambda: None)
+    run.define_metric = lambda name, summary: None
+    module.login, module.Image = lambda prompt: True, str
     module.init = lambda mode, **settings: module.started.append(mode) or run
     module.run = run
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -51,7 +52,9 @@ def test_logs_that_break_off_cost_a_line(train, tmp_path, monkeypatch, wandb):
     full = OSError(errno.ENOSPC, "No space left on device")
     calls = []
     writer = SimpleNamespace(add_scalar=lambda *given: fails(full)() if len(calls) > 6 else calls.append(given))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    writer.add_text = lambda *given: None
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     wandb.run.log = fails(RuntimeError("the service\nis gone"))
     result = train(out_dir=tmp_path / "run", wandb_log=True, tensorboard_log=True)
     assert result.status == 0 and evaluations(tmp_path / "run") == [0, 3, 6] and wandb.started == [None]

@@ -87,7 +87,7 @@ def environment_of(command):
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
-FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz)|Makefile|LICENSE|\.gitignore|\.ci/run"
+FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz|yaml|cff)|Makefile|LICENSE|\.gitignore|\.ci/run"
 
 
 def tree_files(readme):
@@ -120,8 +120,15 @@ def test_a_file_that_the_tree_lacks_is_noticed():
     assert "model.py" not in tree_files(readme.replace("  model.py ", "  "))
 
 
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(), flags=re.M).group(1)
+    cited = (REPO / "CITATION.cff").read_text()
+    (newest, day), *_ = re.findall(r"^## (\d[\d.]*), (\S+)", (REPO / "CHANGELOG.md").read_text(), flags=re.M)
+    assert f"\nversion: {version}\n" in cited and f"\ndate-released: {day}\n" in cited and newest == version
+
+
 def test_every_link_of_the_pages_leads_somewhere():
-    for page in [REPO / "README.md", REPO / "results" / "README.md", *(REPO / "results").glob("*/README.md")]:
+    for page in [*REPO.glob("*.md"), REPO / "results" / "README.md", *(REPO / "results").glob("*/README.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), (page, link)
 

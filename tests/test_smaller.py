@@ -247,7 +247,7 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
         assert attn.k_proj.down is attn.v_proj.down
 
 
-def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_path):
+def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_path, run_main):
     sharpened(llama()).save_pretrained(clinic / "sharp")
     save_tokenizer(clinic / "sharp")
     out = tmp_path / "smaller"
@@ -276,6 +276,11 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
         assert f"{found['ppl']:.2f} | {change:+.1%} ± {math.exp(found['nats']) * found['nats_se']:.1%} |" in re.sub(
             " +", " ", report
         )
+    text, few = clinic / "eval.txt", ("--window", 40, "--characters", 90)
+    alone = run_main("eval.py", "--model", out, "--reference", clinic / "sharp", "--text", text, *few)
+    hf, tokenizer = load(out)
+    ids = torch.tensor([[0, *tokenizer(text.read_text()[:90])["input_ids"]]])
+    assert alone.last["loss"] == pytest.approx(hf(ids, labels=ids).loss.item(), abs=1e-5) and alone.last["kl"] > 0
     again = operate(*point, *texts, "--out", tmp_path / "second", model="sharp")
     assert again.status == 0 and again.last["points"] == 0 and (tmp_path / "second" / "surgery.safetensors").exists()
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,7 +17,7 @@ import shell
 import torch
 from conftest import REPO, TINY, as_flags
 
-from common import checkpoint
+from common import checkpoint, run_folder
 from common.dataset import Dataset
 from common.evaluate import evaluate
 from model import GPT, GPTConfig
@@ -309,16 +310,45 @@ def test_compiled_equals_eager(train, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_tensorboard_and_wandb_which_is_offline_without_a_key(train, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    pytest.importorskip("tensorboard")
+    Run = pytest.importorskip("wandb.sdk.wandb_run").Run
+    EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    copies, log = dict(wandb={}, tensorboard={}), Run.log
+
+    def noted(run, values, step):
+        copies["wandb"].setdefault(step, {}).update({k: v for k, v in values.items() if not k.startswith("figures/")})
+        log(run, values, step=step)
+
+    monkeypatch.setattr(Run, "log", noted)
     result = train(out_dir=tmp_path / "run", tensorboard_log=True, wandb_log=True)
     assert result.status == 0, result.err
-    assert "no key here: logging offline" in result.out
-    assert list((tmp_path / "run" / "tensorboard").glob("events.*")) and list(
-        (tmp_path / "run" / "wandb").glob("offline-run-*")
-    )
+    assert "no key here: logging offline" in result.out and "goes on without" not in result.err
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), dict(scalars=0, images=0, tensors=0)).Reload()
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            copies["tensorboard"].setdefault(event.step, {})[name] = event.value
+    expected = {}
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        at_step = expected.setdefault(line.pop("iter"), {})
+        at_step |= {f"position_loss/{name}": loss for name, loss in line.pop("position_loss", {}).items()} | line
+    assert sorted(expected) == [0, 3, 6]
+    for copy in copies.values():
+        assert {step: pytest.approx(values) for step, values in expected.items()} == copy
+    assert events.Tags()["images"] == ["figures/position_loss", "figures/validation_curve"]
+    assert len(list((offline / "files" / "media" / "images" / "figures").glob("*.png"))) == 2
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (text,) = events.Tensors("config/text_summary")
+    assert config["command"] in json.loads(text.tensor_proto.string_val[0].decode().strip("`json\n"))["command"]
+
+
+def test_every_key_of_the_metrics_is_explained(train, tmp_path):
+    result = train(out_dir=tmp_path / "run", v_proj_dim=8)
+    assert result.status == 0, result.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    explained = re.findall(r"^    (\w+)  ", run_folder.__doc__, flags=re.M)
+    assert {key for line in lines for key in line} == set(explained) - {"peak_share", "skipped"}  # a GPU's, and after a failure

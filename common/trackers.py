@@ -1,0 +1,133 @@
+"""
+What W&B and TensorBoard get of a run: copies of what its folder holds, the same in both.
+
+scalars   every number of metrics.jsonl under its name there; the parts of a dict or a list as position_loss/0-16, v_error/0
+config    config.json: the flags, the command, the commit, versions, hardware
+figures   when the run is done: figures/validation_curve and figures/position_loss
+
+They are not ours: where one fails, a line says so and the run goes on without.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from common.cli import reason
+from common.plots import Figure, draw
+
+
+class Copy:
+    """A tracker, until it fails."""
+
+    def __init__(self, name, kind, *given):
+        """name: of the flag. kind(*given): makes the tracker."""
+        self.name, self.tracker = name, None
+        self.tracker = self._attempt(kind, *given)
+
+    def log(self, step, values):
+        if self.tracker:
+            self._attempt(self.tracker.log, step, scalars(values))
+
+    def finish(self, step, images):
+        if self.tracker:
+            self._attempt(self.tracker.finish, step, images)
+
+    def _attempt(self, call, *given):
+        try:
+            return call(*given)
+        except Exception as error:  # a missing package, a full disk, whatever their code raises
+            self.tracker = None
+            print(f"note: --{self.name}: {reason(error)}; the run goes on without it", file=sys.stderr, flush=True)
+
+
+class WandB:
+    def __init__(self, args, folder, facts):
+        """folder: of the run. facts: its config.json."""
+        import wandb
+
+        name = args.wandb_run_name or folder.name
+        start = partial(wandb.init, project=args.wandb_project, name=name, config=config_of(facts), dir=folder)
+        mode, why = os.environ.get("WANDB_MODE"), ""
+        try:
+            if mode is not None or wandb.login(prompt=False):
+                self.run = start(mode=mode)
+            else:
+                why = "has no key here"
+        except Exception as error:  # no network, or a key that is refused
+            why = f"cannot be reached ({reason(error)})"
+        if why:
+            print(f"W&B {why}: logging offline to {folder}/wandb, `wandb sync` uploads it later")
+            self.run = start(mode="offline")
+        self.run.define_metric("val_loss", summary="min")  # in the table of runs, and for a sweep: the best, not the last
+        self.image = wandb.Image
+
+    def log(self, step, values):
+        self.run.log(values, step=step)
+
+    def finish(self, step, images):
+        self.run.log({f"figures/{path.stem}": self.image(str(path)) for path in images}, step=step)
+        self.run.finish()
+
+
+class TensorBoard:
+    def __init__(self, args, folder, facts):
+        from torch.utils.tensorboard import SummaryWriter
+
+        resumed = facts.get("resumed")
+        # what was logged after the checkpoint that a resume goes on from is hidden: it is logged again
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=resumed[-1]["at"] + 1 if resumed else None)
+        self.writer.add_text("config", "```json\n" + json.dumps(config_of(facts), indent=1) + "\n```")
+
+    def log(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self, step, images):
+        from matplotlib.image import imread
+
+        for path in images:
+            self.writer.add_image(f"figures/{path.stem}", imread(path), step, dataformats="HWC")
+        self.writer.close()
+
+
+TRACKERS = dict(wandb_log=WandB, tensorboard_log=TensorBoard)  # by flag
+
+
+def scalars(values, before=""):
+    """A line of metrics.jsonl -> {name: number}."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, (dict, list)):
+            found |= scalars(value if isinstance(value, dict) else dict(enumerate(value)), f"{before}{name}/")
+        elif isinstance(value, (int, float)):
+            found[f"{before}{name}"] = value
+    return found
+
+
+def config_of(facts):
+    """config.json with the flags beside the rest, so that runs can be sorted by them."""
+    return facts["args"] | {name: value for name, value in facts.items() if name not in ("args", "resumed")}
+
+
+def finish(copies, metrics, summary):
+    """Give each Copy the figures of a finished run. metrics: its metrics.jsonl, a list of dicts."""
+    with TemporaryDirectory() as place:
+        for figure in figures_of(metrics, summary):
+            draw(Path(place), figure)
+        for copy in copies:
+            copy.finish(summary["last"]["iter"], sorted(Path(place).glob("*.png")))
+
+
+def figures_of(metrics, summary):
+    run, losses = summary["run"], summary["final"]["position_loss"]
+    curve = [(line["tokens"], line["val_loss"]) for line in metrics if "val_loss" in line]
+    curves = dict(curves={(run, None): curve}, order=[run], unigram=summary["val_unigram_entropy"])
+    middles = [(sum(map(int, name.split("-"))) / 2, loss) for name, loss in losses.items()]
+    lines = dict(curves={run: middles}, order=[run], x="position in the window", y="loss (nats per token)")
+    return [
+        Figure("validation_curve", "Validation loss while training", "curves", curves),
+        Figure("position_loss", "Loss by position", "lines", lines),
+    ]

@@ -1,0 +1,178 @@
+"""
+How well a model predicts texts: loss, perplexity, bits per byte, the loss by position. Against a reference model also what was
+lost, how far the predictions moved (KL), and how often both models find the same token likeliest.
+
+    python eval.py --model model_weights/gpt_baseline --text book.txt,sotu
+    python eval.py --model smaller --reference HuggingFaceTB/SmolLM2-135M --text book.txt --window 1024 --stride 256
+
+Any model: a run of train.py, a folder or hub id of Hugging Face, a .gguf file, what `python -m surgery --out` wrote.
+
+Every token of a text is predicted once. The first window begins with the tokenizer's beginning of text (its end of text where
+it has none) and predicts --window tokens. Each further window predicts --stride more, and sees the tokens before these, up to
+--window in all. --stride left out is --window: the fastest, and a token sees --window / 2 tokens on average. So reads lm-eval,
+with max_length=WINDOW and add_bos_token=False. --lm_eval FOLDER writes the texts as a task of lm-eval, and prints its command.
+"""
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from math import isfinite, log
+from pathlib import Path
+
+from common.cli import fail, finish, flag, parse
+
+WINDOW = 512
+
+
+@dataclass
+class Args:
+    model: str = flag(help="a run folder or ckpt.pt, a folder or hub id of Hugging Face, a .gguf file, or a folder of surgery")
+    text: str = flag(help="files (.xz too), sotu for the State of the Union, datasets under data/; comma-separated")
+    reference: str = flag("", "a model with the same tokenizer, to compare with: what --model was made of")
+    tokenizer: str = flag("", "of both models: hub id, folder or dataset; left out, each model's own")
+    window: int | None = flag(None, f"tokens of a window; left out, {WINDOW}, or what the models read at most", low=1)
+    stride: int | None = flag(None, "tokens that each further window predicts; left out, --window", low=1)
+    characters: int = flag(8_000_000, "characters that are read of each text", low=1)
+    batch_size: int = flag(1, "windows side by side", low=1)
+    device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
+    lm_eval: str = flag("", "a new folder: the texts as a task of lm-eval")
+
+
+def settle_windows(args, models):
+    """Fill in --window and --stride, or end in one line."""
+    longest = min(model.longest for model in models)
+    args.window = args.window or min(WINDOW, longest)
+    if args.window > longest:
+        fail(f"--window {args.window}: the model reads {longest} tokens at most, lower --window")
+    args.stride = args.stride or args.window
+    if args.stride > args.window:
+        fail(f"--stride {args.stride} is more than --window {args.window}, and would leave tokens out: lower --stride")
+
+
+def encoded(args, model, reference, texts):
+    """{text: its ids (n,)}. Ends in one line where the reference model reads other ids, or other numbers of them."""
+    from surgery.texts import encode
+
+    ids = {name: encode(model.tokenizer, text, model.rows, name) for name, text in texts.items()}
+    if empty := [name for name, found in ids.items() if not len(found)]:
+        fail(f"--text {empty[0]} is empty: give a text")
+    if reference:
+        two = f"--reference {args.reference} and --model {args.model}"
+        if reference.rows != model.rows:
+            fail(f"{two} tell {reference.rows} and {model.rows} tokens apart: give a --reference with the same tokenizer")
+        for name, text in texts.items():
+            theirs = encode(reference.tokenizer, text, reference.rows, name)
+            if reference.first != model.first or not theirs.equal(ids[name]):
+                fail(f"{two} read {name} as different tokens: give a --reference with the same tokenizer")
+    return ids
+
+
+def measure(args, model, reference, ids):
+    """A text's ids -> ([Measured of each window], losses summed by position, how many tokens were there), (window,) each."""
+    import torch
+    from tqdm import tqdm
+
+    from surgery.predictor import predict, rolling_windows
+
+    windows, found = list(rolling_windows(ids, model.first, args.window, args.stride)), []
+    sums, counts = torch.zeros(2, args.window, dtype=torch.float64)
+    steps = predict(model, reference, windows, args.batch_size)
+    for measured, position in tqdm(steps, total=len(windows), unit="window", disable=not sys.stderr.isatty(), leave=False):
+        here = slice(position, position + len(measured.loss))
+        sums[here] += measured.loss.cpu()
+        counts[here] += 1
+        found.append(measured)
+    return found, sums, counts
+
+
+def result(texts, windows, sums, counts):
+    """What is said of some texts together. windows: a list of Measured."""
+    from common.evaluate import by_ranges
+    from surgery.evaluator import over_tokens, paired, perplexity, summary
+
+    tokens, size = int(counts.sum()), sum(len(text.encode()) for text in texts)
+    words = sum(len(re.split(r"\s+", text)) for text in texts)  # as lm-eval counts them
+    found = summary(windows)
+    if not isfinite(found["loss"] + found.get("kl", 0)):
+        fail(f"a model's loss is {found['loss']}: its numbers are not finite, give another")
+    nats = found["loss"] * tokens
+    per_unit = dict(bits_per_byte=nats / size / log(2), byte_ppl=perplexity(nats / size), word_ppl=perplexity(nats / words))
+    found = dict(tokens=tokens, bytes=size) | found | per_unit | dict(position_loss=by_ranges(sums, counts))
+    if windows[0].before is not None:
+        found |= dict(reference_loss=over_tokens(windows, "before"), **paired(windows))
+    return found
+
+
+def shown(loss):
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def tables(results):
+    """{text: result()} as two markdown tables: the measures, and the loss by position."""
+    from reports.markdown import table
+
+    header, compared = ["text", "tokens", "loss", "perplexity", "bits per byte"], "kl" in next(iter(results.values()))
+    header += ["nats lost", "KL", "same top token"] if compared else []
+    lines, positions = [], {}
+    for name, r in results.items():
+        line = [Path(name).name, f"{r['tokens']:,}", shown(r["loss"]), f"{r['ppl']:.3f}", f"{r['bits_per_byte']:.4f}"]
+        if compared:
+            error = "" if r["nats_se"] is None else f" ± {r['nats_se']:.4f}"
+            line += [f"{r['nats']:+.4f}{error}", f"{r['kl']:.5f}", f"{r['top1']:.2%}"]
+        lines.append(line)
+        positions |= r["position_loss"]
+    rows = [[Path(name).name, *(shown(r["position_loss"].get(p)) for p in positions)] for name, r in results.items()]
+    return table(header, lines) + "\n\n" + table(["loss at position", *positions], rows)
+
+
+def write_task(args, texts):
+    """Write --lm_eval: a document for each text, and what lm-eval does with it. Prints the command."""
+    from common.files import written_whole
+
+    folder = Path(args.lm_eval).resolve()
+    if folder.exists():
+        fail(f"--lm_eval {args.lm_eval} exists: choose another folder, or delete it")
+    metrics = [dict(metric=metric) for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
+    task = dict(task=folder.name, dataset_path="json", test_split="test", output_type="loglikelihood_rolling", doc_to_text="")
+    task |= dict(dataset_kwargs=dict(data_files=dict(test=str(folder / "texts.jsonl"))))
+    task |= dict(doc_to_target="text", metric_list=metrics, metadata=dict(version=1))
+    with written_whole(folder, "give another --lm_eval") as part:
+        part.mkdir()
+        (part / "texts.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts.values()))
+        (part / "task.yaml").write_text(json.dumps(task, indent=1) + "\n")  # JSON is YAML
+    model = f"pretrained={args.model},dtype=float32,max_length={args.window},add_bos_token=False"
+    command = ["lm_eval", "--model", "hf", "--model_args", model, "--include_path", str(folder), "--tasks", folder.name]
+    print(f"the same by lm-eval (a model in a folder of Hugging Face): {shlex.join([*command, '--device', args.device])}")
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+
+    import torch
+
+    from surgery.predictor import Predictor
+    from surgery.subject import load_tokenizer
+    from surgery.texts import listed, text_of
+
+    paths = listed("text", args.text)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    model = Predictor(args.model, "--model", tokenizer, args.device)
+    reference = Predictor(args.reference, "--reference", tokenizer, args.device) if args.reference else None
+    settle_windows(args, [m for m in (model, reference) if m])
+    texts = {path: text_of(path, "text", args.characters) for path in paths}
+    ids = encoded(args, model, reference, texts)
+    if args.lm_eval:
+        write_task(args, texts)
+    found = {name: measure(args, model, reference, each) for name, each in ids.items()}
+    results = {name: result([texts[name]], *each) for name, each in found.items()}
+    windows, sums, counts = zip(*found.values())
+    everything = result(texts.values(), sum(windows, []), torch.stack(sums).sum(0), torch.stack(counts).sum(0))
+    print(tables(results | (dict(everything=everything) if len(results) > 1 else {})))
+    given = dict(model=args.model, reference=args.reference or None, window=args.window, stride=args.stride)
+    finish(**given, **everything, texts=results)
+
+
+if __name__ == "__main__":
+    main()

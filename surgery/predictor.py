@@ -1,0 +1,73 @@
+"""Any model behind one call, ids -> logits, and a text predicted by it window after window: what eval.py measures."""
+
+import torch
+
+from common import checkpoint
+from common.cli import fail
+from surgery.evaluator import measured
+from surgery.reading import load
+from surgery.subject import check_size, is_own, is_smaller, load_hugging_face, load_own, longest_of
+
+
+class Predictor:
+    """
+    A run of train.py, a model of Hugging Face, or what surgery wrote.
+
+    longest  tokens that it reads at most
+    rows     V, how many tokens it tells apart
+    first    the token that stands before a text: beginning of text, or where there is none end of text
+    """
+
+    def __init__(self, name, flag, tokenizer=None, device="cpu"):
+        """name: of the model. flag: that gave it. tokenizer: left out, the model's own."""
+        if is_own(name):
+            subject, its_tokenizer = load_own(name, flag)
+            model, self.longest = subject.model, subject.longest
+            self.logits = lambda x: model.logits(model.hidden(x))  # (B, T) ids -> (B, T, V)
+        else:
+            if is_smaller(name):
+                model, own = load(name, packed=False)  # decoded at once: packed, every window would decode it again
+                its_tokenizer = lambda: own  # noqa: E731
+            else:
+                model, its_tokenizer = load_hugging_face(name, flag)
+            self.longest, self.logits = longest_of(model), lambda x: model(x, use_cache=False).logits
+        checkpoint.move_to(model, device)
+        self.device, self.tokenizer = device, tokenizer or its_tokenizer()
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        self.first = next((mark for mark in marks if mark is not None), None)
+        if self.first is None:
+            fail(f"the tokenizer of {flag} {name} has no beginning and no end of text: give --tokenizer one that has")
+        with torch.inference_mode():
+            self.rows = self.logits(torch.tensor([[0]], device=device)).shape[-1]
+        check_size(self.tokenizer, name, self.rows, f"{flag} {name}")
+
+
+def rolling_windows(ids, first, length, stride):
+    """
+    A text's ids (n,) -> for each window (x (T,), y (T,), how many of the last of y no window before has predicted).
+
+    first: the token before the text. The first window predicts `length` tokens, each further one `stride` more, and sees what
+    comes before these up to `length` tokens in all: T is `length` where the text has as many.
+    """
+    everything, end = torch.cat([torch.tensor([first]), ids]), 0
+    while end < len(ids):
+        new = min(stride if end else length, len(ids) - end)
+        end += new
+        start = max(0, end - length)
+        yield everything[start:end], everything[start + 1 : end + 1], new
+
+
+@torch.inference_mode()
+def predict(model, reference, windows, batch_size):
+    """
+    Yields (Measured of the new tokens, the position of the first of them) of each window.
+
+    windows: a list of rolling_windows(), of one length. reference: a Predictor, or None.
+    """
+    for i in range(0, len(windows), batch_size):
+        some = windows[i : i + batch_size]
+        x = torch.stack([x for x, _, _ in some])
+        logits = model.logits(x.to(model.device))
+        others = reference.logits(x.to(reference.device)) if reference else [None] * len(some)
+        for (_, y, new), found, other in zip(some, logits, others):
+            yield measured(found[-new:], y[-new:], other if other is None else other[-new:]), len(y) - new
