@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Gives every file that a program reads N damaged or hostile versions, and prints what came of them; then N random configurations.
-# 200 (the default), 7,800 in all, take 4 1/2 minutes on one core. The tests hold a fast version.
+# Gives every file that a program reads N damaged or hostile versions, and prints what came of them; then tries N random
+# configurations. 200 (the default), 7,800 in all, take 4 1/2 minutes on one core. The tests hold
+# a fast version.
 #
 #   bash scripts/hostile.sh 200
+#   SEED=7 bash scripts/hostile.sh 200     others than the tests'
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HOSTILE=${1:-200} PROPERTIES=${1:-200} HOSTILE_COUNTS=$(mktemp)
 status=0
-python -m pytest -n 0 tests/test_hostile.py tests/test_hostile_models.py tests/test_properties.py || status=$?
+if [ -n "${SEED:-}" ]; then export HOSTILE_SEED=$SEED; fi
+python -m pytest -n 0 ${SEED:+"--hypothesis-seed=$SEED"} tests/test_hostile.py tests/test_hostile_models.py \
+  tests/test_properties.py || status=$?
 cat "$HOSTILE_COUNTS"
 awk -F '[:, ]+' '{ for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) sum[$(i + 1)] += $i }
   END { for (name in sum) printf "%s %d  ", name, sum[name]; print "" }' "$HOSTILE_COUNTS"

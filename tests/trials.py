@@ -88,11 +88,13 @@ def try_case(case, number, work, seed=0):
 
 def all_survive(work, name, folder, files, read, number=12):
     """
-    No mutation makes a reader fail: an assertion. number: mutations of each file; HOSTILE=200 overrules it.
+    No mutation makes a reader fail: an assertion. number: mutations of each file; HOSTILE=200 overrules it, HOSTILE_SEED=7
+    draws others.
 
     Prints the counts, and adds them to the file HOSTILE_COUNTS.
     """
-    count = try_case(Case(name, folder, files, read), int(os.environ.get("HOSTILE", number)), work)
+    number, seed = int(os.environ.get("HOSTILE", number)), int(os.environ.get("HOSTILE_SEED", 0))
+    count = try_case(Case(name, folder, files, read), number, work, seed)
     print(f"\n{count}")
     if "HOSTILE_COUNTS" in os.environ:
         with open(os.environ["HOSTILE_COUNTS"], "a") as lines:
