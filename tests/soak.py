@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ REPO = Path(__file__).parents[1]
 SHAPE = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --gradient_accumulation_steps 2 --eval_iters 3
 --log_interval 7 --dropout 0.1 --device cpu --dtype float32 --no-compile --checkpoint_minutes 0.004"""
 RUN = f"{SHAPE} --max_iters 600 --warmup_iters 10 --eval_interval 90"
-STEPS = f"{SHAPE} --max_iters 200 --warmup_iters 10 --eval_interval 60"
-EPOCHS = f"{SHAPE} --max_epochs 3 --max_train_samples 320"
+STEPS = f"{SHAPE} --max_iters 60 --warmup_iters 10 --eval_interval 20"
+EPOCHS = f"{SHAPE} --max_epochs 3 --max_train_samples 160"
 WINDOWS = "--window 32 --eval_windows 2 --calib_tokens 1024 --answer_tokens 0"
 RANKS = dict(K="4", KV="8", SMALL="8", WTE="8", SMALLWTE="8")
 PIPELINES = {
@@ -142,6 +143,15 @@ def prepare_model(place):
     (place / "text.txt").write_text("\f".join(TEXT[i : i + 9000] for i in range(0, 72000, 9000)))
 
 
+@contextmanager
+def ended_with(process):
+    """Where this program is stopped, so is the process."""
+    try:
+        yield
+    finally:
+        process.terminate()
+
+
 def left_alive(folder):
     """Processes that work on a folder."""
     found = []
@@ -164,17 +174,19 @@ def trial(program, folder, lasts, draw, kinds):
     stops = orphans = 0
     with open(folder.with_suffix(".log"), "w+") as log:
         for _ in range(draw.randint(2, 3) if kinds else 0):
-            process = program.start(folder, log)
-            try:
-                process.wait(lasts * draw.uniform(0.2, 0.9))
-            except subprocess.TimeoutExpired:
-                process.send_signal(draw.choice(kinds))
-                process.wait()
-                stops += 1
-                time.sleep(0.2)  # the kernel ends the children of a script that was killed
-                orphans += len(left_alive(folder))
-        if not program.is_done(folder) and program.start(folder, log).wait():
-            sys.exit(log.seek(0) or log.read()[-3000:])
+            with program.start(folder, log) as process, ended_with(process):
+                try:
+                    process.wait(lasts * draw.uniform(0.2, 0.9))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(draw.choice(kinds))
+                    process.wait()
+                    stops += 1
+                    time.sleep(0.2)  # the kernel ends the children of a script that was killed
+                    orphans += len(left_alive(folder))
+        if not program.is_done(folder):
+            with program.start(folder, log) as process, ended_with(process):
+                if process.wait():
+                    sys.exit(log.seek(0) or log.read()[-3000:])
     return stops, orphans
 
 
@@ -211,4 +223,5 @@ def main(what, number, seed):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(not main(*sys.argv[1:]))
