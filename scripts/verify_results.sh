@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Measures one cheap row of each study in results/ again, on this machine and commit, and compares it with the study's page.
-# Exit status 1 where one differs. Projected from its pieces: 7 minutes on 2 quiet cores. On one core beside other work: 35.
+# Exit status 1 where one differs. 7 minutes on 2 quiet cores, projected from its pieces; 35 on one busy core, with WIKI 45.
 #
 #   bash scripts/verify_results.sh
-#   WIKI=path/to/wiki.valid.raw bash scripts/verify_results.sh     surgery on SmolLM2 too, 4 minutes more
+#   WIKI=path/to/wiki.valid.raw bash scripts/verify_results.sh     surgery on SmolLM2 too
 #
 # A loss may differ by 0.01 nats, half of what lies between two seeds: the arithmetic, the processor and the code of the
 # roundings are others than then. Bytes may not differ.

@@ -4,10 +4,14 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from conftest import REPO
 from shell import run
 
 FAKE_PYTHON = r"""#!/usr/bin/env bash
@@ -207,3 +211,31 @@ def test_a_sweep_of_wandb_starts_the_script_of_its_run(pretend, copy):
     done, calls = pretend(shlex.join(sum(parts, [])), PRESET="laptop")
     assert done.returncode == 0, done.stderr
     assert "gpt_random_lowrank_k32 " in calls[-1] and "--n_embd_wte 32" in calls[-1] and calls[-1].endswith("--wandb_log")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes the Linux way")
+def test_no_program_outlives_its_script(tmp_path):
+    """Of two scripts, one inside the other: Ctrl-C and SIGTERM are handed on; after SIGKILL the kernel ends the children."""
+    pid = tmp_path / "pid"
+    for name, command in (("inner", f"bash -c 'echo $$ > {pid} && exec sleep 60'"), ("outer", f"bash {tmp_path}/inner.sh")):
+        (tmp_path / f"{name}.sh").write_text(f"source scripts/stages.sh\nattend {command}\n")
+    kinds = [(signal.SIGTERM, 143), (signal.SIGINT, 130)] + [(signal.SIGKILL, -9)] * bool(shutil.which("setpriv"))
+    for kind, status in kinds:
+        pid.unlink(missing_ok=True)
+        script = subprocess.Popen(["bash", tmp_path / "outer.sh"], cwd=REPO, stderr=subprocess.DEVNULL)
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.01)
+        script.send_signal(kind)
+        assert script.wait() == status
+        end = time.time() + 5
+        while works(pid.read_text().strip()):
+            assert time.time() < end, kind
+            time.sleep(0.01)
+
+
+def works(pid):
+    """Whether a process is there; one that has ended may wait for somebody to ask for its status."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
