@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
+from common.files import claim_new
 
 
 @dataclass
@@ -49,8 +50,11 @@ def main(argv=None):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    claim = claim_new(args.out, "folder")
     made = (read_smaller if (Path(args.model) / WEIGHTS).is_file() else read_own)(args)
-    finish(**write(args, made))
+    written = write(args, made)
+    claim.release()
+    finish(**written)
 
 
 if __name__ == "__main__":
