@@ -17,7 +17,6 @@ from surgery.coded_folder import save as save_coded
 from surgery.low_rank_folder import save
 from surgery.reading import load
 from surgery.write_model import cache_bytes
-from util_factorization.coding import code, draft_layer, draft_table, fit
 from util_factorization.import_hf import from_hugging_face
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache
@@ -25,7 +24,7 @@ from value_cache.kv_cache import KVCache
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers
 import test_coded_cache  # noqa: E402
-from test_hostile_models import low_rank  # noqa: E402
+from test_hostile_models import coded_matrices, low_rank  # noqa: E402
 from test_smaller import MODELS, cut  # noqa: E402
 
 PYTHIA = dict(rotary_pct=0.25, parallel_residual=True, tie_head=False)
@@ -113,11 +112,12 @@ def greedy(hf, x, tokens):
     return hf.generate(x, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
-def assert_same(hf, before, x, tokens=0):
-    with torch.no_grad():
-        torch.testing.assert_close(hf(x).logits, before(x).logits, atol=1e-4, rtol=1e-4)
-    if tokens:
-        assert torch.equal(greedy(hf, x, tokens), greedy(before, x, tokens))
+@torch.no_grad()
+def assert_same(models, before, x, tokens=0):
+    logits, said = before(x).logits, greedy(before, x, tokens) if tokens else None
+    for hf in models:
+        torch.testing.assert_close(hf(x).logits, logits, atol=1e-4, rtol=1e-4)
+        assert not tokens or torch.equal(greedy(hf, x, tokens), said)
 
 
 @pytest.mark.parametrize(("name", "mode", "targets"), [*CUTS, ("llama", "table", "wte"), ("neox", "table", "wte")])
@@ -129,8 +129,7 @@ def test_every_smaller_model_in_both_forms(spoken, export, tmp_path, name, mode,
     assert type(hf) is type(untouched) and not hasattr(hf.config, "surgery")
     small = opened(tmp_path / "compact", trust_remote_code=True)
     assert small.num_parameters() == before.num_parameters() < untouched.num_parameters()
-    assert_same(small, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
-    assert_same(hf, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
+    assert_same((small, hf), before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
 
 
 # -- compact ----------------------------------------------------------------------------------------------------------
@@ -218,24 +217,18 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_
 @pytest.fixture(scope="module", params=["matrices", "matrices and cache"])
 def packed(request, spoken, tmp_path_factory):
     """(A compact folder of a model whose table, a layer and maybe the cache are kept by bits; surgery's folder)."""
-    folder = tmp_path_factory.mktemp("packed")
-    hf, _, codes = test_coded_cache.coded(0.25)
-    metric, layer = torch.eye(32) + 0.1, hf.model.layers[0].mlp.up_proj.weight.data
-    drafts = {
-        "wte": draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric),
-        "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer))),
-    }
-    bits, book = fit(list(drafts.values()), 2 * 0.6 * (300 * 32 + layer.numel()))
-    matrices = {name: code(draft, b, book) for (name, draft), b in zip(drafts.items(), bits)}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(spoken)
-    save_coded(folder / "small", hf, tokenizer, matrices, codes if "cache" in request.param else ())
+    folder, tokenizer = tmp_path_factory.mktemp("packed"), transformers.AutoTokenizer.from_pretrained(spoken)
+    hf, codes = toys.llama(num_hidden_layers=1), ()
+    if "cache" in request.param:
+        hf, _, codes = test_coded_cache.coded(0.25)
+    save_coded(folder / "small", hf, tokenizer, coded_matrices(hf), codes)
     main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
     return folder / "out", folder / "small"
 
 
 def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
     before, hf = load(packed[1])[0], opened(packed[0], trust_remote_code=True)
-    assert_same(hf, before, ids(300, B=1), tokens=3)
+    assert_same([hf], before, ids(300, B=1), tokens=3)
     assert cache_bytes(hf, ids(300)[0]) == cache_bytes(before, ids(300)[0])
     held = [sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) for m in (hf, before)]
     levels = 2 * 16 * 2**12
@@ -256,7 +249,7 @@ def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_
     if json.loads((packed[1] / "config.json").read_text())["surgery"]["cache"]:
         return assert_one_line_error(result, "--dense", "no standard architecture", "cache by bits")
     assert result.status == 0, result.err
-    assert_same(opened(tmp_path / "dense"), load(packed[1], packed=False)[0], ids(300, B=1))
+    assert_same([opened(tmp_path / "dense")], load(packed[1], packed=False)[0], ids(300, B=1))
 
 
 # -- the folder around the weights ------------------------------------------------------------------------------------
