@@ -304,9 +304,9 @@ def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
     assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == encoding.eot_token
     assert theirs(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
     bpe = train_bpe([toys.TEXT], 300)
-    meta = dict(vocab_size=300, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
+    meta = dict(vocab_size=304, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
     write_dataset(tmp_path, [1, 2], [3], meta)
-    own = tokenizer_for(str(tmp_path), "none", 300, "x")
+    own = tokenizer_for(str(tmp_path), "none", 304, "x")
     own.save_pretrained(tmp_path / "saved")
     for tokenizer in (own, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
         assert tokenizer("12 is even")["input_ids"] == bpe.encode("12 is even").ids and tokenizer.eos_token == "<|endoftext|>"
