@@ -48,7 +48,7 @@ def read_own(args):
     tokenizer.model_max_length = model.config.block_size
     hf, cuts = to_standard(model, tokenizer.eos_token_id)
     plan = made_compact(hf, model, cuts) if args.compact else None
-    return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model))
+    return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model, saved))
 
 
 def refuse_what_is_not_smaller(config, name):
