@@ -23,7 +23,7 @@ RECORD = {
 
 
 def facts_of_run(path, saved):
-    """[(name, text)] of a checkpoint at `path`: what its run folder says; what the file says where it is not the best of a run."""
+    """[(name, text)] of a checkpoint: of a run's best what its folder says, of another one what the file says."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if path.name != "ckpt.pt" or not path.with_name("summary.json").is_file():
         loss, tokens = saved.get("val_loss"), saved["tokens"]
