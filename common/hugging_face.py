@@ -69,6 +69,11 @@ def read(kind, what, source, flag, **options):
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the network, the folder and every reader raise errors of their own
+        if "trust_remote_code" in str(error):
+            fail(
+                f"{flag} {source} brings code of its own, which does not run here: give the model that it was made of. To use "
+                "it: from_pretrained(..., trust_remote_code=True)"
+            )
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")
 

@@ -12,7 +12,7 @@ from common.untrusted import COUNT, Positive, read_json
 NUMBER = (float, None)
 HINT = "move it away: the card then leaves its numbers out"
 EVALUATION = {"val_loss": float, "val_ppl": float, "eval_tokens": COUNT, "tokens?": COUNT}
-SUMMARY = {"dataset": str, "final": EVALUATION, "hardware?": str, "seconds?": NUMBER, "starts_from?": (dict, None)}
+SUMMARY = {"dataset": str, "final": EVALUATION, "hardware?": str, "seconds?": NUMBER, "starts_from?": (dict(ckpt=str), None)}
 MEASURED = {"loss": float, "ppl": float, "kl?": NUMBER, "texts?": {str: dict(ppl=float)}}
 MEASURED |= {"tokens_per_second?": [Positive], "cache_bytes?": Positive}
 RECORD = {
@@ -22,26 +22,30 @@ RECORD = {
 }  # fmt: skip
 
 
-def facts_of_run(path):
-    """[(name, text)] of a checkpoint: what its run folder says; nothing where there is none."""
-    folder, facts = Path(path) if Path(path).is_dir() else Path(path).parent, []
-    if (folder / "summary.json").is_file():
-        found = read_json(folder / "summary.json", SUMMARY, "what train.py writes", HINT)
-        final = found["final"]
-        facts += [
-            ("trained on", found["dataset"]),
-            ("tokens read", f"{final['tokens']:,}" if "tokens" in final else None),
-            ("loss, validation text", f"{final['val_loss']:.4f} nats a token"),
-            ("perplexity", f"{final['val_ppl']:.2f}"),
-            ("evaluated on", f"{final['eval_tokens']:,} tokens of it"),
-            ("hardware", found.get("hardware")),
+def facts_of_run(path, saved):
+    """[(name, text)] of a checkpoint: of a run's best what its folder says, of another one what the file says."""
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if path.name != "ckpt.pt" or not path.with_name("summary.json").is_file():
+        loss, tokens = saved.get("val_loss"), saved["tokens"]
+        return [
+            ("trained on", saved["args"]["dataset"]),
+            ("tokens read", f"{tokens:,}" if tokens else None),
+            ("loss, validation text", f"{loss:.4f} nats a token" if loss else None),
         ]
-        if start := found.get("starts_from"):
-            facts.append(("started from", Path(str(start.get("ckpt"))).parent.name))
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json", {"command?": str, "commit?": str}, "a run's config.json", HINT)
-        facts += [("trained by", code(config.get("command"))), ("commit", config.get("commit"))]
-    return facts
+    found = read_json(path.with_name("summary.json"), SUMMARY, "what train.py writes", HINT)
+    config = read_json(path.with_name("config.json"), {"command?": str, "commit?": str}, "a run's config.json", HINT)
+    final, start = found["final"], found.get("starts_from")
+    return [
+        ("trained on", found["dataset"]),
+        ("tokens read", f"{final['tokens']:,}" if "tokens" in final else None),
+        ("loss, validation text", f"{final['val_loss']:.4f} nats a token"),
+        ("perplexity", f"{final['val_ppl']:.2f}"),
+        ("evaluated on", f"{final['eval_tokens']:,} tokens of it"),
+        ("started from", Path(start["ckpt"]).parent.name if start else None),
+        ("hardware", found.get("hardware")),
+        ("trained by", code(config.get("command"))),
+        ("commit", config.get("commit")),
+    ]
 
 
 def facts_of_smaller(folder):

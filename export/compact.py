@@ -28,7 +28,7 @@ class CompactForCausalLM({mixin}, {model}):
 @torch.no_grad()
 def made_compact(hf, model, cuts):
     """Give the standard form of our GPT its factors back, in place -> the plan (low_rank_modules.py)."""
-    layer = "gpt_neox.layers.{}.attention"
+    layer = "gpt_neox.layers.{}.attention" if model.config.rotary_pct else "transformer.h.{}.attn"
     stacks = [dict(parts=[[layer.format(cut.layer), cut.target]], rank=len(cut.right)) for cut in cuts]
     c, t, table = model.config, model.transformer, None
     if c.n_embd_wte is not None:

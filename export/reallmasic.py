@@ -35,7 +35,7 @@ def factorized(args):
         fail(f"--model {args.model}: give a dense GPT-2 (learned positions, gelu), which both have")
     try:
         k = np.load(args.import_wte_npy, mmap_mode="r", allow_pickle=False).shape[1]
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, AttributeError) as error:
         fail(f"--import_wte_npy {args.import_wte_npy} is no factor file ({type(error).__name__}): factorize the checkpoint")
     files = args.import_wte_npy, args.import_scale_matrices_npz
     factors = read_factors(*files, config["vocab_size"], k, config["n_embd"])

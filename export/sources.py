@@ -48,14 +48,11 @@ def read_own(args):
     tokenizer.model_max_length = model.config.block_size
     hf, cuts = to_standard(model, tokenizer.eos_token_id)
     plan = made_compact(hf, model, cuts) if args.compact else None
-    return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model))
+    return Source(hf, plan, tokenizer, lambda ids: model(ids)[0], facts_of_run(args.model, saved))
 
 
 def refuse_what_is_not_smaller(config, name):
-    compressed = config.k_proj_dim is not None or config.v_proj_dim is not None
-    if compressed and not config.rotary_pct:
-        fail(f"--compact: the latents of {name} need a model that rotates its positions (Pythia): give --dense")
-    if not compressed and config.n_embd_wte is None:
+    if config.k_proj_dim is None and config.v_proj_dim is None and config.n_embd_wte is None:
         fail(f"--compact: nothing of {name} is smaller than in its standard architecture: give --dense")
 
 

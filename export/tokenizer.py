@@ -13,28 +13,32 @@ def tokenizer_for(name, dataset, rows, source):
     name: --tokenizer, a dataset, hub id or folder; "" takes the dataset's that the model was trained on. source: --model.
     """
     what = name or dataset
-    found = of_dataset(what)
-    if found is None and not name:
+    flag = f"--tokenizer {what}" if name else f"--model {source}: its dataset {what}"
+    meta = meta_of(what)
+    if meta is None and not name:
         fail(f"--model {source} was trained on {dataset}, which is not here: run its prepare.py, or give --tokenizer")
-    tokenizer, exact = (read_tokenizer(name, "--tokenizer"), False) if found is None else (found, True)
-    if len(tokenizer) > rows or exact and len(tokenizer) < rows:
-        flag = "--tokenizer" if name else f"--model {source}: its dataset"
-        fail(f"{flag} {what} has {len(tokenizer)} tokens, the model a table of {rows}: give --tokenizer its own")
+    tokenizer = read_tokenizer(name, "--tokenizer") if meta is None else of_meta(meta)
+    ids = len(tokenizer) if meta is None else meta["vocab_size"]  # some datasets count a few ids that no text has
+    if ids > rows or meta and ids < rows:
+        fail(f"{flag} has {ids} tokens, the model a table of {rows}: give --tokenizer its own")
     return tokenizer
 
 
-def of_dataset(name):
-    """The tokenizer of a dataset, or None where there is no such dataset."""
+def meta_of(name):
+    """The meta.pkl of a dataset with a tokenizer, checked; None where there is no such dataset."""
     folder = find_folder(name)
     if folder is None or not (folder / "meta.pkl").is_file():
         return None
-    meta, source = read_meta(folder / "meta.pkl"), folder / "meta.pkl"
-    read_codec(meta, source, "give --tokenizer")  # checks it
-    from transformers import PreTrainedTokenizerFast
+    meta = read_meta(folder / "meta.pkl")
+    read_codec(meta, folder / "meta.pkl", "give --tokenizer")
+    return meta
 
+
+def of_meta(meta):
     if meta["tokenizer"] == "gpt2":
         return from_tiktoken(gpt2())
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer.from_str(meta["tokenizer_json"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=bpe.id_to_token(meta["end_of_text"]))

@@ -27,7 +27,7 @@ def write(args, source):
             write_compact(part, source.hf, source.plan, dtype)
         else:
             source.hf.to(dtype).save_pretrained(part)
-        source.tokenizer.save_pretrained(part)
+        save_tokenizer(source.tokenizer, part)
         size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         write_card(part, Path(args.out).name, source.hf, form, size, source.facts)
         moved = distance(part, dtype, ids, before)
@@ -36,6 +36,13 @@ def write(args, source):
     numbers = sum(p.numel() for p in source.hf.parameters())
     print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} numbers, {size:,} bytes; logits moved by {moved:.1e}")
     return dict(out=args.out, form=form, architecture=type(source.hf).__name__, numbers=numbers, bytes=size, moved=moved)
+
+
+def save_tokenizer(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    kept = path.read_text(encoding="utf-8")
+    path.write_text(kept.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")  # its name before v5
 
 
 @torch.inference_mode()

@@ -87,9 +87,17 @@ def plain(name, linear):
     return linear
 
 
-def find_layers(model):
+class Turned:
+    """A Conv1D of a GPT-2, whose weight is [in,out], as a Linear has it."""
+
+    def __init__(self, conv1d):
+        self.weight, self.bias = conv1d.weight.T, conv1d.bias
+
+
+def find_layers(model, conv1d=False):
     """
-    Every attention layer of a model. Its q, k and v are q_proj, k_proj and v_proj, or lie in the fused matrix of a GPT-NeoX.
+    Every attention layer of a model. Its q, k and v are q_proj, k_proj and v_proj, or lie in the fused matrix of a GPT-NeoX;
+    conv1d: or of a GPT-2.
 
     Our GPT with compressed keys or values: the projections, before the compression. To add a family of models, add its names
     here; Subject in subject.py has to know its table and its head.
@@ -106,6 +114,9 @@ def find_layers(model):
             # [H 3 n, in]: every head's q, k and v lie side by side
             by_head = torch.arange(len(qkv.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
             rows = {target: by_head[:, i].flatten() for i, target in enumerate("qkv")}
+        elif conv1d and hasattr(module, "c_attn"):
+            linears = {f"{name}.c_attn": Turned(module.c_attn)}
+            rows = dict(zip("qkv", torch.arange(module.c_attn.weight.shape[1]).chunk(3)))
         else:
             continue
         layers.append(Layer(name, linears, rows))

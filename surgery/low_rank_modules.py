@@ -60,7 +60,9 @@ class Turns:
         self.rotary, self.cos, self.sin = rotary, torch.empty(1, 0, 0), None
 
     def __call__(self, S, like):
-        """-> cos and sin (1, S, D/2), D rotated numbers a head."""
+        """-> cos and sin (1, S, D/2), D rotated numbers a head; a model of learned positions rotates none."""
+        if self.rotary is None:
+            return (like.new_empty(1, S, 0),) * 2
         if self.cos.shape[1] < S or self.cos.device != like.device or self.cos.dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():  # a later training may read them too
                 positions = torch.arange(max(64, 2 * S), device=like.device)[None]
@@ -81,7 +83,7 @@ class LatentAttention(nn.Module):
     def __init__(self, attn, q, k, v, turns):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = q, k, v
-        self.o_proj = attn.o_proj if hasattr(attn, "o_proj") else attn.dense
+        self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense", "c_proj") if hasattr(attn, name))
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n = attn.head_dim if hasattr(attn, "head_dim") else attn.head_size
         self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
@@ -203,7 +205,7 @@ def install(hf, plan):
     Attention that loses k or v, or whose q, k and v are fused, becomes a LatentAttention. In other attention only q_proj is
     replaced.
     """
-    layers = {layer.name: layer for layer in find_layers(hf)} if plan["stacks"] else {}
+    layers = {layer.name: layer for layer in find_layers(hf, conv1d=True)} if plan["stacks"] else {}
     turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []
     for stack in plan["stacks"]:
         made.append([])

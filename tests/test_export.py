@@ -17,7 +17,6 @@ from surgery.coded_folder import save as save_coded
 from surgery.low_rank_folder import save
 from surgery.reading import load
 from surgery.write_model import cache_bytes
-from util_factorization.coding import code, draft_layer, draft_table, fit
 from util_factorization.import_hf import from_hugging_face
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache
@@ -25,7 +24,7 @@ from value_cache.kv_cache import KVCache
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers
 import test_coded_cache  # noqa: E402
-from test_hostile_models import low_rank  # noqa: E402
+from test_hostile_models import coded_matrices, low_rank  # noqa: E402
 from test_smaller import MODELS, cut  # noqa: E402
 
 PYTHIA = dict(rotary_pct=0.25, parallel_residual=True, tie_head=False)
@@ -113,11 +112,12 @@ def greedy(hf, x, tokens):
     return hf.generate(x, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
-def assert_same(hf, before, x, tokens=0):
-    with torch.no_grad():
-        torch.testing.assert_close(hf(x).logits, before(x).logits, atol=1e-4, rtol=1e-4)
-    if tokens:
-        assert torch.equal(greedy(hf, x, tokens), greedy(before, x, tokens))
+@torch.no_grad()
+def assert_same(models, before, x, tokens=0):
+    logits, said = before(x).logits, greedy(before, x, tokens) if tokens else None
+    for hf in models:
+        torch.testing.assert_close(hf(x).logits, logits, atol=1e-4, rtol=1e-4)
+        assert not tokens or torch.equal(greedy(hf, x, tokens), said)
 
 
 @pytest.mark.parametrize(("name", "mode", "targets"), [*CUTS, ("llama", "table", "wte"), ("neox", "table", "wte")])
@@ -129,14 +129,13 @@ def test_every_smaller_model_in_both_forms(spoken, export, tmp_path, name, mode,
     assert type(hf) is type(untouched) and not hasattr(hf.config, "surgery")
     small = opened(tmp_path / "compact", trust_remote_code=True)
     assert small.num_parameters() == before.num_parameters() < untouched.num_parameters()
-    assert_same(small, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
-    assert_same(hf, before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
+    assert_same((small, hf), before, x, tokens=64 if (name, mode) == ("llama", "shared_kv") else 0)
 
 
 # -- compact ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["factors", "tied_scales", "mean", "compressed", "both"])
+@pytest.mark.parametrize("name", ["factors", "tied_scales", "mean", "compressed", "both", "narrow", "compressed_gpt2"])
 def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
     changes = (OURS | dict(both=OURS["compressed"] | FACTORS | dict(tie_head=True)))[name]
     model = tiny_model(vocab_size=300, **changes)
@@ -146,6 +145,8 @@ def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
     with torch.no_grad():
         torch.testing.assert_close(hf(x).logits, model(x)[0], atol=1e-4, rtol=1e-4)
     assert cache_bytes(hf, x[0]) == 4 * model.config.n_layer * sum(model.cache_widths())
+    ours = torch.stack(list(generate(model, x[:, :8], 8, chooser(0))), 1)
+    assert torch.equal(greedy(hf, x[:, :8], 8)[:, 8:], ours)
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +204,18 @@ def test_adapters_on_a_compact_model_train_and_merge(compact):
     assert cache_bytes(merged, x[0]) == 2 * 5 * 4  # one latent a layer, still
 
 
-def test_a_compact_model_without_trust_says_what_to_pass(compact):
+def test_the_code_beside_the_weights_needs_torch_and_transformers_alone(compact, packed):
+    for folder in (compact[0], packed[0]):
+        text = (folder / "modeling_nanopca.py").read_text()
+        found = {part.split()[1].split(".")[0] for part in text.splitlines() if part.lstrip().startswith(("import ", "from "))}
+        assert {"torch", "transformers"} <= found <= {"torch", "transformers", "math", "dataclasses"}
+
+
+def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_path, assert_one_line_error):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         opened(compact[0])
+    result = run_main("util_factorization/import_hf.py", "--model", compact[0], "--out", tmp_path / "ckpt.pt")
+    assert_one_line_error(result, "code of its own", "trust_remote_code=True")
 
 
 # -- by bits ----------------------------------------------------------------------------------------------------------
@@ -214,24 +224,18 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact):
 @pytest.fixture(scope="module", params=["matrices", "matrices and cache"])
 def packed(request, spoken, tmp_path_factory):
     """(A compact folder of a model whose table, a layer and maybe the cache are kept by bits; surgery's folder)."""
-    folder = tmp_path_factory.mktemp("packed")
-    hf, _, codes = test_coded_cache.coded(0.25)
-    metric, layer = torch.eye(32) + 0.1, hf.model.layers[0].mlp.up_proj.weight.data
-    drafts = {
-        "wte": draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric),
-        "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer))),
-    }
-    bits, book = fit(list(drafts.values()), 2 * 0.6 * (300 * 32 + layer.numel()))
-    matrices = {name: code(draft, b, book) for (name, draft), b in zip(drafts.items(), bits)}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(spoken)
-    save_coded(folder / "small", hf, tokenizer, matrices, codes if "cache" in request.param else ())
+    folder, tokenizer = tmp_path_factory.mktemp("packed"), transformers.AutoTokenizer.from_pretrained(spoken)
+    hf, codes = toys.llama(num_hidden_layers=1), ()
+    if "cache" in request.param:
+        hf, _, codes = test_coded_cache.coded(0.25)
+    save_coded(folder / "small", hf, tokenizer, coded_matrices(hf), codes)
     main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
     return folder / "out", folder / "small"
 
 
 def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
     before, hf = load(packed[1])[0], opened(packed[0], trust_remote_code=True)
-    assert_same(hf, before, ids(300, B=1), tokens=3)
+    assert_same([hf], before, ids(300, B=1), tokens=3)
     assert cache_bytes(hf, ids(300)[0]) == cache_bytes(before, ids(300)[0])
     held = [sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) for m in (hf, before)]
     levels = 2 * 16 * 2**12
@@ -252,7 +256,7 @@ def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_
     if json.loads((packed[1] / "config.json").read_text())["surgery"]["cache"]:
         return assert_one_line_error(result, "--dense", "no standard architecture", "cache by bits")
     assert result.status == 0, result.err
-    assert_same(opened(tmp_path / "dense"), load(packed[1], packed=False)[0], ids(300, B=1))
+    assert_same([opened(tmp_path / "dense")], load(packed[1], packed=False)[0], ids(300, B=1))
 
 
 # -- the folder around the weights ------------------------------------------------------------------------------------
@@ -307,9 +311,9 @@ def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
     assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == encoding.eot_token
     assert theirs(text, split_special_tokens=True)["input_ids"] == encoding.encode_ordinary(text)
     bpe = train_bpe([toys.TEXT], 300)
-    meta = dict(vocab_size=300, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
+    meta = dict(vocab_size=304, tokenizer="bpe", tokenizer_json=bpe.to_str(), end_of_text=0)
     write_dataset(tmp_path, [1, 2], [3], meta)
-    own = tokenizer_for(str(tmp_path), "none", 300, "x")
+    own = tokenizer_for(str(tmp_path), "none", 304, "x")
     own.save_pretrained(tmp_path / "saved")
     for tokenizer in (own, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
         assert tokenizer("12 is even")["input_ids"] == bpe.encode("12 is even").ids and tokenizer.eos_token == "<|endoftext|>"
@@ -318,7 +322,6 @@ def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
 def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path, assert_one_line_error, compact):
     run, other = saved(tiny_model(vocab_size=300), tmp_path / "run"), ("--tokenizer", spoken)
     parallel = saved(tiny_model(vocab_size=300, parallel_residual=True), tmp_path / "parallel")
-    learned = saved(tiny_model(vocab_size=300, v_proj_dim=4), tmp_path / "learned")
     few = saved(tiny_model(vocab_size=97), tmp_path / "few")
     (tmp_path / "there").mkdir()
     for model, argv, out, *words in [
@@ -329,7 +332,6 @@ def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path
         (few, (*other, "--dense"), "out", "--tokenizer", "300 tokens", "97"),
         (parallel, (*other, "--dense"), "out", "no standard architecture"),
         (run, (*other, "--compact"), "out", "--compact", "nothing", "--dense"),
-        (learned, (*other, "--compact"), "out", "--compact", "rotates", "--dense"),
         (tmp_path / "nothing", ("--dense",), "out", "nothing", "run folder"),
         (compact[0].parent / "small", (*other, "--dense"), "out", "--tokenizer", "its own"),
         (compact[0], ("--dense",), "out", "Hugging Face"),

@@ -66,17 +66,21 @@ def factors(hf, i):
     return decompose_matrix(torch.cat([attn.k_proj.weight, attn.v_proj.weight]), "svd").factors(5)
 
 
-def coded(folder, tokenizer):
-    hf = toys.llama(num_hidden_layers=1)
+def coded_matrices(hf):
+    """The table and a layer of a toy by bits."""
     torch.manual_seed(0)
-    metric = torch.eye(32) + 0.1
-    layer = hf.model.layers[0].mlp.up_proj.weight.data
+    metric, layer = torch.eye(32) + 0.1, hf.model.layers[0].mlp.up_proj.weight.data
     drafts = {
         "wte": draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric),
         "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer))),
     }
-    bits, codes = fit(list(drafts.values()), 2 * 0.6 * sum(300 * 32 + layer.numel() for _ in (1,)))
-    save_coded(folder, hf, tokenizer, {name: code(draft, b, codes) for (name, draft), b in zip(drafts.items(), bits)})
+    bits, codes = fit(list(drafts.values()), 2 * 0.6 * (300 * 32 + layer.numel()))
+    return {name: code(draft, b, codes) for (name, draft), b in zip(drafts.items(), bits)}
+
+
+def coded(folder, tokenizer):
+    hf = toys.llama(num_hidden_layers=1)
+    save_coded(folder, hf, tokenizer, coded_matrices(hf))
 
 
 @pytest.mark.parametrize("write", [low_rank, coded])
