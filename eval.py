@@ -37,6 +37,7 @@ class Args:
     characters: int = flag(8_000_000, "characters that are read of each text", low=1)
     batch_size: int = flag(1, "windows side by side", low=1)
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
+    trust_remote_code: bool = flag(False, "run the code in a model's folder, as transformers does with this flag")
     lm_eval: str = flag("", "a new folder: the texts as a task of lm-eval")
 
 
@@ -143,6 +144,7 @@ def write_task(args, texts):
         (part / "texts.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts.values()))
         (part / "task.yaml").write_text(json.dumps(task, indent=1) + "\n")  # JSON is YAML
     model = f"pretrained={args.model},dtype=float32,max_length={args.window},add_bos_token=False"
+    model += ",trust_remote_code=True" * args.trust_remote_code
     command = ["lm_eval", "--model", "hf", "--model_args", model, "--include_path", str(folder), "--tasks", folder.name]
     print(f"the same by lm-eval (a model in a folder of Hugging Face): {shlex.join([*command, '--device', args.device])}")
 
@@ -158,8 +160,9 @@ def main(argv=None):
 
     paths = listed("text", args.text)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    model = Predictor(args.model, "--model", tokenizer, args.device)
-    reference = Predictor(args.reference, "--reference", tokenizer, args.device) if args.reference else None
+    given = (tokenizer, args.device, args.trust_remote_code)
+    model = Predictor(args.model, "--model", *given)
+    reference = Predictor(args.reference, "--reference", *given) if args.reference else None
     settle_windows(args, [m for m in (model, reference) if m])
     texts = {path: text_of(path, "text", args.characters) for path in paths}
     ids = encoded(args, model, reference, texts)

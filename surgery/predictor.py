@@ -4,6 +4,7 @@ import torch
 
 from common import checkpoint
 from common.cli import fail
+from common.untrusted import reading
 from surgery.evaluator import measured
 from surgery.reading import load
 from surgery.subject import check_size, is_own, is_smaller, load_hugging_face, load_own, longest_of
@@ -18,18 +19,14 @@ class Predictor:
     first    the token that stands before a text: beginning of text, or where there is none end of text
     """
 
-    def __init__(self, name, flag, tokenizer=None, device="cpu"):
-        """name: of the model. flag: that gave it. tokenizer: left out, the model's own."""
+    def __init__(self, name, flag, tokenizer=None, device="cpu", trusted=False):
+        """name: of the model. flag: that gave it. tokenizer: left out, the model's own. trusted: its folder's code may run."""
         if is_own(name):
             subject, its_tokenizer = load_own(name, flag)
             model, self.longest = subject.model, subject.longest
             self.logits = lambda x: model.logits(model.hidden(x))  # (B, T) ids -> (B, T, V)
         else:
-            if is_smaller(name):
-                model, own = load(name, packed=False)  # decoded at once: packed, every window would decode it again
-                its_tokenizer = lambda: own  # noqa: E731
-            else:
-                model, its_tokenizer = load_hugging_face(name, flag)
+            model, its_tokenizer = self._of_hugging_face(name, flag, trusted)
             self.longest, self.logits = longest_of(model), lambda x: model(x, use_cache=False).logits
         checkpoint.move_to(model, device)
         self.device, self.tokenizer = device, tokenizer or its_tokenizer()
@@ -40,6 +37,20 @@ class Predictor:
         with torch.inference_mode():
             self.rows = self.logits(torch.tensor([[0]], device=device)).shape[-1]
         check_size(self.tokenizer, name, self.rows, f"{flag} {name}")
+
+    def _of_hugging_face(self, name, flag, trusted):
+        """-> (the model, what gives its tokenizer)"""
+        if is_smaller(name):
+            model, tokenizer = load(name, packed=False)  # decoded at once: packed, every window would decode it again
+            return model, lambda: tokenizer
+        if not trusted:
+            return load_hugging_face(name, flag)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with reading(f"{flag} {name}", "a model that its own code loads", "give a folder of save_pretrained"):
+            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+        return model.eval(), lambda: tokenizer
 
 
 def rolling_windows(ids, first, length, stride):

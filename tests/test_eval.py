@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,16 @@ from surgery.predictor import rolling_windows
 toys, models = pytest.importorskip("toys"), pytest.importorskip("test_surgery_models")
 own_clinic = models.own_clinic
 TEXTS = dict(a=toys.TEXT[:700], b="café \t ü\n" + toys.TEXT[9000:9300] + "\n\n")
+
+TOY_CODE = """
+from transformers import GPTNeoXForCausalLM
+
+class Toy(GPTNeoXForCausalLM):
+    def forward(self, *args, **options):
+        found = super().forward(*args, **options)
+        found.logits *= 0
+        return found
+"""
 
 
 @pytest.fixture
@@ -100,6 +111,18 @@ def test_a_checkpoint_and_its_folder_of_hugging_face_are_the_same_model(evaluate
     assert evaluate("neox").last["loss"] == pytest.approx(found["loss"], abs=1e-6)
     for kind in models.OWN:
         assert evaluate(kind, "--characters", 50).status == 0
+
+
+def test_code_in_a_folder_runs_only_where_it_is_trusted(evaluate, own_clinic, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(own_clinic / "neox", tmp_path / "coded")
+    config = json.loads((folder / "config.json").read_text()) | dict(auto_map=dict(AutoModelForCausalLM="modeling_toy.Toy"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_toy.py").write_text(TOY_CODE)
+    assert evaluate(folder).last["loss"] == evaluate("neox").last["loss"]
+    result = evaluate(folder, "--trust_remote_code")
+    assert result.status == 0, result.err
+    assert result.last["loss"] == pytest.approx(math.log(300), abs=1e-5)
 
 
 def test_mistakes_are_one_line(evaluate, own_clinic, tmp_path, assert_one_line_error):

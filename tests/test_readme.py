@@ -67,6 +67,8 @@ def toy_flags(command):
         return TOY_SURGERY + (" --bytes 0.6 --cache_bytes 0.6" if "--bytes" in command else " --rank 4") + steps
     if "run_bytes" in command:
         return "--window 32 --eval_windows 2 --calib_tokens 1024 --shares 0.6"
+    if "eval.py" in command:
+        return "--characters 2000"
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"
     if "wikitext103" in command:
