@@ -5,6 +5,7 @@ A figure says one thing, in its title. Its panels are small: each line is named 
 marker and dashes of its own, so that it can be told without colour.
 """
 
+import math
 import sys
 import textwrap
 from contextlib import suppress
@@ -104,6 +105,26 @@ def apart(wished, heights, low, high):
     return places
 
 
+def ticks(low, high, scale):
+    """Round numbers from low to high: some four of them."""
+    if scale == "log" and high / low > 10:
+        powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        steps = (1, 2, 5) if high / low < 100 else (1,)
+        found = [p * m for p in powers for m in steps if low <= p * m <= high]
+        return found[:: -(-len(found) // 6)]
+    power = 10 ** math.floor(math.log10((high - low) / 4 or 1))
+    step = min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs((high - low) / step - 4))
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def short(x):
+    """A number for an axis: 1.2M, 400k, 0.25."""
+    for unit, size in (("M", 1e6), ("k", 1e4)):
+        if abs(x) >= size:
+            return f"{x / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
+    return f"{x:.4g}"
+
+
 # -- matplotlib -------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +160,7 @@ def draw_figure(path, figure):
     for ax, panel in zip(axes.flat, figure.panels):
         draw_panel(ax, panel, figure)
     for ax, panel in zip(axes.flat, figure.panels):  # shared limits are final now
+        name_ticks(ax, panel)
         label_ends(ax, panel, figure.order)
     for ax in axes.flat[n:]:
         ax.set_visible(False)
@@ -161,27 +183,33 @@ def draw_panel(ax, panel, figure):
         ax.axhline(y, color=color, dashes=dashes or (None, None), linewidth=1.2)
     if panel.front:
         ax.step(*zip(*front(panel)), where="post", color="grey", linewidth=6, alpha=0.25)
-    if panel.xscale == "ranks":
-        ticks = sorted({p.x for points in panel.lines.values() for p in points})
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks, [f"{rank}" for rank in ticks])
-    else:
-        ax.set_xscale(panel.xscale)
+    ax.set_xscale("log" if panel.xscale == "ranks" else panel.xscale)
     ax.set_yscale(panel.yscale)
     ax.set(xlabel=panel.x, ylabel=panel.y)
     if panel.ylim:
         ax.set_ylim(*panel.ylim)
-    if panel.yticks:
-        limits = ax.get_ylim()
-        within = {y: words for y, words in panel.yticks.items() if limits[0] <= y <= limits[1]}
-        ax.set_yticks(list(within), list(within.values()))
-        ax.minorticks_off()
     for x in panel.marks:
         ax.axvline(x, color="grey", linewidth=0.8)
         ax.annotate(f"{x}", (x, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
     ax.tick_params(labelbottom=True, labelleft=True)  # every panel has its numbers, where axes are shared too
     ax.set_title(textwrap.fill(panel.title, 58), loc="left", fontsize=10)
     ax.grid(alpha=0.3)
+
+
+def name_ticks(ax, panel):
+    """Plain numbers on log axes, or the words that the panel has for them."""
+    if panel.xscale == "ranks":
+        ranks = sorted({p.x for points in panel.lines.values() for p in points})
+        ax.set_xticks(ranks, [f"{rank}" for rank in ranks])
+    elif panel.xscale == "log":
+        found = ticks(*ax.get_xlim(), "log")
+        ax.set_xticks(found, map(short, found))
+    low, high = ax.get_ylim()
+    if panel.yticks or panel.yscale == "log":
+        words = panel.yticks or {y: short(y) for y in ticks(low, high, "log")}
+        within = [y for y in words if low <= y <= high]
+        ax.set_yticks(within, [words[y] for y in within])
+    ax.minorticks_off()
 
 
 def label_ends(ax, panel, order):

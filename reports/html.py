@@ -11,7 +11,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from common.plots import Figure, apart, ends, front, style
+from common.plots import Figure, apart, ends, front, short, style, ticks
 from reports.claims import Judged
 from reports.markdown import Samples, Table
 
@@ -30,26 +30,6 @@ SHAPES = {
     "D": "M0,-4.8L4.8,0L0,4.8L-4.8,0Z", "v": "M0,4.5L4.5,-3.5H-4.5Z", "P": "M-1.5,-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3Z",
     "X": "M-4.2,-2.1L-2.1,-4.2L0,-2.1L2.1,-4.2L4.2,-2.1L2.1,0L4.2,2.1L2.1,4.2L0,2.1L-2.1,4.2L-4.2,2.1L-2.1,0Z", "": "",
 }  # fmt: skip
-
-
-def ticks(low, high, scale):
-    """Round numbers from low to high: some four of them."""
-    if scale == "log" and high / low > 10:
-        powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-        steps = (1, 2, 5) if high / low < 100 else (1,)
-        found = [p * m for p in powers for m in steps if low <= p * m <= high]
-        return found[:: -(-len(found) // 6)]
-    power = 10 ** math.floor(math.log10((high - low) / 4 or 1))
-    step = min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs((high - low) / step - 4))
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def short(x):
-    """A number for an axis: 1.2M, 400k, 0.25."""
-    for unit, size in (("M", 1e6), ("k", 1e4)):
-        if abs(x) >= size:
-            return f"{x / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
-    return f"{x:.4g}"
 
 
 class Axis:

@@ -10,9 +10,9 @@ import pytest
 from test_report import write_13
 
 from common import plots
-from common.plots import Figure, Panel, Point, apart
+from common.plots import Figure, Panel, Point, apart, ticks
 from reports import surgery
-from reports.html import inline, of_lines, page, ticks
+from reports.html import inline, of_lines, page
 from reports.markdown import Samples, Table
 
 VOID = {"meta", "br", "path", "rect"}
