@@ -1,7 +1,7 @@
 """
 Run folders -> tables, what they say in words, and the figures: report.md, PNGs and SVGs, and a short version on the terminal.
 
-    python report.py --runs model_weights
+    python report.py --runs model_weights --html
 
 Everything is read from the folders' config.json, summary.json and metrics.jsonl and from the factor files' JSON; checkpoints
 serve for a sample of text alone. Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, make one row:
@@ -17,6 +17,7 @@ from common.cli import fail, finish, flag, parse
 @dataclass
 class Args:
     runs: str = flag("model_weights", "folder with run folders, or with seed_N folders of them; report.md goes there")
+    html: bool = flag(False, "also report.html: the same as one page, with values under the pointer and tables that sort")
 
 
 def verdict_lines(judged):
@@ -38,10 +39,13 @@ def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
 
     from common.files import claim_folder, written_whole
+    from common.plots import draw_all
     from reports import token_table, value_cache
     from reports.claims import judge
+    from reports.html import page
+    from reports.markdown import Samples
     from reports.rows import read_rows
-    from reports.samples import samples
+    from reports.samples import one_line, samples
 
     root = Path(args.runs)
     rows, unfinished = read_rows(root)
@@ -61,17 +65,24 @@ def main(argv=None):
         written = samples([row for row in some if row.label in ("D", "B")])
         if written:
             short += ["", f'To the prompt "{written[0][1]}"']
-            short += [f"  {row.label}{f' (k={row.k})' if row.k else ''} wrote: {line}" for row, _, line in written]
-            lines += ["## What the models write", "", f"To the prompt *{written[0][1]}*, the same draw for all:", ""]
-            lines += [*(f"- {row.title}: {line}" for row, _, line in written), ""]
+            short += [f"  {row.label}{f' (k={row.k})' if row.k else ''} wrote: {one_line(line)}" for row, _, line in written]
+            found = Samples(written[0][1], [(row.title, {"": line}) for row, _, line in written])
+            lines += ["## What the models write", "", "The same draw for all.", "", found, ""]
         print("\n".join(["", *short]))
         text += lines
     notes = [f"Not finished, so left out: {folder}" for folder in unfinished]
-    with written_whole(root / "report.md", "make room") as part:
-        part.write_text("\n".join([*text, *notes]))
+    text += notes
+    with written_whole(root / "report.md", "make room") as file:
+        file.write_text("\n".join(draw_all(root, text)))
+    if args.html:
+        with written_whole(root / "report.html", "make room") as file:
+            file.write_text(page(text))
     claim.release()
     print("", *notes, f"The whole report: {root / 'report.md'}; its figures are beside it, as .png and .svg", sep="\n")
-    finish(report=str(root / "report.md"), runs=sum(len(row.summaries) for row in rows), unfinished=len(unfinished))
+    if args.html:
+        print(f"The same as one page: {root / 'report.html'}")
+    pages = dict(html=str(root / "report.html")) if args.html else {}
+    finish(report=str(root / "report.md"), **pages, runs=sum(len(row.summaries) for row in rows), unfinished=len(unfinished))
 
 
 if __name__ == "__main__":

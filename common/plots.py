@@ -1,14 +1,131 @@
-"""Figures from descriptions: labelled, readable in grey, as PNG and SVG."""
+"""
+Figures: what they show, and how matplotlib draws them, as PNG and SVG; reports/html.py draws the same ones into a page.
 
+A figure says one thing, in its title. Its panels are small: each line is named at its end, in words, and has a colour, a
+marker and dashes of its own, so that it can be told without colour.
+"""
+
+import math
 import sys
+import textwrap
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.cli import reason
 
-# Line styles and markers tell the lines apart without colour.
-LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "d", "p")
+# Seven markers and eight colours: 56 series before two look alike. Every colour is legible as text on white.
+COLORS = ("#1f5fa8", "#c2410c", "#1b7a43", "#7a3fa0", "#b0256f", "#0e7490", "#7a5c1e", "#4b5563")
+DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3), (5, 1, 1, 1, 1, 1), (1, 3))  # lengths in points: line, gap, line, ...
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LABEL_WIDTH = 18  # of the name at a line's end, in characters
+
+
+class Point(NamedTuple):
+    x: float
+    ys: list  # a number for each seed
+    words: str = ""  # what a page says of it, where x and y are not enough
+
+    @property
+    def y(self):
+        return sum(self.ys) / len(self.ys)
+
+
+@dataclass
+class Panel:
+    """What one pair of axes shows."""
+
+    lines: dict  # name -> [Point]
+    x: str  # what the axes count, with the unit
+    y: str
+    title: str = ""
+    rules: dict = field(default_factory=dict)  # name -> y of a horizontal line
+    marks: tuple = ()  # x of vertical lines
+    front: bool = False  # whether to draw front()
+    xscale: str = "linear"  # linear, log, or ranks: log, with a tick for each x
+    yscale: str = "linear"
+    ylim: tuple | None = None
+    yticks: dict = field(default_factory=dict)  # y -> its words
+
+    def __post_init__(self):
+        self.lines = {name: points for name, points in self.lines.items() if points}
+
+
+@dataclass
+class Figure:
+    name: str  # of its files, without a suffix
+    title: str  # the answer, in a sentence
+    caption: str  # what is drawn
+    panels: list
+    order: list  # all series: by its place each has its style, in every figure of a report
+    same_y: bool = True  # whether the panels share the y axis
+    behind: bool = False  # whether each panel has the lines of the others in grey, on the same x axis
+
+
+def style(order, name):
+    """How a series is drawn: (its number, colour, marker, dashes). A rule that is no series is black."""
+    if name not in order:
+        return None, "black", "", ()
+    i = order.index(name)
+    return i, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
+
+
+def front(panel):
+    """[(x, y)], by x: the points that no other one of the panel beats in both."""
+    best, found = float("inf"), []
+    for x, y in sorted((point.x, point.y) for points in panel.lines.values() for point in points):
+        if y < best:
+            best = y
+            found.append((x, y))
+    return found
+
+
+def ends(panel):
+    """[(name, y where its line ends, the lines of its label)]: what is labelled at the right edge."""
+    last = {name: points[-1].y for name, points in panel.lines.items()} | panel.rules
+    return [(name, y, textwrap.wrap(name, LABEL_WIDTH, break_on_hyphens=False)) for name, y in last.items()]
+
+
+def apart(wished, heights, low, high):
+    """Where labels of these heights go, rising, so that none covers another: as near as possible to where each is wished."""
+    order = sorted(range(len(wished)), key=lambda i: wished[i])
+    offsets = [0.0]
+    for a, b in zip(order, order[1:]):
+        offsets.append(offsets[-1] + (heights[a] + heights[b]) / 2)
+    blocks = []  # less their offsets the places need only not fall: isotonic regression, by pooling neighbours
+    for i, offset in zip(order, offsets):
+        blocks.append([wished[i] - offset, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    free = [value for value, n in blocks for _ in range(n)]
+    places = [0.0] * len(wished)
+    for i, value, offset in zip(order, free, offsets):
+        places[i] = max(low, min(value, high - offsets[-1])) + offset
+    return places
+
+
+def ticks(low, high, scale):
+    """Round numbers from low to high: some four of them."""
+    if scale == "log" and high / low > 10:
+        powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        steps = (1, 2, 5) if high / low < 100 else (1,)
+        found = [p * m for p in powers for m in steps if low <= p * m <= high]
+        return found[:: -(-len(found) // 6)]
+    power = 10 ** math.floor(math.log10((high - low) / 4 or 1))
+    step = min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs((high - low) / step - 4))
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def short(x):
+    """A number for an axis: 1.2M, 400k, 0.25."""
+    for unit, size in (("M", 1e6), ("k", 1e4)):
+        if abs(x) >= size:
+            return f"{x / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
+    return f"{x:.4g}"
+
+
+# -- matplotlib -------------------------------------------------------------------------------------------------------
 
 
 def pyplot():
@@ -22,142 +139,100 @@ def pyplot():
     return plt
 
 
-def style(order, name):
-    """How a series is drawn in every figure: by its place in order; hollow markers from the thirteenth on."""
-    i = order.index(name)
-    filled = "full" if i < len(MARKERS) else "none"
-    return dict(color=f"C{i % 10}", linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], fillstyle=filled)
-
-
-def legend_beside(ax, handles):
-    ax.legend(*handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
-
-
 def save(fig, path):
     """Write path.png and path.svg."""
     fig.savefig(f"{path}.png", dpi=130)
+    fig.set_layout_engine("none")  # what the PNG has found
     fig.savefig(f"{path}.svg", metadata=dict(Date=None))
     pyplot().close(fig)
 
 
-def scree_plot(path, spectra, ranks):
-    """spectra: name -> singular values, falling. ranks: the ranks to mark."""
-    fig, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (name, S), line in zip(spectra.items(), LINES):
-        energy = [s * s for s in S]
-        total = sum(energy)
-        kept = [sum(energy[: k + 1]) / total for k in range(len(S))]
-        left.semilogy(range(1, len(S) + 1), [max(s, 1e-12) / S[0] for s in S], linestyle=line, label=name)
-        right.plot(range(1, len(S) + 1), kept, linestyle=line, label=name)
-    left.set(xlabel="component", ylabel="singular value / largest", title="Spectrum of the token table", ylim=(1e-3, 1.3))
-    right.set(xlabel="rank k", ylabel="share of the energy kept", title="What rank k keeps", ylim=(0, 1.02))
-    for ax in (left, right):
-        for k in ranks:
-            ax.axvline(k, color="grey", linewidth=0.8)
-            ax.annotate(f"{k}", (k, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
-        ax.grid(alpha=0.3)
-        ax.legend()
+def draw_figure(path, figure):
+    """Write path.png and path.svg."""
+    n = len(figure.panels)
+    columns = min(n, 2 if n in (2, 4) else 3)
+    rows = -(-n // columns)
+    size = (max(5.4 * columns, 8), 3.5 * rows + 0.7)
+    shared = dict(sharex=figure.behind, sharey=figure.same_y)
+    fig, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
+    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    fig.suptitle(textwrap.fill(figure.title, int(9.5 * size[0])), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for ax, panel in zip(axes.flat, figure.panels):
+        draw_panel(ax, panel, figure)
+    for ax, panel in zip(axes.flat, figure.panels):  # shared limits are final now
+        name_ticks(ax, panel)
+        label_ends(ax, panel, figure.order)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
     save(fig, path)
 
 
-def series_plot(path, panels, order, x, ranks=False, front=False):
-    """
-    panels: (y label, {series: [(x, [y of each seed])]}, {series: y of a horizontal rule}), drawn side by side.
-
-    order: all series; it gives each its style. ranks: x is a rank, with a tick for every rank that was run. front: draw the
-    Pareto front, a step line through the points that no other point beats in both x and y. Bars show the range over seeds.
-    """
-    fig, axes = pyplot().subplots(1, len(panels), figsize=(5.2 * len(panels) + 4, 4.8), layout="constrained", squeeze=False)
-    handles = {}
-    for ax, (ylabel, series, rules) in zip(axes[0], panels):
-        for name, points in series.items():
-            xs, ys = zip(*points)
-            middle = [sum(y) / len(y) for y in ys]
-            reach = [[max(m - min(y), 0) for m, y in zip(middle, ys)], [max(max(y) - m, 0) for m, y in zip(middle, ys)]]
-            handles[name] = ax.errorbar(xs, middle, yerr=reach, markersize=6, capsize=3, **style(order, name))
-        for name, y in rules.items():
-            handles[name] = ax.axhline(y, linestyle=style(order, name)["linestyle"], color="black", linewidth=1.2)
-        if front:
-            best, steps = float("inf"), []
-            for position, y in sorted((x, sum(ys) / len(ys)) for points in series.values() for x, ys in points):
-                if y < best:
-                    best = y
-                    steps.append((position, y))
-            handles["front: none is left of it and below"] = ax.step(
-                *zip(*steps), where="post", color="grey", linewidth=3, alpha=0.4
-            )[0]
-            ax.set_xscale("log")
-        if ranks:
-            ticks = sorted({x for points in series.values() for x, _ in points})
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(ticks, [str(rank) for rank in ticks])
-        ax.set(xlabel=x, ylabel=ylabel)
-        ax.grid(alpha=0.3)
-    legend_beside(axes[0][-1], (handles.values(), handles))
-    save(fig, path)
-
-
-def curves_plot(path, curves, order, unigram):
-    """
-    curves: (series, rank or None) -> [(tokens, loss)], a panel for each rank, with the dense models in every one.
-
-    unigram: the loss that a model without context can reach; a horizontal line.
-    """
-    ranks = sorted({k for _, k in curves if k}) or [None]
-    size = dict(figsize=(4 * len(ranks) + 4, 4.4), layout="constrained")
-    fig, axes = pyplot().subplots(1, len(ranks), sharey=True, squeeze=False, **size)
-    handles = {}
-    for ax, rank in zip(axes[0], ranks):
-        for (name, k), points in curves.items():
-            if k in (None, rank):
-                handles[name] = ax.plot(*zip(*points), markersize=4, **style(order, name))[0]
-        ax.axhline(unigram, color="black", linewidth=1)
-        ax.annotate("unigram entropy", (1, unigram), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-        ax.set(xlabel="training tokens", title="dense" if rank is None else f"k = {rank}")
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("validation loss (nats per token)")
-    if min(loss for points in curves.values() for _, loss in points) < unigram:
-        axes[0][0].set_ylim(top=unigram + 0.4)  # the untrained start lies far above and would flatten what matters
-    legend_beside(axes[0][-1], (handles.values(), handles))
-    save(fig, path)
-
-
-def lines_plot(path, curves, order, x, y, quantile=1.0):
-    """curves: series -> [(x, y)]. quantile: the y axis ends above this share of the values; the first steps are far off."""
-    fig, ax = pyplot().subplots(figsize=(9, 4.6), layout="constrained")
-    for name, points in curves.items():
-        ax.plot(*zip(*points), markersize=5, label=name, **style(order, name))
-    ys = sorted(y for points in curves.values() for _, y in points)
-    low, high = ys[0], ys[round(quantile * (len(ys) - 1))]
-    room = 0.05 * (high - low) or 0.1
-    ax.set(xlabel=x, ylabel=y, ylim=(low - room, high + room))
+def draw_panel(ax, panel, figure):
+    others = [points for other in figure.panels if figure.behind and other is not panel for points in other.lines.values()]
+    grey = [(p.x, p.y) for points in others for p in [*points, Point(float("nan"), [float("nan")])]]  # a gap after each line
+    if grey:
+        ax.plot(*zip(*grey), color="#dddddd", linewidth=1, zorder=0)
+    for name, points in panel.lines.items():
+        _, color, marker, dashes = style(figure.order, name)
+        every = max(len(points) // 12, 1)
+        ax.plot([p.x for p in points], [p.y for p in points], color=color, marker=marker, dashes=dashes, ms=5, markevery=every)
+        if any(len(p.ys) > 1 for p in points):
+            ax.vlines([p.x for p in points], [min(p.ys) for p in points], [max(p.ys) for p in points], color=color, linewidth=1)
+    for name, y in panel.rules.items():
+        _, color, _, dashes = style(figure.order, name)
+        ax.axhline(y, color=color, dashes=dashes or (None, None), linewidth=1.2)
+    if panel.front:
+        ax.step(*zip(*front(panel)), where="post", color="grey", linewidth=6, alpha=0.25)
+    ax.set_xscale("log" if panel.xscale == "ranks" else panel.xscale)
+    ax.set_yscale(panel.yscale)
+    ax.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.ylim:
+        ax.set_ylim(*panel.ylim)
+    for x in panel.marks:
+        ax.axvline(x, color="grey", linewidth=0.8)
+        ax.annotate(f"{x}", (x, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
+    ax.tick_params(labelbottom=True, labelleft=True)  # every panel has its numbers, where axes are shared too
+    ax.set_title(textwrap.fill(panel.title, 58), loc="left", fontsize=10)
     ax.grid(alpha=0.3)
-    legend_beside(ax, ax.get_legend_handles_labels())
-    save(fig, path)
 
 
-@dataclass
-class Figure:
-    """What a figure shows. kind: a key of DRAW. data: what the function of this kind takes beside the path."""
+def name_ticks(ax, panel):
+    """Plain numbers on log axes, or the words that the panel has for them."""
+    if panel.xscale == "ranks":
+        ranks = sorted({p.x for points in panel.lines.values() for p in points})
+        ax.set_xticks(ranks, [f"{rank}" for rank in ranks])
+    elif panel.xscale == "log":
+        found = ticks(*ax.get_xlim(), "log")
+        ax.set_xticks(found, map(short, found))
+    low, high = ax.get_ylim()
+    if panel.yticks or panel.yscale == "log":
+        words = panel.yticks or {y: short(y) for y in ticks(low, high, "log")}
+        within = [y for y in words if low <= y <= high]
+        ax.set_yticks(within, [words[y] for y in within])
+    ax.minorticks_off()
 
-    name: str  # of the files, without a suffix
-    caption: str
-    kind: str
-    data: dict
+
+def label_ends(ax, panel, order):
+    """Name the lines right of the axes, each near its end, with its marker."""
+    named = ends(panel)
+    to_axes = ax.transData + ax.transAxes.inverted()
+    wished = [min(max(to_axes.transform((ax.get_xlim()[1], y))[1], 0), 1) for _, y, _ in named]
+    places = apart(wished, [0.025 + 0.055 * len(words) for _, _, words in named], 0.0, 1.0)
+    for (name, _, words), y in zip(named, places):
+        _, color, marker, _ = style(order, name)
+        ax.plot([1.035], [y], color=color, marker=marker, markersize=5, transform=ax.transAxes, clip_on=False)
+        ax.annotate("\n".join(words), (1.06, y), xycoords="axes fraction", fontsize=9, color=color, va="center", linespacing=1)
 
 
-DRAW = dict(series=series_plot, curves=curves_plot, lines=lines_plot, scree=scree_plot)
-
-
-def draw(folder, figure, kinds=DRAW):
+def draw(folder, figure):
     """
-    Draw a figure into a folder -> the markdown that shows it. kinds: {kind: the function that draws it}.
+    Draw a figure into a folder -> the markdown that shows it.
 
     Where that fails there is a word in its place, in the report too: a figure never costs a report its tables.
     """
     try:
-        kinds[figure.kind](folder / figure.name, **figure.data)
-        return f"![{figure.caption}]({figure.name}.png)"
+        draw_figure(folder / figure.name, figure)
+        return f"![{figure.title}]({figure.name}.png)"
     except Exception as error:
         for suffix in ("png", "svg"):  # half a figure, or one of before, which does not belong to these tables
             with suppress(OSError):
@@ -166,9 +241,29 @@ def draw(folder, figure, kinds=DRAW):
         return f"(The figure {figure.name} is not drawn: {reason(error)})"
 
 
-def draw_all(folder, figures, kinds=DRAW):
-    """draw() for every figure -> the markdown lines, with captions."""
+def draw_all(folder, text):
+    """text: lines, tables and figures of a report -> its markdown lines. The figures are drawn into the folder."""
     lines = []
-    for figure in figures:
-        lines += [draw(folder, figure, kinds), "", f"*{figure.caption}*", ""]
+    for part in text:
+        lines += [draw(folder, part), "", f"*{part.caption}.*", ""] if isinstance(part, Figure) else [str(part)]
     return lines
+
+
+def scree(name, spectra, ranks, caption):
+    """Two panels: the spectrum of each method, {method: singular values, falling}, and what each rank keeps of its energy."""
+    values, kept = {}, {}
+    for method, S in spectra.items():
+        total, sums = sum(s * s for s in S), []
+        for s in S:
+            sums.append((sums[-1] if sums else 0) + s * s / total)
+        values[method] = [Point(i + 1, [max(s, 1e-12) / S[0]]) for i, s in enumerate(S)]
+        kept[method] = [Point(i + 1, [share]) for i, share in enumerate(sums)]
+    k = ranks[len(ranks) // 2]
+    shares = sorted((points[k - 1].y, method) for method, points in kept.items())
+    reach = " to ".join(f"{share:.0%} ({method})" for share, method in dict.fromkeys((shares[0], shares[-1])))
+    panels = [
+        Panel(values, "component", "singular value / largest", "Spectrum", marks=tuple(ranks), yscale="log", ylim=(1e-3, 1.3)),
+        Panel(kept, "rank k", "share of the energy kept", "What rank k keeps", marks=tuple(ranks), ylim=(0, 1.02)),
+    ]
+    title = f"Rank {k} of {len(next(iter(spectra.values())))} keeps {reach} of the energy"
+    return Figure(name, title, caption, panels, list(spectra), same_y=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.cli import reason
-from common.plots import Figure, draw
+from common.plots import Figure, Panel, Point, draw
 
 
 class Copy:
@@ -122,12 +122,13 @@ def finish(copies, metrics, summary):
 
 
 def figures_of(metrics, summary):
-    run, losses = summary["run"], summary["final"]["position_loss"]
-    curve = [(line["tokens"], line["val_loss"]) for line in metrics if "val_loss" in line]
-    curves = dict(curves={(run, None): curve}, order=[run], unigram=summary["val_unigram_entropy"])
-    middles = [(sum(map(int, name.split("-"))) / 2, loss) for name, loss in losses.items()]
-    lines = dict(curves={run: middles}, order=[run], x="position in the window", y="loss (nats per token)")
+    run, losses, unigram = summary["run"], summary["final"]["position_loss"], summary["val_unigram_entropy"]
+    curve = [Point(line["tokens"], [line["val_loss"]]) for line in metrics if "val_loss" in line]
+    rules = {"unigram entropy": unigram}
+    positions = [Point(sum(map(int, name.split("-"))) / 2, [loss]) for name, loss in losses.items()]
+    y = "validation loss (nats per token)"
+    panels = (Panel({run: curve}, "training tokens", y, rules=rules), Panel({run: positions}, "position in the window", y))
     return [
-        Figure("validation_curve", "Validation loss while training", "curves", curves),
-        Figure("position_loss", "Loss by position", "lines", lines),
+        Figure("validation_curve", "Validation loss while training", run, [panels[0]], [run]),
+        Figure("position_loss", "Loss by position", run, [panels[1]], [run]),
     ]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from common.cli import finish, flag, parse
 from common.files import claim_folder, written_whole
-from common.plots import Figure, draw, pyplot, save
+from common.plots import Figure, Panel, Point, draw_all
 from common.untrusted import WHOLE, Positive, read_json, read_json_lines, reading
-from reports.markdown import table
+from reports.html import page
+from reports.markdown import Table
 
 # What is read of the study's folder (common/untrusted.py).
 SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_tokens=int, calib_text=str)
@@ -20,6 +21,7 @@ RECORD = dict(row=str, system=str, name=str, bytes=WHOLE, share=Positive, kl=flo
 RECORD |= dict(texts={str: dict(nats=float, nats_se=(float, None))})
 
 FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
+WITHIN = 0.02  # nats: what a title calls little
 TITLES = dict(
     table="The token table alone, kept smaller", weights="All linear layers and the table, kept smaller",
     cache="The cache of keys and values, kept smaller",
@@ -30,11 +32,6 @@ LABELS = {
     "bits in one group": "without groups of rows", "bits without a basis": "without the basis",
     "bits without forecasts": "without the forecast",
 }  # fmt: skip
-STYLES = {
-    "bits": dict(color="#1f5fa8", marker="o", linewidth=2.2), "error-aware": dict(color="#c8541c", marker="s"),
-    "to nearest": dict(color="#8a6d3b", marker="^", linestyle="--"), "rank": dict(color="#555555", marker="D", linestyle=":"),
-    "ranks by frequency": dict(color="#2e7d4f", marker="v", linestyle="-."),
-}  # fmt: skip
 READING = (
     "Bytes are those of everything that is kept, as a share of the same matrices in float16. Lost: nats per token over the "
     "untouched model, ± its standard error over windows, paired. Front: no row of as many bytes or fewer loses less."
@@ -44,6 +41,7 @@ READING = (
 @dataclass
 class Args:
     runs: str = flag("model_weights/bytes", "the folder of scripts/run_bytes.sh")
+    html: bool = flag(False, "also report.html: the same as one page, with values under the pointer and tables that sort")
 
 
 def worst(record):
@@ -63,38 +61,27 @@ def system_table(records):
         lost = [f"{r['texts'][t]['nats']:+.4f} ± {r['texts'][t]['nats_se'] or 0:.4f}" for t in texts]
         front = "front" if r["name"] != "untouched" and on_front(r, [x for x in records if x["name"] != "untouched"]) else ""
         lines.append([r["row"], f"{r['share']:.2%}", *lost, f"{r['kl']:.4f}", f"{r['top1']:.1%}", front])
-    return table(["kept", "bytes", *(f"lost, {name}" for name in texts), "KL", "top-1", ""], lines)
+    return Table(["kept", "bytes", *(f"lost, {name}" for name in texts), "KL", "top-1", ""], lines)
 
 
-def system_figure(path, system, records):
-    """A line for each method, named at its end; the front as a broad grey line."""
-    fig, ax = pyplot().subplots(figsize=(9, 5.4), layout="constrained")
-    rows = [r for r in records if r["name"] != "untouched"]
-    front = sorted((r["share"], max(worst(r), FLOOR)) for r in rows if on_front(r, rows))
-    ax.plot(*zip(*front), color="grey", linewidth=9, alpha=0.25, solid_capstyle="round")
-    for name in dict.fromkeys(r["name"] for r in rows):
-        points = sorted((r["share"], max(worst(r), FLOOR)) for r in rows if r["name"] == name)
-        style = STYLES.get(name, dict(color="#7a4fa3", marker="x"))
-        ax.plot(*zip(*points), **style)
-        place = dict(xytext=(-6, 6))
-        if points[0][0] > 0.4:  # at the right edge
-            place = dict(xytext=(6, -14 if name == "ranks by frequency" else 6), ha="right")
-        ax.annotate(LABELS.get(name, name), points[0], textcoords="offset points", fontsize=9, color=style["color"], **place)
-    beside = dict(xytext=(-12, -10), textcoords="offset points", ha="right", fontsize=8, color="grey")
-    ax.annotate("front: nothing is left of it and below", front[len(front) // 2], **beside)
-    ax.set(xscale="log", yscale="log", xlabel="bytes, share of float16", ylabel="nats lost per token, the worst text")
-    ticks = (0.08, 0.125, 0.1875, 0.25, 0.3125, 0.5)
-    ax.set_xticks(ticks, [f"{t:.0%}" if t in (0.08, 0.25, 0.5) else f"{t:.1%}" for t in ticks])
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.minorticks_off()
-    ax.margins(x=0.14)  # room for the labels
-    ax.grid(alpha=0.3)
-    ax.set_title(TITLES[system])
-    save(fig, path)
+def system_figure(system, records):
+    """A line for each method over the bytes that it takes."""
+    rows, lines = sorted((r for r in records if r["name"] != "untouched"), key=lambda r: r["share"]), {}
+    for r in rows:
+        words = f"{r['row']}, {r['share']:.2%} of the bytes: {worst(r):+.4f} nats, KL {r['kl']:.4f}"
+        lines.setdefault(LABELS.get(r["name"], r["name"]), []).append(Point(r["share"], [max(worst(r), FLOOR)], words))
+    panel = Panel(
+        lines, "bytes, share of float16", "nats lost per token, the worst text", front=True, xscale="log", yscale="log"
+    )
+    near = [r for r in rows if worst(r) <= WITHIN]
+    best = near[0] if near else min(rows, key=worst)
+    found = f"{LABELS.get(best['name'], best['name'])}, {best['share']:.0%} of the bytes, {max(worst(best), 0):.3f} nats"
+    title = f"{'The smallest within' if near else 'Nothing is within'} {WITHIN} nats{'' if near else '; the nearest'}: {found}"
+    return Figure(system, title, TITLES[system], [panel], list(dict.fromkeys([*LABELS.values(), *lines])))
 
 
-def write_report(folder):
-    """report.md and the figures in the folder of results.jsonl -> the tables."""
+def write_report(folder, html=False):
+    """report.md and the figures in the folder of results.jsonl, with html report.html too -> the tables."""
     finished = ("a file of finished rows", "run scripts/run_bytes.sh first")
     settings = read_json(folder / "config.json", CONFIG, *finished)
     records = read_json_lines(folder / "results.jsonl", RECORD, *finished)
@@ -108,19 +95,21 @@ def write_report(folder):
     for system in TITLES:
         some = [r for r in records if r["system"] == system]
         if len(some) > 1:
-            figure = Figure(system, TITLES[system], "system", dict(system=system, records=some))
             parts.append(system_table(some))
-            text += [f"## {TITLES[system]}", "", draw(folder, figure, dict(system=system_figure)), "", parts[-1], ""]
-    with written_whole(folder / "report.md", "make room") as part:
-        part.write_text("\n".join(text))
-    return "\n\n".join(parts)
+            text += [f"## {TITLES[system]}", "", system_figure(system, some), parts[-1], ""]
+    with written_whole(folder / "report.md", "make room") as file:
+        file.write_text("\n".join(draw_all(folder, text)))
+    if html:
+        with written_whole(folder / "report.html", "make room") as file:
+            file.write_text(page(text))
+    return "\n\n".join(map(str, parts))
 
 
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     folder = Path(args.runs)
     claim = claim_folder(folder, "--runs", ".report.lock") if folder.is_dir() else None
-    print(write_report(folder))
+    print(write_report(folder, args.html))
     if claim:
         claim.release()
     finish(report=str(folder / "report.md"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from reports.compare import best_loss, difference, mean, pairs, shown_p, spread
-from reports.markdown import table
+from reports.markdown import Table
 
 EVERY, SIXTH, SMALLEST_TWO = "every rank that was run", "the rank nearest to a sixth of the width", "the two smallest ranks"
 MARGIN = 0.02  # nats: what "enough" and "reaches" may lack
@@ -139,32 +139,49 @@ def judge(claims, rows):
     return judged
 
 
-def claim_lines(claims, rows):
-    """Markdown: for each claim its verdict, and the table of numbers that the verdict follows from."""
-    lines = []
+@dataclass
+class Judged:
+    """A claim, its verdict, and the table of numbers that the verdict follows from, None where nothing was run."""
+
+    text: str
+    verdict: str
+    note: str
+    numbers: Table | None
+
+    def __str__(self):
+        return f"**{self.text}: {self.verdict}** {self.note}\n" + (f"\n{self.numbers}\n" if self.numbers else "")
+
+
+def judged_claims(claims, rows):
+    """The parts of a report that judge the claims."""
+    parts = []
     for claim, verdict, found in judge(claims, rows):
-        at = claim.ranks if found else "not run"
-        lines += [f"**{claim.text}: {verdict}** ({at}). {claim.note}".strip(), ""]
-        cells = []
-        for d in found:
-            if d.problem:
-                cells.append([d.name, "-", "-", len(d.values), "-", "-", "-", "-", f"inconclusive: {d.problem}"])
-                continue
-            pair = (d.first, d.second)
-            tokens = dict.fromkeys(f"{more:+,}" for more in (min(d.more_tokens), max(d.more_tokens)))
-            cells.append(
-                [
-                    d.name,
-                    f"{mean(d.values):+.4f}",
-                    f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
-                    len(d.values),
-                    shown_p(d.p) if d.p is not None else "-",
-                    " to ".join(tokens),
-                    " / ".join(f"{mean(row.values('seconds')):,.0f}" for row in pair),
-                    " / ".join(f"{row.trained:,}" for row in pair),
-                    d.verdict(claim.margin),
-                ]
-            )
-        header = ["", "difference", "spread", "seeds", "paired t-test", "more tokens", "own seconds", "trained", "claim"]
-        lines += [table(header, cells), ""] if cells else []
-    return lines
+        note = f"({claim.ranks if found else 'not run'}). {claim.note}".strip()
+        parts.append(Judged(claim.text, verdict, note, numbers(claim, found) if found else None))
+    return parts
+
+
+def numbers(claim, found):
+    """The table of a claim's differences."""
+    cells = []
+    for d in found:
+        if d.problem:
+            cells.append([d.name, "-", "-", len(d.values), "-", "-", "-", "-", f"inconclusive: {d.problem}"])
+            continue
+        pair = (d.first, d.second)
+        tokens = dict.fromkeys(f"{more:+,}" for more in (min(d.more_tokens), max(d.more_tokens)))
+        cells.append(
+            [
+                d.name,
+                f"{mean(d.values):+.4f}",
+                f"{spread(d.values):.4f}" if len(d.values) > 1 else "-",
+                len(d.values),
+                shown_p(d.p) if d.p is not None else "-",
+                " to ".join(tokens),
+                " / ".join(f"{mean(row.values('seconds')):,.0f}" for row in pair),
+                " / ".join(f"{row.trained:,}" for row in pair),
+                d.verdict(claim.margin),
+            ]
+        )
+    header = ["", "difference", "spread", "seeds", "paired t-test", "more tokens", "own seconds", "trained", "claim"]
+    return Table(header, cells)

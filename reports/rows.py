@@ -111,6 +111,16 @@ class Row:
         return kept if kept < self.one("n_embd") else None
 
     @property
+    def group(self):
+        """How its table came to be."""
+        if self.k is None:
+            return "dense"
+        if not self.one("tokens"):
+            return "as cut"
+        whole = (self.one("starts_from") or {}).get("part") == "all weights" and not self.label.startswith("2-5")
+        return "cut, then trained" if whole else "low-rank from scratch"
+
+    @property
     def losses(self):
         return self.values("best", "val_loss")
 

@@ -1,4 +1,4 @@
-"""What models write to the same prompt: one line each, from their checkpoints."""
+"""What models write to the same prompt, from their checkpoints."""
 
 import textwrap
 
@@ -14,8 +14,13 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 40
 WIDTH = 80  # of a line in characters: "  B (k=128) wrote: " stands before it
 
 
+def one_line(text):
+    """The beginning of what a model wrote, for the terminal."""
+    return textwrap.shorten(text, WIDTH, placeholder=" ...")
+
+
 def samples(rows):
-    """[(row, the prompt, the line that it wrote)]; none where checkpoints, text or tokenizer are not here."""
+    """[(row, the prompt, what it wrote)]; none where checkpoints, text or tokenizer are not here."""
     found = []
     for row in rows:
         folder, dataset = next(iter(row.folders.values())), row.one("dataset")
@@ -35,7 +40,7 @@ def opening(dataset, codec):
 
 @torch.inference_mode()
 def written(folder, prompt, codec):
-    """The same draw for every model: what it writes after the prompt, on one line."""
+    """The same draw for every model: what it writes after the prompt, without its line breaks."""
     saved = checkpoint.load(folder)
     model = checkpoint.build(saved, dropout=0.0).eval()
     model.merge_lora()
@@ -43,5 +48,4 @@ def written(folder, prompt, codec):
     choose = chooser(0.7, top_p=0.9, generator=torch.Generator().manual_seed(1337))
     cache = KVCache(model, 1, len(prompt) + steps, "float32")
     ids = [int(i) for i in generate(model, torch.tensor([prompt]), steps, choose, codec.end_of_text, cache)]
-    text = codec.decode([i for i in ids if i != codec.end_of_text])
-    return textwrap.shorten(text, WIDTH, placeholder=" ...")
+    return " ".join(codec.decode([i for i in ids if i != codec.end_of_text]).split())

@@ -1,14 +1,16 @@
 """results.jsonl of a sweep -> report.md: the table, perplexity against the share kept, ranks by layer, the answers."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
 
 from common.cli import fail
-from common.plots import LINES, MARKERS, Figure, draw_all, legend_beside, pyplot, save
+from common.plots import Figure, Panel, Point, draw_all
 from common.untrusted import WHOLE, Positive, expect, read_json, reading
 from reports.compare import mean
-from reports.markdown import table
+from reports.html import page
+from reports.markdown import Samples, Table
 
 READING = (
     "Perplexity is measured on fixed windows of documents that nothing was calibrated on. Change: from the untouched model's, "
@@ -37,6 +39,12 @@ SMALLER = dict(out=str, models={"untouched": MODEL | ON_DISK, str: MODEL})
 SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_text=str, texts={str: str})
 CONFIG = dict(settings=SETTINGS, hardware=str, commit=str, command=str)
 SWEEP = ("the file of a sweep", "give another --out_dir, or delete it and measure again")
+
+WITHIN = 0.05  # of the perplexity: what a title calls near
+FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
+# The axis of a figure: nats that are lost, in words that are said of perplexity.
+TICKS = {FLOOR: "+0.1%", math.log(1.01): "+1%", math.log(1.1): "+10%", math.log(2): "x 2", math.log(10): "x 10"}
+TICKS |= {math.log(1000): "x 1,000"}
 
 
 def check_together(records, smaller, kinds):
@@ -89,7 +97,7 @@ def result_table(records, kinds):
         cells += [f"{error:.3f}" if error else "-" for error in errors]
         lines.append([*cells, *perplexities(r, untouched), f"{r['kl']:.4f}", f"{r['top1']:.1%}"])
     header = ["replaced", "kept", "components", "share", "error", "output error"]
-    return table([*header, *columns(untouched, kinds), "KL", "top-1"], lines)
+    return Table([*header, *columns(untouched, kinds), "KL", "top-1"], lines)
 
 
 def columns(measures, kinds):
@@ -125,61 +133,80 @@ def smaller_table(records, kinds):
             lines.append([*cells, healed])
     header = ["model", "", "numbers on disk", "MB", "cache bytes a token", "of untouched", "tokens/s", "loss",
               *columns(records[0]["models"]["untouched"], kinds), "KL", "top-1", "healing steps"]  # fmt: skip
-    return table(header, lines)
+    return Table(header, lines)
 
 
-def by_series(records):
-    """{(what was replaced, method): records}; the untouched model's is none of them."""
-    series = {}
+def what(record):
+    """What was replaced, in words: its targets and their bases."""
+    return " ".join(record[name] for name in ("targets", "mode") if record[name] != "table")
+
+
+def series(record):
+    """The line of a figure that a record is a point of."""
+    return record["method"] + ", ranks by layer" * bool(record.get("budget"))
+
+
+def nats(record, untouched):
+    return math.log(record["ppl"]) - math.log(untouched["ppl"])
+
+
+def cost(record, untouched):
+    """+7.6% of perplexity, or 13 times the untouched one."""
+    ratio = record["ppl"] / untouched["ppl"]
+    return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio:,.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
+
+
+def sweep_figure(name, caption, records, untouched, by_energy):
+    """A panel for everything that was replaced, a line for each method, over the share that is kept, or of energy lost."""
+    x = lost if by_energy else kept
+    share = "the energy lost, in each method's own metric" if by_energy else "the components kept"
+    panels, near, far = [], [], []
+    for replaced in dict.fromkeys(map(what, records)):
+        some, lines = [r for r in records if what(r) == replaced], {}
+        for r in sorted(some, key=x):
+            words = f"{level(r)}, {kept(r):.1%} of the components: {cost(r, untouched)}, KL {r['kl']:.4f}"
+            lines.setdefault(series(r), []).append(Point(x(r), [max(nats(r, untouched), FLOOR)], words))
+        within = [r for r in some if r["ppl"] / untouched["ppl"] - 1 <= WITHIN]
+        best = (max if by_energy else min)(within, key=x, default=None)  # what is cut most
+        found = (
+            f"{x(best):.0%} {'lost' if by_energy else 'kept'} costs {cost(best, untouched)}"
+            if best
+            else f"none within {WITHIN:.0%}"
+        )
+        panels.append(Panel(lines, f"share of {share}", "perplexity over the untouched model's", f"{replaced}: {found}",
+                            xscale="log" if by_energy else "linear", yscale="log", yticks=TICKS))  # fmt: skip
+        near += [f"{replaced} {x(best):.0%}"] if best else []
+        far += [] if best else [replaced]
+    title = f"Within {WITHIN:.0%} of the perplexity, share of {share}: {', '.join(near)}"
+    title += f"; none for {', '.join(far)}" if far else ""
+    if len(panels) == 1:
+        panels[0].title = ""  # the figure's says it
+    if not near:
+        best = min(records, key=lambda r: r["ppl"])
+        title = f"Nothing is within {WITHIN:.0%} of the perplexity: the nearest, {label(best)} {level(best)}, is at "
+        title += cost(best, untouched)
+    return Figure(name, title, caption, panels, list(dict.fromkeys(map(series, records))), behind=len(panels) > 1)
+
+
+def layer_figure(records):
+    """A panel for each record: the share of the components that every layer keeps."""
+    panels = []
     for r in records:
-        if r["method"] != "-":
-            what = " ".join(r[name] for name in ("targets", "mode") if r[name] != "table")
-            series.setdefault((what + " by budget" * bool(r.get("budget")), r["method"]), []).append(r)
-    return series
-
-
-def line_styles(series):
-    """Colour and marker: what was replaced; line: by which method. Where one thing was replaced, all three say the method."""
-    whats, methods = (list(dict.fromkeys(key[i] for key in series)) for i in (0, 1))
-    styles = {}
-    for what, method in series:
-        j = methods.index(method)
-        i = whats.index(what) if len(whats) > 1 else j
-        style = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linestyle=LINES[j % len(LINES)])
-        styles[what, method] = style | dict(label=f"{what} {method}")
-    return styles
-
-
-def perplexity_plot(path, records, x, xlabel, xscale, near):
-    """A line for every choice of targets, mode and method: perplexity over x(record). Right: up to `near` times the least."""
-    untouched = next(r for r in records if r["method"] == "-")["ppl"]
-    fig, axes = pyplot().subplots(1, 2, figsize=(14, 4.8), layout="constrained")
-    series = by_series(records)
-    for ax in axes:
-        for key, style in line_styles(series).items():
-            ax.plot(*zip(*sorted((x(r), r["ppl"]) for r in series[key])), markersize=5, **style)
-        ax.axhline(untouched, color="black", linewidth=1.2, label="untouched")
-        ax.set(xlabel=xlabel, ylabel="perplexity", xscale=xscale)
-        ax.grid(alpha=0.3, which="both")
-    axes[0].set(yscale="log", title="all")
-    axes[1].set(ylim=(0.97 * untouched, near * untouched), title=f"up to {near} times the untouched model's")
-    legend_beside(axes[1], axes[1].get_legend_handles_labels())
-    save(fig, path)
-
-
-def heat_map(path, record):
-    """Share of the components that each layer keeps, a row for each target."""
-    parts = record["parts"]
-    fig, axes = pyplot().subplots(len(parts), 1, figsize=(10, 0.9 + 0.8 * len(parts)), layout="constrained", squeeze=False)
-    for ax, (name, part) in zip(axes[:, 0], parts.items()):
-        shares = [k / full for k, full in zip(part["ranks"], part["full"])]
-        image = ax.imshow([shares], aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        for i, (k, share) in enumerate(zip(part["ranks"], shares)):
-            ax.text(i, 0, k, ha="center", va="center", fontsize=6, color="white" if share < 0.6 else "black")
-        ax.set(yticks=[0], yticklabels=[name], xlabel="layer" if part is list(parts.values())[-1] else "")
-    fig.colorbar(image, ax=axes, label="share kept")
-    axes[0][0].set_title(f"Components kept by layer: {label(record)}, {level(record)}")
-    save(fig, path)
+        lines = {}
+        for name, part in r["parts"].items():
+            shares = zip(part["ranks"], part["full"])
+            lines[name] = [Point(i, [k / full], f"{k} of {full}") for i, (k, full) in enumerate(shares)]
+        every = [(p.y, p.x) for points in lines.values() for p in points]
+        (low, least), (high, most) = min(every), max(every)
+        unit = "group" if r["mode"] == "shared_layers" else "layer"
+        title = f"{label(r)}, {level(r)}: {low:.0%} ({unit} {least}) to {high:.0%} ({unit} {most})"
+        panels.append(Panel(lines, unit, "share of the components kept", title, ylim=(0, 1.02)))
+    order = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    shares = {(label(r), level(r), name): [k / full for k, full in zip(part["ranks"], part["full"])]
+              for r in records for name, part in r["parts"].items()}  # fmt: skip
+    (replaced, at, name), share = max(shares.items(), key=lambda item: max(item[1]) - min(item[1]))
+    title = f"Layers differ most in {name} of {replaced} at {at}: they keep {min(share):.0%} to {max(share):.0%}"
+    return Figure("ranks_by_layer", title, "Share of the components that each layer keeps", panels, order)
 
 
 def by_layer(records):
@@ -196,84 +223,70 @@ def layer_table(record):
     """Components kept and error of the weights of every layer, or group of layers, and target."""
     parts, layers = record["parts"], len(next(iter(record["parts"].values()))["ranks"])
     cells = [[i, *(f"{p['ranks'][i]}/{p['full'][i]}, {p['errors'][i]:.3f}" for p in parts.values())] for i in range(layers)]
-    return table(["group" if record["mode"] == "shared_layers" else "layer", *parts], cells)
+    header = ["group" if record["mode"] == "shared_layers" else "layer", *parts]
+    return Table(header, cells, f"By layer: {label(record)}, {level(record)}: components kept, relative error of the weights")
 
 
 def figures(records):
-    """The figures, as descriptions."""
-    untouched = [r for r in records if r["method"] == "-"]
+    """The figures of a sweep, each with its answer."""
+    untouched = next(r for r in records if r["method"] == "-")
     of_table = [r for r in records if r["mode"] == "table"]
     of_layers = [r for r in records if r["mode"] not in ("table", "-")]
-    axes = (
-        ("rank", kept, "components kept", "linear"),
-        ("variance", lost, "energy lost, in each method's own metric", "log"),
-    )
     found = []
-    for part, some, near in (("attention", of_layers, 1.5), ("table", of_table, 4)):
-        for name, x, label_of_x, scale in axes if some else ():
-            caption = f"Perplexity against the share of the {label_of_x}, mean over matrices"
-            data = dict(records=untouched + some, x=x, xlabel=f"share of the {label_of_x}", xscale=scale, near=near)
-            found.append(Figure(f"{part}_by_{name}", caption, "perplexity", data))
-    for r in by_layer(records):
-        words = f"{label(r)} {level(r) if r.get('budget') else ''}".strip()
-        name = "ranks_" + "".join(c for c in words.replace(" ", "_") if c.isalnum() or c == "_")
-        found.append(Figure(name, f"Ranks by layer, {label(r)} at {level(r)}", "heat map", dict(record=r)))
-    return found
+    for part, some in (("attention", of_layers), ("table", of_table)):
+        for name, by_energy in (("rank", False), ("variance", True)) if some else ():
+            caption = (
+                f"Perplexity against the share of the {'energy lost' if by_energy else 'components kept'}, mean over matrices"
+            )
+            found.append(sweep_figure(f"{part}_by_{name}", caption, some, untouched, by_energy))
+    return [*found, *([layer_figure(shown)] if (shown := by_layer(records)) else [])]
 
 
-DRAW = {"perplexity": perplexity_plot, "heat map": heat_map}
-
-
-def answer_table(records):
+def answers(records):
+    """What the models answered to the prompt: parts of the report."""
     answered = [r for r in records if "answer" in r]
-    cells = [
-        [f"{label(r) or 'untouched'} {level(r)}", f"{r['ppl']:.1f}", *(one_line(r[name]) for name in ("answer", "sampled"))]
+    written = [
+        (f"{label(r) or 'untouched'} {level(r) if label(r) else ''}".strip() + f", perplexity {r['ppl']:.1f}",
+         {how: " ".join(r[name].split()) or "(nothing)" for how, name in (("greedy", "answer"), ("sampled", "sampled"))})
         for r in answered
-    ]
-    lines = ["| | perplexity | greedy | sampled |", "|---|---:|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
-    return ["## What it answers", "", *lines, ""] if cells else []
+    ]  # fmt: skip
+    return ["## What it answers", "", Samples("", written), ""] if written else []
 
 
-def one_line(answer):
-    """On one line of a table."""
-    return " ".join(answer.split()).replace("|", "\\|") or "(nothing)"
+def parts_of(settings, facts, records, smaller):
+    """(The parts of the report, its tables for the terminal)."""
+    results = result_table(records, settings["texts"])
+    about = f"{settings['model']}, {settings['eval_windows']} windows of {settings['window']} tokens of {settings['eval_text']}"
+    text = ["# Surgery", "", f"{about}, calibrated on {settings['calib_text']}.", ""]
+    text += [f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`", ""]
+    text += ["## In figures", "", *figures(records)] if len(records) > 1 else []
+    text += ["## What was measured", "", results, "", READING, ""]
+    smaller = list({r["out"]: r for r in smaller}.values())  # a folder that was deleted and written again counts once
+    tables = [results, *([smaller_table(smaller, settings["texts"])] if smaller else [])]
+    text += ["## Really smaller", "", tables[1], "", READING_SMALLER, ""] if smaller else []
+    text += answers(records)
+    for r in by_layer(records):
+        text += [layer_table(r), ""]
+    return text, tables
 
 
-def write_report(folder, records, smaller):
-    """report.md and its figures in the folder, all of them or none; returns the tables."""
+def write_report(folder, records, smaller, html=False):
+    """report.md and its figures in the folder, with html report.html too, all of them or none; returns the tables."""
     facts = read_json(folder / "config.json", CONFIG, *SWEEP)
-    s = facts["settings"]
+    settings = facts["settings"]
     with reading(folder / "results.jsonl", *SWEEP):
         expect(records, [RECORD])
         expect(smaller, [SMALLER])
-        check_together(records, smaller, s["texts"])
-    results = result_table(records, s["texts"])
-    text = ["# Surgery", "", f"{s['model']}, {s['eval_windows']} windows of {s['window']} tokens"]
-    text[-1] += f" of {s['eval_text']}, calibrated on {s['calib_text']}."
-    text += [
-        "",
-        f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`",
-        "",
-        results,
-        "",
-        READING,
-        "",
-    ]
-    smaller = list({r["out"]: r for r in smaller}.values())  # a folder that was deleted and written again counts once
-    tables = [results, *([smaller_table(smaller, s["texts"])] if smaller else [])]
-    if smaller:
-        text += ["## Really smaller", "", tables[1], "", READING_SMALLER, ""]
+        check_together(records, smaller, settings["texts"])
+    text, tables = parts_of(settings, facts, records, smaller)
     # Not written_whole(), which replaces one file or a whole folder: here several files go beside others that stay.
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:
-            text += draw_all(Path(part), figures(records) if len(records) > 1 else [], DRAW)
-            text += answer_table(records)
-            for r in by_layer(records):
-                text += [f"## By layer: {label(r)}, {level(r)}", "", "Components kept, relative error of the weights.", ""]
-                text += [layer_table(r), ""]
-            (Path(part) / "report.md").write_text("\n".join(text))
+            (Path(part) / "report.md").write_text("\n".join(draw_all(Path(part), text)))
+            if html:
+                (Path(part) / "report.html").write_text(page(text))
             for file in Path(part).iterdir():
                 os.replace(file, folder / file.name)
     except OSError as error:
         fail(f"{folder}/report.md cannot be written ({error.strerror or error}): make room; the same command writes it again")
-    return "\n\n".join(tables)
+    return "\n\n".join(map(str, tables))

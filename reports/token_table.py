@@ -2,10 +2,10 @@
 
 import textwrap
 
-from common.plots import Figure, draw_all
-from reports.claims import SEEDS_CLAIMS, claim_lines, our_claims
+from common.plots import Figure, Panel, Point, front, scree
+from reports.claims import MARGIN, SEEDS_CLAIMS, judged_claims, our_claims
 from reports.compare import comparisons, difference, mean, pairs, shown, shown_p, spread
-from reports.markdown import table
+from reports.markdown import Table
 from reports.rows import provenance_lines, read_curve, read_factors, total_seconds
 
 READING = (
@@ -46,7 +46,7 @@ def result_table(rows, dense):
                 shown(row.values("best", "ln_f_cosine_full"), 3),
             ]
         )
-    return table(header, lines)
+    return Table(header, lines)
 
 
 def rank_table(rows, spreads=True):
@@ -60,7 +60,7 @@ def rank_table(rows, spreads=True):
     for series in dict.fromkeys(row.series for row in rows):
         of_rank = {row.k: row for row in rows if row.series == series}
         lines.append([series, *(cell(of_rank[k]) if k in of_rank else "-" for k in (None, *ranks))])
-    return table(["val loss", "dense", *(f"k={k}" for k in ranks)], lines)
+    return Table(["val loss", "dense", *(f"k={k}" for k in ranks)], lines)
 
 
 def parameter_table(rows):
@@ -73,7 +73,7 @@ def parameter_table(rows):
         cells = [*(f"{counts.get(g, 0):,}" for g in groups), f"{counts['total']:,}", f"{head:.2f}"]
         memory = max(row.values("peak_memory_bytes")) / 2**20
         lines.append([row.title, *cells, shown(row.values("tokens_per_second"), 0), f"{memory:,.0f} MiB"])
-    return table(header, lines)
+    return Table(header, lines)
 
 
 def factor_table(factors):
@@ -83,18 +83,21 @@ def factor_table(factors):
          f"{f['parameters']:,}", f"{f['compression']:.2f}x"]
         for method, ranks in factors.items() for f in ranks
     ]  # fmt: skip
-    return table(header, lines)
+    return Table(header, lines)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
+FEW = 7  # lines that one panel shows clearly
+LOSS = "validation loss (nats per token)"
+
 
 def by_series(rows, x, y):
-    """{series: [(x(row), y(row) of each seed)]}, by rank. A row whose x is None has no point."""
+    """{series: [Point(x(row), y(row) of each seed)]}, by rank. A row whose x is None has no point."""
     found = {}
     for row in sorted(rows, key=lambda row: row.k or 0):
         if x(row) is not None:
-            found.setdefault(row.series, []).append((x(row), y(row)))
+            found.setdefault(row.series, []).append(Point(x(row), y(row), f"rank {row.k}" if row.k else ""))
     return {series: found[series] for series in dict.fromkeys(row.series for row in rows) if series in found}
 
 
@@ -102,69 +105,162 @@ def losses(row):
     return row.losses
 
 
+def loss_of(row):
+    return mean(row.losses)
+
+
+def rank_of(row):
+    return row.k
+
+
+def named(row):
+    return f"{row.series}{f', k={row.k}' if row.k else ''}"
+
+
+def groups(rows):
+    """{title: rows} for small panels: all in one where they are few, else by how their tables came to be."""
+    if len({row.series for row in rows}) <= FEW:
+        return {"": rows}
+    return {group: [r for r in rows if r.group == group] for group in dict.fromkeys(r.group for r in rows if r.k)}
+
+
 def figures(rows, factors):
-    """The figures, as descriptions."""
+    """The figures of the token table, each with its answer."""
     order = list(dict.fromkeys(row.series for row in rows))  # one style a series, in every figure
     first = " (the first seed)" if any(len(row.summaries) > 1 for row in rows) else ""
-    loss, several = "best validation loss (nats per token)", len({row.k for row in rows if row.k}) > 1
+    several = len({row.k for row in rows if row.k}) > 1
 
     def seconds(row):
         known = [s for s in total_seconds(row, rows) if s is not None]
         return mean(known) if known else None
 
-    def against(name, caption, x, label):
-        panels = [(loss, by_series(rows, x, losses), {})]
-        return Figure(name, caption, "series", dict(panels=panels, order=order, x=label, front=True))
+    dense = [row for row in rows if row.k is None]
 
-    caption = "Best validation loss against seconds of training, those of the run a model starts from included"
+    def against(name, title, caption, x, label):
+        panels = [
+            Panel(by_series([*dense, *some], x, losses), label, LOSS, group, front=True, xscale="log")
+            for group, some in groups([row for row in rows if row.k] or rows).items()
+        ]
+        return Figure(name, title, caption, panels, order)
+
+    of_seconds = "Best validation loss against seconds of training, those of the run a model starts from included"
     found = [
-        *([loss_by_rank(rows, order, loss)] if several else []),
-        against("loss_against_parameters", "Best validation loss against stored parameters", lambda row: row.stored,
-                "stored parameters"),
-        against("loss_against_seconds", caption, seconds, "seconds of training"),
+        *([loss_by_rank(rows, order)] if several else []),
+        against("loss_against_parameters", smallest_within(rows, lambda row: row.stored, "parameters"),
+                "Best validation loss against stored parameters", lambda row: row.stored, "stored parameters"),
+        against("loss_against_seconds", best_for_its(seconds, rows, "seconds"), of_seconds, seconds, "seconds of training"),
         *([cosines_by_rank(rows, order)] if several else []),
-        validation_curves(rows, order, first),
+        *validation_curves(rows, order, first),
     ]  # fmt: skip
     if factors:
         spectra = {method: ranks[0]["singular_values"] for method, ranks in factors.items()}
         ranks = sorted({f["k"] for ranks in factors.values() for f in ranks})
         caption = f"Spectrum of the baseline's token table, in the metric of each method{first}"
-        found.append(Figure("scree", caption, "scree", dict(spectra=spectra, ranks=ranks)))
+        found.append(scree("scree", spectra, ranks, caption))
     return found
 
 
-def loss_by_rank(rows, order, loss):
-    """Two panels: models as they were cut, and models that were trained after it."""
-    rules = {row.series: mean(row.losses) for row in rows if row.k is None}
-    as_cut = by_series(rows, lambda row: None if row.one("tokens") else row.k, losses)
-    trained = by_series(rows, lambda row: row.k if row.one("tokens") else None, losses)
+def smallest_within(rows, size, what):
+    """The smallest model that loses at most MARGIN to the best dense one, in a sentence. size: row -> a count of `what`."""
+    dense = min((row for row in rows if row.k is None), key=loss_of, default=None)
+    smaller = [row for row in rows if dense and size(row) < size(dense)]
+    if not smaller:
+        return "There is no dense model to compare a smaller one with"
+    near = [row for row in smaller if loss_of(row) - loss_of(dense) <= MARGIN]
+    best = min(near, key=size) if near else min(smaller, key=loss_of)
+    gap = loss_of(best) - loss_of(dense)
+    kept = f"{named(best)}, {size(best):,} of {size(dense):,} {what}, {abs(gap):.3f} nats {'under' if gap < 0 else 'over'} it"
+    which = "The smallest" if near else "No smaller model is"
+    return f"{which} within {MARGIN} nats of {dense.series}{': ' if near else '; the nearest: '}{kept}"
+
+
+def best_for_its(size, rows, what):
+    """The models that no other beats in both loss and `what`, in a sentence. size: row -> a count of `what`, or None."""
+    points = {(size(row), loss_of(row)): named(row) for row in rows if size(row) is not None}
+    names = [points[corner] for corner in front(Panel({"": [Point(x, [y]) for x, y in points]}, "", ""))]
+    some = names if len(names) < 5 else [names[0], f"{len(names) - 2} others", names[-1]]
+    return f"No other model is as good in as few {what}: {'; '.join(some)}"
+
+
+def loss_by_rank(rows, order):
+    """A panel for models as they were cut, and panels for those that were trained after it."""
+    rules = {row.series: loss_of(row) for row in rows if row.k is None}
     baseline = {series: y for series, y in rules.items() if series == "baseline"}
-    panels = (("as cut", as_cut, baseline), ("trained", trained, rules))
-    panels = [(f"{loss}, {kind}", points, lines) for kind, points, lines in panels if points]
-    data = dict(panels=panels, order=order, x="rank k of the token table", ranks=True)
-    return Figure("loss_by_rank", "Best validation loss by rank of the token table", "series", data)
+    low, panels = [row for row in rows if row.k], []
+    for group in dict.fromkeys(row.group for row in low):
+        some = [row for row in low if row.group == group]
+        ranks = {k: min((r for r in some if r.k == k), key=loss_of).series for k in sorted({row.k for row in some})}
+        best = {name: ", ".join(f"{k}" for k in ranks if ranks[k] == name) for name in ranks.values()}
+        lowest = "; ".join(f"{name}{f' at {ks}' if len(best) > 1 else ''}" for name, ks in best.items())
+        panels.append(Panel(by_series(some, rank_of, losses), "rank k of the token table", LOSS,
+                            f"{group}, lowest: {lowest}", baseline if group == "as cut" else rules,
+                            xscale="ranks"))  # fmt: skip
+    title, dense = "Best validation loss by rank of the token table", min(rules.values(), default=None)
+    if dense is not None:
+        ranks = sorted({row.k for row in low})
+        costs = [min(loss_of(row) for row in low if row.k == k) - dense for k in (ranks[0], ranks[-1])]
+        title = f"Over the best dense model, the best of rank {ranks[0]} ends {costs[0]:.3f} nats, "
+        title += f"the best of rank {ranks[-1]} {costs[1]:.3f}"
+    return Figure("loss_by_rank", title, "Best validation loss by rank of the token table", panels, order, same_y=False)
 
 
 def cosines_by_rank(rows, order):
-    panels = []
+    panels, low = [], [row for row in rows if row.k]
     for name in ("ln_f_cosine", "ln_f_cosine_full"):
-        rules = {row.series: mean(row.values("best", name)) for row in rows if row.k is None}
-        points = by_series(rows, lambda row: row.k, lambda row, name=name: row.values("best", name))
-        panels.append((name, points, rules))
+        rules = {row.series: mean(row.values("best", name)) for row in rows if row.label == "D"}
+        for group, some in groups(low).items():
+            points = by_series(some, rank_of, lambda row, name=name: row.values("best", name))
+            panels.append(Panel(points, "rank k", name, group, rules, xscale="ranks"))
+    pairs = [(some[0], some[-1]) for some in of_series(low).values() if len(some) > 1]
+    odd = [1 for a, b in pairs if mean(a.values("best", "ln_f_cosine_full")) > mean(b.values("best", "ln_f_cosine_full"))
+           and loss_of(a) > loss_of(b)]  # fmt: skip
+    title = f"ln_f_cosine_full is larger at the smallest rank, where the loss is worse, in {len(odd)} of {len(pairs)} series"
     caption = "ln_f_cosine by rank, in the head's own space and in d-space"
-    return Figure("ln_f_cosine", caption, "series", dict(panels=panels, order=order, x="rank k", ranks=True))
+    return Figure("ln_f_cosine", title, caption, panels, order, same_y=False)
+
+
+def of_series(rows):
+    """{series: rows, by rank}"""
+    found = {}
+    for row in sorted(rows, key=rank_of):
+        found.setdefault(row.series, []).append(row)
+    return found
+
+
+def curve(row):
+    """The evaluations of a row's first run, after the tokens of the run that all its weights come from: points."""
+    start = row.one("starts_from") or {}
+    before = start["tokens"] if start.get("part") == "all weights" else 0
+    evaluations = read_curve(next(iter(row.folders.values())))
+    return [Point((before or 0) + tokens, [value], f"step {step:,}") for step, tokens, value in evaluations]
+
+
+def without_the_start(curves):
+    """Limits of the y axis: the first evaluations are far above, and would flatten what matters."""
+    every = sorted(point.y for points in curves for point in points)
+    high = every[round(0.8 * (len(every) - 1))]
+    room = 0.05 * (high - every[0]) or 0.1
+    return every[0] - room, high + room
 
 
 def validation_curves(rows, order, first):
-    curves = {}
-    for row in (row for row in rows if row.one("tokens")):
-        folder = next(iter(row.folders.values()))
-        start = row.one("starts_from") or {}
-        before = start["tokens"] if start.get("part") == "all weights" else 0
-        curves[row.series, row.k] = [(before + tokens, value) for _, tokens, value in read_curve(folder)]
+    """[The figure]: a panel for each rank and group; the dense models are in every one. Nothing was trained: []."""
+    curves = {row.name: curve(row) for row in rows if row.one("tokens")}
+    rows = [row for row in rows if curves.get(row.name)]
+    if not rows:
+        return []
+    unigram, ylim = rows[0].one("val_unigram_entropy"), without_the_start(curves.values())
+    rules = {"unigram entropy": unigram} if unigram < ylim[1] else {}
+    dense, panels = [row for row in rows if row.k is None], []
+    for group, some in groups([row for row in rows if row.k] or rows).items():
+        for k in sorted({row.k for row in some if row.k}) or [None]:
+            lines = {row.series: curves[row.name] for row in [*dense, *(row for row in some if row.k == k and k)]}
+            title = ", ".join(filter(None, (group, f"k = {k}" if k else "dense")))
+            panels.append(Panel(lines, "training tokens", LOSS, title, rules, ylim=ylim))
+    best = min(rows, key=lambda row: curves[row.name][-1].y)
+    title = f"{named(best)} ends lowest: {curves[best.name][-1].y:.3f} nats after {curves[best.name][-1].x:,} tokens"
     caption = f"Validation loss over training tokens, those of the run that all weights come from included{first}"
-    data = dict(curves=curves, order=order, unigram=rows[0].one("val_unigram_entropy"))
-    return Figure("validation_curves", caption, "curves", data)
+    return [Figure("validation_curves", title, caption, panels, order)]
 
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
@@ -203,7 +299,7 @@ def short_table(rows, dense):
         smaller = f"{dense / stored:.2f}x" if dense else "-"
         ppl = f"{mean(row.values('best', 'val_ppl')):.1f}"
         lines.append([IN_TABLE[row.label].format(k=row.k), f"{stored:,}", smaller, f"{mean(row.losses):.3f}", ppl])
-    return table(["model", "token table", "smaller", "val loss", "perplexity"], lines)
+    return Table(["model", "token table", "smaller", "val loss", "perplexity"], lines)
 
 
 def gap(first, second):
@@ -248,20 +344,33 @@ def unigram_line(rows):
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
+def kinds(rows):
+    """What the labels stand for: a line for each, with the ranks that were run."""
+    ranks = {}
+    for row in (row for row in rows if row.what):
+        ranks.setdefault((row.label, row.what), []).append(row.k)
+    return [f"- {label}: {what}{at(ks)}." for (label, what), ks in ranks.items()]
+
+
+def at(ranks):
+    return f" (rank {', '.join(map(str, ranks))})" if any(ranks) else ""
+
+
 def section(root, rows):
-    """The token table's part of the report -> (lines for the terminal, lines of markdown, the claims that it judges)."""
-    factors = read_factors(root)
+    """The token table's part of the report -> (lines for the terminal, its parts, the claims that it judges)."""
+    factors, found = read_factors(root), answers(rows)
     dense = next((row.one("parameters", "token_table") for row in rows if row.k is None), None)
     by_rank = ["## Loss by rank", "", rank_table(rows), ""] if len({row.k for row in rows if row.k}) > 1 else []
     claims, compared = (SEEDS_CLAIMS, our_claims(rows)), comparisons(rows)
-    text = ["# How low-rank is the token table?", "", *provenance_lines(rows), "", result_table(rows, dense), ""]
-    text += [*(f"- {row.title}: {row.what}." for row in rows if row.what), "", READING, "", unigram_line(rows), "", *by_rank]
-    text += ["## What holds", "", "Of the seeds' claims:", "", *claim_lines(claims[0], rows)]
-    if ours := claim_lines(claims[1], rows):
+    text = ["# How low-rank is the token table?", "", *found, *([""] if found else [])]
+    text += [result_table(rows, dense), "", *kinds(rows), "", *by_rank]
+    text += ["## In figures", "", *figures(rows, factors)]
+    text += ["## How it was measured", "", *provenance_lines(rows), "", READING, "", unigram_line(rows), ""]
+    text += ["## What holds", "", "Of the seeds' claims:", "", *judged_claims(claims[0], rows)]
+    if ours := judged_claims(claims[1], rows):
         text += ["Of ours:", "", *ours]
     text += ["## What the comparisons say", "", *compared, ""] if compared else []
     text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
     if factors:
         text += ["## The factorization", "", factor_table(factors), ""]
-    text += draw_all(root, figures(rows, factors))
-    return [*short_table(rows, dense).splitlines(), "", *answers(rows)], text, claims
+    return [*str(short_table(rows, dense)).splitlines(), "", *found], text, claims

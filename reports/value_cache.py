@@ -2,11 +2,12 @@
 
 import math
 
-from common.plots import Figure, draw_all
-from reports.claims import cache_claims, claim_lines
+from common.plots import Figure, Panel, Point
+from reports.claims import cache_claims, judged_claims
 from reports.compare import mean, shown
-from reports.markdown import table
+from reports.markdown import Table
 from reports.rows import provenance_lines, read_curve
+from reports.token_table import LOSS, smallest_within, without_the_start
 
 READING = (
     "Losses, perplexities and errors are those of the best checkpoint, read back; it is chosen on the same fixed windows "
@@ -52,7 +53,7 @@ def main_table(rows):
                 shown(row.values("seconds"), 0),
             ]
         )
-    return table(header, lines)
+    return Table(header, lines)
 
 
 def short_table(rows):
@@ -61,7 +62,7 @@ def short_table(rows):
         [row.series, f"{1 - kv_reduction(row):.2%}", f"{mean(row.losses):.3f}", f"{mean(row.values('best', 'val_ppl')):.1f}"]
         for row in rows
     ]
-    return table(["model", "cache kept", "val loss", "perplexity"], lines)
+    return Table(["model", "cache kept", "val loss", "perplexity"], lines)
 
 
 def bins_of(rows):
@@ -78,7 +79,7 @@ def position_table(rows):
         return [math.exp(losses[bin]) if bin in losses else None for losses in row.values("best", "position_loss")]
 
     lines = [[row.title, *(shown(perplexities(row, bin), 1) for bin in bins)] for row in rows]
-    return table(["perplexity at positions", *bins], lines)
+    return Table(["perplexity at positions", *bins], lines)
 
 
 def error_table(rows):
@@ -86,51 +87,59 @@ def error_table(rows):
     lines = [[row.title, *(shown(list(errors), 4) for errors in zip(*row.values("best", "v_error")))] for row in rows]
     layers = max((len(line) - 1 for line in lines), default=0)
     lines = [line + ["-"] * (layers + 1 - len(line)) for line in lines]
-    return table(["share of V's variance missed", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
+    return Table(["share of V's variance missed", *(f"layer {i}" for i in range(layers))], lines) if lines else ""
 
 
 def figures(rows):
-    """The figures, as descriptions."""
+    """The figures of the value cache, each with its answer."""
     order, first = [row.series for row in rows], next(iter(rows[0].folders))
-    loss = "validation loss (nats per token)"
-    points = {row.series: [(sum(row.one("cache_widths")), row.losses)] for row in rows}
-    panels = [(f"best {loss}", points, {})]
-    found = [Figure("loss_against_cache", "Best validation loss against what the cache keeps", "series",
-                    dict(panels=panels, order=order, x="numbers kept a token and layer"))]  # fmt: skip
+
+    def kept(row):
+        return sum(row.one("cache_widths"))
+
+    points = {row.series: [Point(kept(row), row.losses)] for row in rows}
+    found = [Figure("loss_against_cache", smallest_within(rows, kept, "numbers a token and layer"),
+                    "Best validation loss against what the cache keeps",
+                    [Panel(points, "numbers kept a token and layer", f"best {LOSS}")], order)]  # fmt: skip
     curves = {
-        row.series: [(step / row.one("epoch_steps"), loss) for step, _, loss in read_curve(row.folders[first])]
+        row.series: [Point(step / row.one("epoch_steps"), [loss]) for step, _, loss in read_curve(row.folders[first])]
         for row in rows
         if first in row.folders and row.one("epoch_steps")
     }
-    if curves:
-        found.append(Figure("epochs", f"Validation loss by epoch, seed {first}", "lines",
-                            dict(curves=curves, order=order, x="epoch", y=loss, quantile=0.9)))  # fmt: skip
+    if any(curves.values()):
+        best = min((name for name in curves if curves[name]), key=lambda name: curves[name][-1].y)
+        title = f"{best} ends lowest: {curves[best][-1].y:.3f} nats"
+        panel = Panel(curves, "epoch", LOSS, ylim=without_the_start(curves.values()))
+        found.append(Figure("epochs", title, f"Validation loss by epoch, seed {first}", [panel], order))
+    return [*found, positions(rows, order)]
+
+
+def positions(rows, order):
     by_position = {}
     for row in rows:
         bins = row.one("best", "position_loss")
         middles = [sum(map(int, bin.split("-"))) / 2 for bin in bins]
-        by_position[row.series] = [(x, mean(row.values("best", "position_loss", bin))) for x, bin in zip(middles, bins)]
-    caption = "Loss by position in the window, best checkpoints"
-    return found + [
-        Figure("positions", caption, "lines", dict(curves=by_position, order=order, x="position in the window", y=loss))
-    ]
+        by_position[row.series] = [
+            Point(x, row.values("best", "position_loss", bin), f"positions {bin}") for x, bin in zip(middles, bins)
+        ]
+    best = {x: min((p.y, name) for name, points in by_position.items() for p in points if p.x == x)[1]
+            for points in by_position.values() for x, *_ in points}  # fmt: skip
+    counts = {name: list(best.values()).count(name) for name in dict.fromkeys(best.values())}
+    title = f"Lowest: {', '.join(f'{name} in {n}' for name, n in counts.items())} of {len(best)} ranges of positions"
+    panel = Panel(by_position, "position in the window", LOSS)
+    return Figure("positions", title, "Loss by position in the window, best checkpoints", [panel], order)
 
 
 def section(root, rows):
-    """-> (lines for the terminal, lines of markdown, the claims that it judges)."""
+    """-> (lines for the terminal, the parts of the report, the claims that it judges)."""
     trained = [row for row in rows if not row.label.startswith("phase 1")]
     tables = [main_table(rows), "", *([position_table(trained), ""] if trained else []), error_table(rows), ""]
     seeds, ours = cache_claims(rows)
-    text = ["# What can the value cache lose?", "", *provenance_lines(rows), "", *tables]
-    text += [*(f"- {row.title}: {row.what}." for row in rows), ""]
-    text += [
-        READING.format(epoch=shown({steps for row in rows for steps in row.values("epoch_steps")}, 0)),
-        "",
-        "## What holds of V-DProj",
-        "",
-    ]
-    text += ["Of its authors' claims:", "", *claim_lines(seeds, rows)]
+    text = ["# What can the value cache lose?", "", *tables, *(f"- {row.title}: {row.what}." for row in rows), ""]
+    text += ["## The cache in figures", "", *figures(trained)] if trained else []
+    epoch = shown({steps for row in rows for steps in row.values("epoch_steps")}, 0)
+    text += ["## How the cache was measured", "", *provenance_lines(rows), "", READING.format(epoch=epoch), ""]
+    text += ["## What holds of V-DProj", "", "Of its authors' claims:", "", *judged_claims(seeds, rows)]
     if ours:
-        text += ["Of ours:", "", *claim_lines(ours, rows)]
-    text += draw_all(root, figures(trained)) if trained else []
-    return short_table(trained or rows).splitlines(), text, (seeds, ours)
+        text += ["Of ours:", "", *judged_claims(ours, rows)]
+    return str(short_table(trained or rows)).splitlines(), text, (seeds, ours)

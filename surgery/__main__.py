@@ -67,6 +67,7 @@ class Args:
     seed: int = flag(1337, "seed of the sampled answer; the other answer is greedy", low=0, high=2**63 - 1)
     device: str = flag("cpu", "cpu or cuda")
     out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
+    html: bool = flag(False, "also report.html: the same as one page, with values under the pointer and tables that sort")
     out: str = flag("", "a new folder: the smaller model of the one point is written there")
     heal_steps: int = flag(
         0,
@@ -86,7 +87,7 @@ class Args:
 
 # What may differ between the runs that write into one folder.
 SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens",
-         "out_dir", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
+         "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
          "heal_dtype")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
@@ -98,6 +99,8 @@ def check_bytes(args, given):
         fail(f"{asks} decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
     if not args.out:
         fail(f"{asks} writes a packed model: give --out FOLDER")
+    if args.html:
+        fail(f"--html makes a page of a sweep's report, and {asks} writes none: drop it")
     if args.device != "cpu":
         fail(f"{asks} works on the CPU so far: drop --device {args.device}")
     if not args.bytes and (other := sorted({"targets", "heal_steps"} & set(given))):
@@ -230,7 +233,7 @@ def main(argv=None):
             write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
     records, smaller = (read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point measured again, to answer, counts once
-    print(write_report(folder, records, smaller))
+    print(write_report(folder, records, smaller, args.html))
     for claim in claims:
         claim.release()
     counts = dict(points=len(left), skipped=len(points) + 1 - len(left))

@@ -22,6 +22,7 @@ from common.start import begin
 from common.texts import codec_of
 from common.tokenizer import train_bpe
 from reports import rows
+from reports.html import page
 from train_args import parse_args
 
 
@@ -143,8 +144,8 @@ def test_factor_files(survives, tmp_path, tiny_model):
     survives("factors", tmp_path / "root", kinds, read)
 
 
-def test_reports(survives, tmp_path, monkeypatch):
-    """The tables of both systems; drawing them takes a second each time."""
+def test_reports(survives, tmp_path):
+    """The pages of both systems; matplotlib, which takes seconds, draws the same figures."""
     from reports import token_table, value_cache
 
     runs = tmp_path / "runs"
@@ -155,14 +156,12 @@ def test_reports(survives, tmp_path, monkeypatch):
     point |= dict(position_loss={"0-16": 5.0}, v_error=[0.1, 0.2])
     write_run(runs / "pythia_baseline", 5.0, best=point, last=point, **cache | dict(cache_widths=[16, 16]))
     write_run(runs / "vdproj_end_to_end_r12", 5.1, best=point, last=point, **cache)
-    for part in (token_table, value_cache):
-        monkeypatch.setattr(part, "draw_all", lambda folder, figures, *_: [repr(figures)])
 
     def read(root):
         found, _ = rows.read_rows(root)
         for part, of_cache in ((token_table, False), (value_cache, True)):
             if some := [row for row in found if row.of_cache == of_cache]:
-                part.section(root, some)
+                page(part.section(root, some)[1])
 
     files = {f"{run}/{file}": kind for run in ("gpt_pca_k4", "vdproj_end_to_end_r12")
              for file, kind in (("summary.json", "json"), ("metrics.jsonl", "lines"), ("config.json", "json"))}  # fmt: skip

@@ -10,6 +10,7 @@ from trials import all_survive
 
 import reports.bytes as bytes_report
 import reports.surgery as report
+from reports.html import page
 from surgery.coded_folder import save as save_coded
 from surgery.layers import find_layers
 from surgery.low_rank_folder import save as save_low_rank
@@ -166,7 +167,7 @@ def test_sweeps(survives, tmp_path, monkeypatch):
     layer = layers[0]
     moments = dict(C={layer.name: torch.eye(32)}, G={layer.name: torch.eye(64)}, head=torch.eye(32), lookup=torch.eye(32))
     torch.save(moments | dict(tokens=9), folder / "calibration.pt")
-    monkeypatch.setattr(report, "draw_all", lambda folder, figures, *_: [repr(figures)])
+    monkeypatch.setattr(report, "draw_all", lambda folder, text: [page(text)])
 
     def read(folder):
         args = SimpleNamespace(out_dir=str(folder), device="cpu")
@@ -191,6 +192,6 @@ def test_studies_of_bytes(survives, tmp_path, monkeypatch):
     settings = dict(model="toy", eval_windows=3, window=32, eval_text="a.txt", calib_tokens=99, calib_text="b.txt")
     config = dict(settings=settings, hardware="x", commit="c", command="python -m surgery.bytes_study")
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(bytes_report, "system_figure", lambda *_, **given: None)
+    monkeypatch.setattr(bytes_report, "draw_all", lambda folder, text: [page(text)])
     kinds = {"results.jsonl": "lines", "config.json": "json"}
     survives("study of bytes", folder, kinds, bytes_report.write_report, number=16)

@@ -143,7 +143,7 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
     for words in (
         "q,k,v shared_kv fisher",
         "attention_by_variance.png",
-        "ranks_qkv_separate_fisher.png",
+        "ranks_by_layer.png",
         "## What it answers",
     ):
         assert words in report

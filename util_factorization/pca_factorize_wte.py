@@ -167,7 +167,7 @@ def main(argv=None):
     import torch
 
     from common.factor_files import method_in_names, sha256, write_factors
-    from common.plots import Figure, draw
+    from common.plots import draw, scree
     from util_factorization.decompose_table import decompose
 
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -201,7 +201,7 @@ def main(argv=None):
 
     name, folder = f"scree_{method_in_names(args.method)}", Path(rows[-1]["wte_npy"]).parent
     spectra = {args.method: decomposition.S[:d].tolist()}
-    draw(folder, Figure(name, "Spectrum", "scree", dict(spectra=spectra, ranks=ranks)))
+    draw(folder, scree(name, spectra, ranks, "Spectrum of the token table"))
     finish(method=args.method, V=V, d=d, scree=str(folder / f"{name}.png"), ranks=rows)
 
 
