@@ -71,13 +71,13 @@ def timeless(value):
 
 
 def without_times(report):
-    """A report without the line of its first command and its columns of seconds."""
+    """A report without its first command and its columns of seconds, speed and memory."""
     lines, dropped = [], []
     for line in report.splitlines():
         cells = line.split("|")
         if len(cells) > 1:
             if not lines or not lines[-1].startswith("|"):
-                dropped = [i for i, cell in enumerate(cells) if "second" in cell]
+                dropped = [i for i, cell in enumerate(cells) if re.search("second|tokens/s|memory", cell)]
             line = "|".join(cell for i, cell in enumerate(cells) if i not in dropped)
         lines.append(re.sub("First command: .*", "", line))
     return lines
