@@ -127,7 +127,7 @@ def _check(path, name, array, expected):
         found_rank = array.shape[0] if array.ndim == 2 else None
     if array.shape == expected[::-1]:
         hint = "it is transposed, transpose it back"
-    elif found_rank not in (None, expected[name == "wte"]) and array.size % found_rank == 0:
+    elif found_rank and found_rank != expected[name == "wte"] and array.size % found_rank == 0:
         hint = f"give --n_embd_wte {found_rank}, or factorize at this rank"
     else:
         hint = "it is from another model (vocabulary or --n_embd), factorize this one"

@@ -60,7 +60,7 @@ def check_together(records, smaller, kinds):
         for part in r.get("parts", {}).values():
             if len({len(values) for values in part.values()}) > 1 or not part["ranks"]:
                 raise ValueError("its layers do not agree")
-        if r.get("method", "-") != "-" and not r["parts"]:
+        if (r.get("method", "-") != "-" or any(r.get(level) for level in ("variance", "rank", "budget"))) and not r["parts"]:
             raise ValueError("it has no layers")
 
 
