@@ -3,7 +3,7 @@
 #   git clone https://github.com/ReaLLMASIC/nanoGPT path/to/checkout, and pip install rich: its model.py prints with it
 #   bash scripts/reallmasic.sh path/to/checkout 128
 set -euo pipefail
-checkout=$(realpath -m -- "${1:-}")
+checkout=$(realpath -m -- "${1:-.}")
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh
 [ -n "${1:-}" ] || mistake "the first argument is the folder of a checkout: give it"

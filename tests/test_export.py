@@ -1,7 +1,9 @@
 """Models out: what is written opens with plain transformers, and computes what the model did."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 import tiktoken
@@ -11,7 +13,6 @@ from tiktoken_ext import openai_public
 from common import checkpoint as ckpt
 from common.dataset import write_dataset
 from common.tokenizer import END_OF_TEXT, train_bpe
-from export.__main__ import main
 from export.tokenizer import from_tiktoken, tokenizer_for
 from surgery.coded_folder import save as save_coded
 from surgery.low_rank_folder import save
@@ -149,12 +150,18 @@ def test_our_checkpoints_compact(tiny_model, spoken, export, tmp_path, name):
     assert torch.equal(greedy(hf, x[:, :8], 8)[:, 8:], ours)
 
 
+def write_compact(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export", "--model", f"{folder}/small", "--out", f"{folder}/out", "--compact"])
+        runpy.run_module("export", run_name="__main__")
+
+
 @pytest.fixture(scope="module")
 def compact(spoken, tmp_path_factory):
     """(A compact folder, k and v of a layer in one latent, the table with a mean; the model that surgery.load() reads)."""
     folder = tmp_path_factory.mktemp("compact")
     low_rank(folder / "small", transformers.AutoTokenizer.from_pretrained(spoken))
-    main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
+    write_compact(folder)
     return folder / "out", load(folder / "small")[0]
 
 
@@ -229,7 +236,7 @@ def packed(request, spoken, tmp_path_factory):
     if "cache" in request.param:
         hf, _, codes = test_coded_cache.coded(0.25)
     save_coded(folder / "small", hf, tokenizer, coded_matrices(hf), codes)
-    main(["--model", str(folder / "small"), "--out", str(folder / "out"), "--compact"])
+    write_compact(folder)
     return folder / "out", folder / "small"
 
 
