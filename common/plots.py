@@ -197,13 +197,13 @@ def draw_panel(ax, panel, figure):
 
 
 def name_ticks(ax, panel):
-    """Plain numbers on log axes, or the words that the panel has for them."""
+    """Short numbers, not powers, or the words that the panel has for them."""
     if panel.xscale == "ranks":
         ranks = sorted({p.x for points in panel.lines.values() for p in points})
         ax.set_xticks(ranks, [f"{rank}" for rank in ranks])
-    elif panel.xscale == "log":
-        found = ticks(*ax.get_xlim(), "log")
-        ax.set_xticks(found, map(short, found))
+    else:
+        found = ticks(*ax.get_xlim(), panel.xscale)
+        ax.set_xticks(found, [short(x) for x in found])
     low, high = ax.get_ylim()
     if panel.yticks or panel.yscale == "log":
         words = panel.yticks or {y: short(y) for y in ticks(low, high, "log")}

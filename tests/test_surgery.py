@@ -123,7 +123,7 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
     modes, methods = "separate,shared_kv,shared_layers", "pca,svd,whiten,fisher"
     if model == "biased":
         methods = "fisher"
-    result = operate("--mode", modes, "--method", methods, "--variance", "1.0,0.6", model=model)
+    result = operate("--mode", modes, "--method", methods, "--variance", "1.0,0.6", "--html", model=model)
     assert result.status == 0, result.err
     untouched, *points = result.records
     assert (
@@ -148,6 +148,7 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
     ):
         assert words in report
     assert (tmp_path / "out" / "attention_by_rank.png").read_bytes().startswith(b"\x89PNG")
+    assert '<figure id="ranks_by_layer"' in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("method", ["svd", "centered", "freq", "whiten", "joint", "fisher"])

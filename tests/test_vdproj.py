@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,7 +358,7 @@ def test_report_of_the_cache(train, tmp_path, run_main):
         train(out_dir=out / "vdproj_two_phase_r10", init_from="prev_run", prev_run_ckpt=out / "vdproj_phase1_r10",
               freeze="v_compress,v_restore", **flags)  # fmt: skip
         train(out_dir=out / "kvdproj_end_to_end_r10", v_proj_dim=10, k_proj_dim=10, **flags)
-    result = run_main("report.py", "--runs", tmp_path)
+    result = run_main("report.py", "--runs", tmp_path, "--html")
     assert result.status == 0, result.err
     text = (tmp_path / "report.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
@@ -371,6 +372,7 @@ def test_report_of_the_cache(train, tmp_path, run_main):
     assert "2-phase vs end to end (k=10), positions 0-16" in text and "of V's variance missed" in text
     for figure in ("loss_against_cache", "epochs", "positions"):
         assert (tmp_path / f"{figure}.png").is_file() and f"({figure}.png)" in text
+        assert f'<figure id="{figure}"' in Path(result.last["html"]).read_text()
 
 
 def cache_row(label, loss, **changes):
