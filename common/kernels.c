@@ -1,0 +1,139 @@
+// Loops that torch has no operator for. kernels.py compiles them when they are first needed. Arrays lie row by row.
+
+#include <stdint.h>
+#include <string.h>
+
+// -- a matrix kept by bits (util_factorization/coded_matrix.py and trellis.py) ---------------------------------------
+
+enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as there; depths are 0 to 16 half bits
+enum { STEP = 32 };                                 // numbers after which a stream of any depth is at a byte's first bit
+enum { TOUCHED = 16 };                              // bytes, at most, from the first of eight windows on that are loaded
+
+static inline uint64_t load(const uint8_t *bytes) {
+    uint64_t x;
+    memcpy(&x, bytes, 8);
+    return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_bswap64(x) : x;
+}
+
+// A window gives v numbers and adds b bits. Eight windows of eight bits do not fit into one load.
+static inline void read_eight(const uint8_t *stream, int b, int v, const float *restrict levels, float *restrict out) {
+    uint64_t first = load(stream), last = load(stream + b / 2), mask = (1 << WINDOW) - 1;
+    for (int i = 0; i < 4; i++) {
+        memcpy(out + v * i, levels + v * (first >> (64 - WINDOW - i * b) & mask), 4 * v);
+        memcpy(out + v * (i + 4), levels + v * (last >> (64 - WINDOW - b % 2 * 4 - i * b) & mask), 4 * v);
+    }
+}
+
+static inline void read_all(const uint8_t *stream, const uint8_t *end, int n, int b, int v, const float *restrict levels,
+                            float *restrict out) {
+    int all = (n + 8 * v - 1) / (8 * v), inside = end - stream < TOUCHED ? 0 : (end - stream - TOUCHED) / b + 1;
+    inside = inside < all ? inside : all;
+    for (int i = 0; i < inside; i++) read_eight(stream + i * b, b, v, levels, out + 8 * v * i);
+    for (int i = inside; i < all; i++) {
+        uint8_t rest[TOUCHED] = {0};
+        if (stream + i * b < end) memcpy(rest, stream + i * b, end - stream - i * b);
+        read_eight(rest, b, v, levels, out + 8 * v * i);
+    }
+}
+
+static void read_numbers(const uint8_t *stream, const uint8_t *end, int n, int depth, const float *levels, float *out) {
+#define CASE(d) case d: read_all(stream, end, n, d % 2 ? d : d / 2, 1 + d % 2, levels, out); break;
+    switch (depth) {  // so that the compiler knows the shifts
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(10) CASE(12) CASE(14) CASE(16)
+    }
+}
+
+typedef struct {  // sizes, streams, levels: [DEPTHS], of the columns of a depth
+    int rows, count, length;  // a column has `count` streams of so many numbers
+    const uint8_t *depths, *const *streams;
+    const int64_t *sizes;
+    const float *const *levels;
+} Group;
+
+static Group group_of(int g, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
+                      const int64_t *sizes, const float *const *levels) {
+    return (Group){layout[3 * g], layout[3 * g + 1], layout[3 * g + 2], depths + (int64_t)g * columns, streams + g * DEPTHS,
+                   sizes + g * DEPTHS, levels};
+}
+
+typedef struct { int depth, j, seen; } Column;  // seen: columns of its depth before it
+
+// The next column, by depth: a code's levels stay in the processor's first cache. -> 0 at the end.
+static int next_column(const Group *group, int columns, Column *at) {
+    for (; at->depth < DEPTHS; *at = (Column){at->depth + 1, -1, -1})
+        while (group->streams[at->depth] && ++at->j < columns)
+            if (group->depths[at->j] == at->depth) return ++at->seen, 1;
+    return 0;
+}
+
+// The levels of a column in n rows of a segment, from row `first` on, a multiple of STEP. Up to 15 numbers more are written.
+static void read_column(const Group *group, const Column *at, int segment, int first, int n, float *out) {
+    int depth = at->depth, v = 1 + depth % 2, b = depth * v / 2;
+    int64_t size = (WINDOW + (group->length / v - 1) * b + 7) / 8, place = (int64_t)at->seen * group->count + segment;
+    const uint8_t *streams = group->streams[depth], *stream = streams + place * size + first / v * b / 8;
+    for (int i = 0; i < n / v * b / 8; i += 64) __builtin_prefetch(stream + group->count * size + i);  // the next column
+    read_numbers(stream, streams + group->sizes[depth], n, depth, group->levels[depth], out);
+}
+
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+// All three have a matrix first: layout [groups][3], the first numbers of each Group; depths [groups][columns]; streams and sizes
+// [groups][DEPTHS], bytes and their count; levels [DEPTHS].
+
+// out [tokens][rows] += x [tokens][groups][columns], the scales in it, times the levels.
+void coded_product(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
+                   const int64_t *sizes, const float *const *levels, int tokens, const float *x, float *out, int threads) {
+    int64_t rows = 0, start = 0;
+    for (int g = 0; g < groups; g++) rows += layout[3 * g];
+    int step = rows > threads * SEGMENT ? SEGMENT : (rows / threads + STEP) / STEP * STEP;  // rows of a part
+    #pragma omp parallel num_threads(threads) firstprivate(start)
+    for (int g = 0; g < groups; start += layout[3 * g++]) {
+        Group group = group_of(g, columns, layout, depths, streams, sizes, levels);
+        int parts = (group.length + step - 1) / step;
+        #pragma omp for schedule(dynamic) nowait
+        for (int part = 0; part < group.count * parts; part++) {
+            int segment = part / parts, first = part % parts * step, row = segment * group.length + first;
+            int n = least(least(step, group.length - first), group.rows - row);
+            for (Column at = {1, -1, -1}; n > 0 && next_column(&group, columns, &at);) {
+                float numbers[SEGMENT + 16];
+                read_column(&group, &at, segment, first, n, numbers);
+                for (int k = 0; k < tokens; k++) {
+                    float *restrict into = out + k * rows + start + row;
+                    float factor = x[((int64_t)k * groups + g) * columns + at.j];
+                    for (int t = 0; t < n; t++) into[t] += factor * numbers[t];
+                }
+            }
+        }
+    }
+}
+
+// out [columns][rows from segment `from` to segment `to`]: the levels in group g; what has no bits is left as it was.
+void coded_columns(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
+                   const int64_t *sizes, const float *const *levels, int g, int from, int to, float *out, int threads) {
+    Group group = group_of(g, columns, layout, depths, streams, sizes, levels);
+    int start = from * group.length, width = least(group.rows, to * group.length) - start;
+    #pragma omp parallel for num_threads(threads)
+    for (int segment = from; segment < to; segment++) {
+        int n = least(group.length, group.rows - segment * group.length);
+        for (Column at = {1, -1, -1}; next_column(&group, columns, &at);) {
+            float numbers[SEGMENT + 16], *into = out + (int64_t)at.j * width + segment * group.length - start;
+            read_column(&group, &at, segment, 0, n, numbers);
+            memcpy(into, numbers, sizeof(float) * n);
+        }
+    }
+}
+
+// out [n][columns]: the levels of single rows; at [n][2]: the group of each and its number there. No bits: left as it was.
+void coded_rows(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
+                const int64_t *sizes, const float *const *levels, int n, const int64_t *at, float *out, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < n; i++) {
+        Group group = group_of(at[2 * i], columns, layout, depths, streams, sizes, levels);
+        int segment = at[2 * i + 1] / group.length, row = at[2 * i + 1] % group.length, first = row / STEP * STEP;
+        for (Column of = {1, -1, -1}; next_column(&group, columns, &of);) {
+            float numbers[STEP + 16];
+            read_column(&group, &of, segment, first, row - first + 1, numbers);
+            out[(int64_t)i * columns + of.j] = numbers[row - first];
+        }
+    }
+}
