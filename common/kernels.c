@@ -43,63 +43,59 @@ static void read_numbers(const uint8_t *stream, const uint8_t *end, int n, int d
     }
 }
 
-typedef struct {  // sizes, streams, levels: [DEPTHS], of the columns of a depth
+typedef struct {  // streams, sizes, levels: [DEPTHS], of the columns of a depth
     int rows, count, length;  // a column has `count` streams of so many numbers
     const uint8_t *depths, *const *streams;
+    const int32_t *order;
     const int64_t *sizes;
     const float *const *levels;
 } Group;
 
-static Group group_of(int g, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
-                      const int64_t *sizes, const float *const *levels) {
-    return (Group){layout[3 * g], layout[3 * g + 1], layout[3 * g + 2], depths + (int64_t)g * columns, streams + g * DEPTHS,
-                   sizes + g * DEPTHS, levels};
-}
+#define MATRIX \
+    int groups, int columns, const int32_t *layout, const uint8_t *depths, const int32_t *order, const uint8_t *const *streams, \
+    const int64_t *sizes, const float *const *levels
+#define GROUP(g) \
+    {layout[3 * (g)], layout[3 * (g) + 1], layout[3 * (g) + 2], depths + (g) * (int64_t)columns, streams + (g) * DEPTHS, \
+     order + (g) * (int64_t)columns, sizes + (g) * DEPTHS, levels}
 
-typedef struct { int depth, j, seen; } Column;  // seen: columns of its depth before it
-
-// The next column, by depth: a code's levels stay in the processor's first cache. -> 0 at the end.
-static int next_column(const Group *group, int columns, Column *at) {
-    for (; at->depth < DEPTHS; *at = (Column){at->depth + 1, -1, -1})
-        while (group->streams[at->depth] && ++at->j < columns)
-            if (group->depths[at->j] == at->depth) return ++at->seen, 1;
-    return 0;
-}
-
-// The levels of a column in n rows of a segment, from row `first` on, a multiple of STEP. Up to 15 numbers more are written.
-static void read_column(const Group *group, const Column *at, int segment, int first, int n, float *out) {
-    int depth = at->depth, v = 1 + depth % 2, b = depth * v / 2;
-    int64_t size = (WINDOW + (group->length / v - 1) * b + 7) / 8, place = (int64_t)at->seen * group->count + segment;
+// The levels of column order[c] in n rows of a segment, from row `first` on, a multiple of STEP -> whether it has bits.
+// seen: columns of its depth before it, counted here. Up to 15 numbers more are written.
+static int read_column(const Group *group, int c, int *seen, int segment, int first, int n, float *out) {
+    int depth = group->depths[group->order[c]], v = 1 + depth % 2, b = depth * v / 2;
+    if (!depth) return 0;
+    *seen = c && group->depths[group->order[c - 1]] == depth ? *seen + 1 : 0;
+    int64_t size = (WINDOW + (group->length / v - 1) * b + 7) / 8, place = (int64_t)*seen * group->count + segment;
     const uint8_t *streams = group->streams[depth], *stream = streams + place * size + first / v * b / 8;
     for (int i = 0; i < n / v * b / 8; i += 64) __builtin_prefetch(stream + group->count * size + i);  // the next column
     read_numbers(stream, streams + group->sizes[depth], n, depth, group->levels[depth], out);
+    return 1;
 }
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
-// All three have a matrix first: layout [groups][3], the first numbers of each Group; depths [groups][columns]; streams and sizes
+// All three have a matrix first: layout [groups][3], the first numbers of each Group; depths [groups][columns]; order
+// [groups][columns], columns by depth, so that a code's levels stay in the processor's first cache; streams and sizes
 // [groups][DEPTHS], bytes and their count; levels [DEPTHS].
 
 // out [tokens][rows] += x [tokens][groups][columns], the scales in it, times the levels.
-void coded_product(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
-                   const int64_t *sizes, const float *const *levels, int tokens, const float *x, float *out, int threads) {
+void coded_product(MATRIX, int tokens, const float *x, float *out, int threads) {
     int64_t rows = 0, start = 0;
     for (int g = 0; g < groups; g++) rows += layout[3 * g];
-    int step = rows > threads * SEGMENT ? SEGMENT : (rows / threads + STEP) / STEP * STEP;  // rows of a part
+    int each = (rows + threads - 1) / threads, step = least(SEGMENT, (each + STEP - 1) / STEP * STEP);  // rows of a part
     #pragma omp parallel num_threads(threads) firstprivate(start)
     for (int g = 0; g < groups; start += layout[3 * g++]) {
-        Group group = group_of(g, columns, layout, depths, streams, sizes, levels);
+        Group group = GROUP(g);
         int parts = (group.length + step - 1) / step;
         #pragma omp for schedule(dynamic) nowait
         for (int part = 0; part < group.count * parts; part++) {
             int segment = part / parts, first = part % parts * step, row = segment * group.length + first;
             int n = least(least(step, group.length - first), group.rows - row);
-            for (Column at = {1, -1, -1}; n > 0 && next_column(&group, columns, &at);) {
+            for (int c = 0, seen; c < columns && n > 0; c++) {
                 float numbers[SEGMENT + 16];
-                read_column(&group, &at, segment, first, n, numbers);
+                if (!read_column(&group, c, &seen, segment, first, n, numbers)) continue;
                 for (int k = 0; k < tokens; k++) {
                     float *restrict into = out + k * rows + start + row;
-                    float factor = x[((int64_t)k * groups + g) * columns + at.j];
+                    float factor = x[((int64_t)k * groups + g) * columns + group.order[c]];
                     for (int t = 0; t < n; t++) into[t] += factor * numbers[t];
                 }
             }
@@ -108,32 +104,29 @@ void coded_product(int groups, int columns, const int32_t *layout, const uint8_t
 }
 
 // out [columns][rows from segment `from` to segment `to`]: the levels in group g; what has no bits is left as it was.
-void coded_columns(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
-                   const int64_t *sizes, const float *const *levels, int g, int from, int to, float *out, int threads) {
-    Group group = group_of(g, columns, layout, depths, streams, sizes, levels);
+void coded_columns(MATRIX, int g, int from, int to, float *out, int threads) {
+    Group group = GROUP(g);
     int start = from * group.length, width = least(group.rows, to * group.length) - start;
     #pragma omp parallel for num_threads(threads)
     for (int segment = from; segment < to; segment++) {
         int n = least(group.length, group.rows - segment * group.length);
-        for (Column at = {1, -1, -1}; next_column(&group, columns, &at);) {
-            float numbers[SEGMENT + 16], *into = out + (int64_t)at.j * width + segment * group.length - start;
-            read_column(&group, &at, segment, 0, n, numbers);
-            memcpy(into, numbers, sizeof(float) * n);
+        for (int c = 0, seen; c < columns; c++) {
+            float numbers[SEGMENT + 16], *into = out + (int64_t)group.order[c] * width + segment * group.length - start;
+            if (read_column(&group, c, &seen, segment, 0, n, numbers)) memcpy(into, numbers, sizeof(float) * n);
         }
     }
 }
 
 // out [n][columns]: the levels of single rows; at [n][2]: the group of each and its number there. No bits: left as it was.
-void coded_rows(int groups, int columns, const int32_t *layout, const uint8_t *depths, const uint8_t *const *streams,
-                const int64_t *sizes, const float *const *levels, int n, const int64_t *at, float *out, int threads) {
+void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
     #pragma omp parallel for num_threads(threads)
     for (int i = 0; i < n; i++) {
-        Group group = group_of(at[2 * i], columns, layout, depths, streams, sizes, levels);
+        Group group = GROUP(at[2 * i]);
         int segment = at[2 * i + 1] / group.length, row = at[2 * i + 1] % group.length, first = row / STEP * STEP;
-        for (Column of = {1, -1, -1}; next_column(&group, columns, &of);) {
+        for (int c = 0, seen; c < columns; c++) {
             float numbers[STEP + 16];
-            read_column(&group, &of, segment, first, row - first + 1, numbers);
-            out[(int64_t)i * columns + of.j] = numbers[row - first];
+            if (read_column(&group, c, &seen, segment, first, row - first + 1, numbers))
+                out[(int64_t)i * columns + group.order[c]] = numbers[row - first];
         }
     }
 }

@@ -45,7 +45,16 @@ def call(name, *arguments):
     library()[name](*map(as_c, arguments))
 
 
+class Kept:
+    """An argument of several calls: its tensors live as long as their addresses."""
+
+    def __init__(self, value):
+        self.value, self.as_c = value, as_c(value)
+
+
 def as_c(value):
+    if isinstance(value, Kept):
+        return value.as_c
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous() and value.device.type == "cpu"
         return ctypes.c_void_p(value.data_ptr())

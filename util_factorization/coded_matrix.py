@@ -14,7 +14,7 @@ unless one asks for matrix().
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -191,14 +191,24 @@ class CodedMatrix:
 
     def kernel(self, name):
         """A function of kernels.c for this matrix, its first arguments given; None where it cannot read it."""
+        return self.for_kernels and partial(kernels.call, name, *self.for_kernels)
+
+    @cached_property
+    def for_kernels(self):
+        """The first arguments, or None."""
         (G, k), depths = self.depths.shape, range(2 * MOST_BITS + 1)
         if any(code.window != WINDOW for code in self.codes.values()) or kernels.library() is None:
             return None
         layout = torch.tensor([[rows, *segments(rows)] for rows in self.sizes.tolist()], dtype=torch.int32)
+        order = self.depths.argsort(stable=True, dim=1).int()
         streams = [self.streams.get((g, b)) for g in range(G) for b in depths]
         sizes = torch.tensor([0 if stream is None else len(stream) for stream in streams])
         levels = [self.codes[b].levels.contiguous() if b in self.codes else None for b in depths]
-        return partial(kernels.call, name, G, k, layout, self.depths.contiguous(), streams, sizes, levels)
+        return [G, k, *map(kernels.Kept, (layout, self.depths.contiguous(), order, streams, sizes, levels))]
+
+    def __getstate__(self):
+        """A copy's tensors have addresses of their own."""
+        return {name: value for name, value in vars(self).items() if name != "for_kernels"}
 
     def matrix(self):
         """The whole matrix [V,d], float32."""
