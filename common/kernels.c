@@ -1,5 +1,6 @@
 // Loops that torch has no operator for. kernels.py compiles them when they are first needed. Arrays lie row by row.
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -128,5 +129,46 @@ void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
             if (read_column(&group, c, &seen, segment, first, row - first + 1, numbers))
                 out[(int64_t)i * columns + group.order[c]] = numbers[row - first];
         }
+    }
+}
+
+// -- attention over a cache of bytes (surgery/int8_cache.py) ----------------------------------------------------------
+
+// A row is `width` integers of all heads, then a bfloat16 scale, which is the upper half of a float32.
+static inline float scale_of(const int8_t *row, int width) {
+    uint16_t half;
+    memcpy(&half, row + width, 2);
+    uint32_t whole = (uint32_t)half << 16;
+    float scale;
+    memcpy(&scale, &whole, 4);
+    return scale;
+}
+
+// One query a text: q [texts][heads][n], scaled; keys, values [texts][capacity][groups n + 2], of which `positions` are read;
+// mask [texts][positions], added to the scores, or null; weights [texts][heads][positions] is scratch -> out [texts][heads][n].
+void int8_attention(int texts, int heads, int groups, int n, int positions, int capacity, const float *q, const int8_t *keys,
+                    const int8_t *values, const float *mask, float *weights, float *out, int threads) {
+    int width = groups * n;
+    #pragma omp parallel for num_threads(threads)
+    for (int task = 0; task < texts * heads; task++) {
+        int text = task / heads, at = task % heads / (heads / groups) * n;
+        const int8_t *key = keys + (int64_t)text * capacity * (width + 2), *value = values + (key - keys);
+        const float *query = q + (int64_t)task * n;
+        float *w = weights + (int64_t)task * positions, *y = out + (int64_t)task * n, most = -INFINITY, sum = 0;
+        for (int s = 0; s < positions; s++, key += width + 2) {
+            float score = 0;
+            #pragma omp simd reduction(+ : score)
+            for (int i = 0; i < n; i++) score += query[i] * key[at + i];
+            w[s] = score * scale_of(key, width) + (mask ? mask[(int64_t)text * positions + s] : 0);
+            most = w[s] > most ? w[s] : most;
+        }
+        memset(y, 0, sizeof(float) * n);
+        for (int s = 0; s < positions; s++, value += width + 2) {
+            float weight = expf(w[s] - most), factor = weight * scale_of(value, width);
+            sum += weight;
+            #pragma omp simd
+            for (int i = 0; i < n; i++) y[i] += factor * value[at + i];
+        }
+        for (int i = 0; i < n; i++) y[i] /= sum;
     }
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp-simd", "-shared", "-fPIC")
 
 
 @lru_cache
@@ -28,7 +28,7 @@ def library():
     with tempfile.TemporaryDirectory() as folder:  # ours alone: nobody else can put a library there
         made, part = f"{folder}/kernels.so", f"{folder}/kernels.o"
         try:
-            for command in (["-c", str(SOURCE), "-o", part, *["-fopenmp"] * len(openmp)], [part, *openmp, "-o", made]):
+            for command in (["-c", str(SOURCE), "-o", part, *["-fopenmp"] * len(openmp)], [part, *openmp, "-lm", "-o", made]):
                 subprocess.run([compiler, *FLAGS, *command], check=True, capture_output=True, text=True)
             return ctypes.CDLL(made)
         except (subprocess.CalledProcessError, OSError) as error:
@@ -40,7 +40,7 @@ def library():
 def call(name, *arguments):
     """
     Call a function of library(). A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of
-    addresses, where None is null; a number for an int.
+    addresses. None stands for null, in a list too; a number for an int.
     """
     library()[name](*map(as_c, arguments))
 
