@@ -144,31 +144,79 @@ static inline float scale_of(const int8_t *row, int width) {
     return scale;
 }
 
-// One query a text: q [texts][heads][n], scaled; keys, values [texts][capacity][groups n + 2], of which `positions` are read;
-// mask [texts][positions], added to the scores, or null; weights [texts][heads][positions] is scratch -> out [texts][heads][n].
-void int8_attention(int texts, int heads, int groups, int n, int positions, int capacity, const float *q, const int8_t *keys,
-                    const int8_t *values, const float *mask, float *weights, float *out, int threads) {
-    int width = groups * n;
+// x [rows][width] -> out [rows][width + 2]
+void int8_pack(int rows, int width, const float *x, int8_t *out) {
+    for (int row = 0; row < rows; row++, x += width, out += width + 2) {
+        float most = 127e-30f, scale;
+        for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        scale = most / 127;
+        uint32_t whole;
+        memcpy(&whole, &scale, 4);
+        uint16_t half = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to nearest, then to even
+        memcpy(out + width, &half, 2);
+        scale = scale_of(out, width);
+        for (int i = 0; i < width; i++) {
+            float integer = rintf(x[i] / scale);
+            out[i] = integer > 127 ? 127 : integer < -127 ? -127 : integer;
+        }
+    }
+}
+
+enum { WIDEST = 1024, BLOCK = 64 };  // numbers of a head; positions of a task
+
+// scores [heads][positions] of one key row; a group's heads share it.
+static inline void score(const int8_t *row, int heads, int groups, int n, const float *q, int64_t positions, float *scores) {
+    float scale = scale_of(row, groups * n), key[WIDEST];
+    for (int h = 0; h < heads; h++, q += n, scores += positions) {
+        if (h % (heads / groups) == 0)
+            for (int i = 0; i < n; i++) key[i] = *row++;
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < n; i++) sum += q[i] * key[i];
+        *scores = sum * scale;
+    }
+}
+
+// sums [shared][n] += weights [shared][positions] times the numbers of one value row that a group's heads share
+static inline void add(const int8_t *row, float scale, int shared, int n, const float *weights, int64_t positions, float *sums) {
+    float value[WIDEST];
+    for (int i = 0; i < n; i++) value[i] = row[i] * scale;
+    for (int h = 0; h < shared; h++, weights += positions)
+        for (int i = 0; i < n; i++) sums[h * n + i] += *weights * value[i];
+}
+
+// Both read, of keys or values [texts][capacity][groups n + 2], the first `positions`, for one query of each text.
+
+// q [texts][heads][n] -> scores [texts][heads][positions]
+void int8_scores(int texts, int heads, int groups, int n, int positions, int capacity, const float *q, const int8_t *keys,
+                 float *scores, int threads) {
+    int blocks = (positions + BLOCK - 1) / BLOCK;
     #pragma omp parallel for num_threads(threads)
-    for (int task = 0; task < texts * heads; task++) {
-        int text = task / heads, at = task % heads / (heads / groups) * n;
-        const int8_t *key = keys + (int64_t)text * capacity * (width + 2), *value = values + (key - keys);
-        const float *query = q + (int64_t)task * n;
-        float *w = weights + (int64_t)task * positions, *y = out + (int64_t)task * n, most = -INFINITY, sum = 0;
-        for (int s = 0; s < positions; s++, key += width + 2) {
-            float score = 0;
-            #pragma omp simd reduction(+ : score)
-            for (int i = 0; i < n; i++) score += query[i] * key[at + i];
-            w[s] = score * scale_of(key, width) + (mask ? mask[(int64_t)text * positions + s] : 0);
-            most = w[s] > most ? w[s] : most;
+    for (int task = 0; task < texts * blocks; task++) {
+        int text = task / blocks, first = task % blocks * BLOCK;
+        const int8_t *row = keys + ((int64_t)text * capacity + first) * (groups * n + 2);
+        const float *query = q + text * heads * n;
+        float *out = scores + (int64_t)text * heads * positions;
+        for (int s = first; s < least(positions, first + BLOCK); s++, row += groups * n + 2)
+            if (n == 64) score(row, heads, groups, 64, query, positions, out + s);  // so that the compiler knows n
+            else score(row, heads, groups, n, query, positions, out + s);
+    }
+}
+
+// weights [texts][heads][positions] -> out [texts][heads][n], the sums of the values
+void int8_sums(int texts, int heads, int groups, int n, int positions, int capacity, const float *weights, const int8_t *values,
+               float *out, int threads) {
+    int width = groups * n, shared = heads / groups;
+    #pragma omp parallel for num_threads(threads)
+    for (int task = 0; task < texts * groups; task++) {
+        const int8_t *row = values + (int64_t)(task / groups) * capacity * (width + 2);
+        const float *weight = weights + (int64_t)task * shared * positions;
+        float *sums = out + task * shared * n;
+        memset(sums, 0, sizeof(float) * shared * n);
+        for (int s = 0; s < positions; s++, row += width + 2) {
+            float scale = scale_of(row, width);
+            if (n == 64) add(row + task % groups * n, scale, shared, 64, weight + s, positions, sums);
+            else add(row + task % groups * n, scale, shared, n, weight + s, positions, sums);
         }
-        memset(y, 0, sizeof(float) * n);
-        for (int s = 0; s < positions; s++, value += width + 2) {
-            float weight = expf(w[s] - most), factor = weight * scale_of(value, width);
-            sum += weight;
-            #pragma omp simd
-            for (int i = 0; i < n; i++) y[i] += factor * value[at + i];
-        }
-        for (int i = 0; i < n; i++) y[i] /= sum;
     }
 }

@@ -24,6 +24,7 @@ from surgery.low_rank_modules import LatentAttention
 NAME = "int8_cache"
 AT_ONCE = 256  # positions by which the buffers grow
 LEVELS = 127
+WIDEST = 1024  # numbers of a head that the compiled loops take
 
 
 class Int8Layer(CacheLayerMixin):
@@ -70,9 +71,17 @@ class Int8Layer(CacheLayerMixin):
         self.length += tokens_to_remove  # a negative number
 
 
+def by_kernels(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and kernels.library() is not None
+
+
 def packed(x):
     """(..., D) -> int8 (..., D + 2)"""
-    scale = (x.float().abs().amax(-1, keepdim=True) / LEVELS).clamp(min=1e-30).bfloat16()
+    if by_kernels(x):
+        out = torch.empty(*x.shape[:-1], x.shape[-1] + 2, dtype=torch.int8)
+        kernels.call("int8_pack", x[..., 0].numel(), x.shape[-1], x.contiguous(), out)
+        return out
+    scale = (x.float().abs().amax(-1, keepdim=True).clamp(min=LEVELS * 1e-30) / LEVELS).bfloat16()
     integers = (x / scale.to(x.dtype)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return torch.cat([integers, scale.view(torch.int8)], -1)
 
@@ -81,18 +90,18 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """What a model calls in place of scaled dot product attention. query (B, H, T, n); key: an Int8Layer, or plain keys."""
     if not isinstance(key, Int8Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (B, H, T, n), layer, scale = query.shape, key, query.shape[-1] ** -0.5 if scaling is None else scaling
-    if T > 1 or query.device.type != "cpu" or query.dtype != torch.float32 or kernels.library() is None:
+    (B, H, T, n), layer = query.shape, key
+    if T > 1 or n > WIDEST or not by_kernels(query):
         k, v = layer.read(layer.keys), layer.read(layer.values)
         return sdpa_attention_forward(module, query, k, v, attention_mask, scaling=scaling, **kwargs)
-    mask = attention_mask
-    if mask is not None:
-        mask = mask.expand(B, 1, 1, layer.length).float().log().contiguous() if mask.dtype == torch.bool else mask.contiguous()
-    y, weights = torch.empty(B, 1, H, n), torch.empty(B, H, layer.length)
-    kernels.call(
-        "int8_attention", B, H, layer.groups, n, layer.length, layer.keys.shape[1], (query * scale).contiguous(), layer.keys,
-        layer.values, mask, weights, y, torch.get_num_threads(),
-    )  # fmt: skip
+    shape, threads = (B, H, layer.groups, n, layer.length, layer.keys.shape[1]), torch.get_num_threads()
+    scores, y = torch.empty(B, H, 1, layer.length), torch.empty(B, 1, H, n)
+    query = (query * (n**-0.5 if scaling is None else scaling)).contiguous()
+    kernels.call("int8_scores", *shape, query, layer.keys, scores, threads)
+    if attention_mask is not None:
+        mask = attention_mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    kernels.call("int8_sums", *shape, scores.softmax(-1), layer.values, y, threads)
     return y, None
 
 
