@@ -38,24 +38,24 @@ def library():
             return None
 
 
-def call(name, *arguments):
+def bind(name, *first):
     """
-    Call a function of library(). A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of
-    addresses. None stands for null, in a list too; a number for an int.
+    A function of library() with its first arguments given, or None where there is no library.
+
+    A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of addresses. None stands for
+    null, in a list too; a number for an int.
     """
-    library()[name](*map(as_c, arguments))
+    if library() is None:
+        return None
+    function, converted = library()[name], [as_c(value) for value in first]
 
+    def call(*rest, kept=first):  # kept: the tensors live as long as their addresses
+        function(*converted, *map(as_c, rest))
 
-class Kept:
-    """An argument of several calls: its tensors live as long as their addresses."""
-
-    def __init__(self, value):
-        self.value, self.as_c = value, as_c(value)
+    return call
 
 
 def as_c(value):
-    if isinstance(value, Kept):
-        return value.as_c
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous() and value.device.type == "cpu"
         return ctypes.c_void_p(value.data_ptr())

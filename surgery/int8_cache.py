@@ -79,7 +79,7 @@ def packed(x):
     """(..., D) -> int8 (..., D + 2)"""
     if by_kernels(x):
         out = torch.empty(*x.shape[:-1], x.shape[-1] + 2, dtype=torch.int8)
-        kernels.call("int8_pack", x[..., 0].numel(), x.shape[-1], x.contiguous(), out)
+        kernels.bind("int8_pack")(x[..., 0].numel(), x.shape[-1], x.contiguous(), out)
         return out
     scale = (x.float().abs().amax(-1, keepdim=True).clamp(min=LEVELS * 1e-30) / LEVELS).bfloat16()
     integers = (x / scale.to(x.dtype)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
@@ -97,11 +97,11 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     shape, threads = (B, H, layer.groups, n, layer.length, layer.keys.shape[1]), torch.get_num_threads()
     scores, y = torch.empty(B, H, 1, layer.length), torch.empty(B, 1, H, n)
     query = (query * (n**-0.5 if scaling is None else scaling)).contiguous()
-    kernels.call("int8_scores", *shape, query, layer.keys, scores, threads)
+    kernels.bind("int8_scores", *shape)(query, layer.keys, scores, threads)
     if attention_mask is not None:
         mask = attention_mask
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    kernels.call("int8_sums", *shape, scores.softmax(-1), layer.values, y, threads)
+    kernels.bind("int8_sums", *shape)(scores.softmax(-1), layer.values, y, threads)
     return y, None
 
 

@@ -14,11 +14,11 @@ unless one asks for matrix().
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
-from common import kernels
+from common.kernels import bind
 from util_factorization.packing import stream_bytes, unpack, unpack_all
 from util_factorization.trellis import MOST_BITS, WINDOW
 
@@ -193,24 +193,25 @@ class CodedMatrix:
 
     def kernel(self, name):
         """A function of kernels.c for this matrix, its first arguments given; None where it cannot read it."""
-        return self.for_kernels and partial(kernels.call, name, *self.for_kernels)
+        return self.kernels.get(name)
 
     @cached_property
-    def for_kernels(self):
-        """The first arguments, or None."""
+    def kernels(self):
         (G, k), depths = self.depths.shape, range(2 * MOST_BITS + 1)
-        if any(code.window != WINDOW for code in self.codes.values()) or kernels.library() is None:
-            return None
+        codes = {b: self.codes[b] for b in self.depths.unique().tolist() if b}
+        if any(code.window != WINDOW for code in codes.values()):
+            return {}
         layout = torch.tensor([[rows, *segments(rows)] for rows in self.sizes.tolist()], dtype=torch.int32)
         order = self.depths.argsort(stable=True, dim=1).int()
         streams = [self.streams.get((g, b)) for g in range(G) for b in depths]
         sizes = torch.tensor([0 if stream is None else len(stream) for stream in streams])
-        levels = [self.codes[b].levels.contiguous() if b in self.codes else None for b in depths]
-        return [G, k, *map(kernels.Kept, (layout, self.depths.contiguous(), order, streams, sizes, levels))]
+        levels = [codes[b].levels.contiguous() if b in codes else None for b in depths]
+        first = G, k, layout, self.depths.contiguous(), order, streams, sizes, levels
+        return {name: bind(name, *first) for name in ("coded_product", "coded_columns", "coded_rows")}
 
     def __getstate__(self):
         """A copy's tensors have addresses of their own."""
-        return {name: value for name, value in vars(self).items() if name != "for_kernels"}
+        return {name: value for name, value in vars(self).items() if name != "kernels"}
 
     def matrix(self):
         """The whole matrix [V,d], float32."""
