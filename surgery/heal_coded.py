@@ -25,7 +25,7 @@ class TrainableCodes(nn.Module):
     def __init__(self, coded):
         super().__init__()
         self.coded, sizes = coded, coded.sizes.tolist()
-        units = [coded.units(g, torch.arange(size)).half() for g, size in enumerate(sizes)]
+        units = [coded.units(torch.full((size,), g), torch.arange(size)).half() for g, size in enumerate(sizes)]
         self.register_buffer("units", torch.cat(units), persistent=False)  # (V, k), by place
         self.sizes, self.places = sizes, coded.places(torch.arange(len(coded.place)))
         self.scales = nn.Parameter(torch.zeros(coded.scales.shape))

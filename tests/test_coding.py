@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import kernels
 from util_factorization import coded_matrix, coding, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
@@ -145,6 +146,39 @@ def test_the_packed_form_is_read_alike_everywhere(coded):
     assert torch.equal(again.matrix(), W)
 
 
+def random_matrix(sizes, k):
+    """Columns of all depths, of random bits."""
+    draw, codes = torch.Generator().manual_seed(0), {code.half_bits: code for code in gaussian_codes()}
+    depths = torch.tensor([0, *codes])[torch.randint(len(codes) + 1, (len(sizes), k), generator=draw)]
+    streams = {}
+    for g, rows in enumerate(sizes):
+        for b in depths[g][depths[g] > 0].unique().tolist():
+            size = coded_matrix.stream_size(int((depths[g] == b).sum()), rows, codes[b])
+            streams[g, b] = torch.randint(256, (size,), generator=draw, dtype=torch.uint8)
+    place, scales = torch.randperm(sum(sizes), generator=draw).int(), torch.rand(len(sizes), k, generator=draw).half()
+    return CodedMatrix(place, torch.tensor(sizes).int(), depths.to(torch.uint8), scales, streams, codes)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+def test_compiled_loops_read_what_torch_does(monkeypatch):
+    made = random_matrix([5, 700, 2500], 40)
+    ids, x = torch.randint(3205, (2, 50)), torch.randn(coded_matrix.TOKENS_AT_ONCE + 1, 40)
+    W, rows, products = made.matrix(), made.lookup(ids), [made.product(x[:n]) for n in (1, 7, len(x))]
+    monkeypatch.setattr(CodedMatrix, "kernel", lambda self, name: None)
+    assert torch.equal(W, made.matrix()) and torch.equal(rows, made.lookup(ids)) and torch.equal(rows, W[ids])
+    for y in products:
+        torch.testing.assert_close(y, made.product(x[: len(y)]), rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_compiler_there_is_a_word(monkeypatch):
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    kernels.library.cache_clear()
+    with pytest.warns(UserWarning, match="no C compiler"):
+        assert random_matrix([5], 3).kernel("coded_product") is None
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
 def test_long_columns_lie_in_several_streams(draft, monkeypatch):
     monkeypatch.setattr(coded_matrix, "SEGMENT", 37)
     monkeypatch.setattr(coded_matrix, "SEGMENTS_AT_ONCE", 2)
@@ -213,7 +247,7 @@ def test_a_budget_below_a_column_is_refused(draft):
 
 @pytest.mark.parametrize("name, change", [
     ("depths", lambda t: t + 1), ("scales", lambda t: t * float("nan")), ("sizes", lambda t: t - 1), ("P", lambda t: t[:, :-1]),
-    ("place", lambda t: t * 0), ("means", lambda t: t[:1]),
+    ("place", lambda t: t * 0), ("means", lambda t: t[:1]), ("sizes", lambda t: t.long()), ("depths", lambda t: t.int()),
 ])  # fmt: skip
 def test_a_damaged_tensor_is_noticed(coded, name, change):
     tensors = coded.tensors()

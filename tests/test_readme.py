@@ -89,7 +89,7 @@ def environment_of(command):
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
-FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz|yaml|cff|css|js)|Makefile|LICENSE|\.gitignore|\.ci/run"
+FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz|yaml|cff|css|js|c)|Makefile|LICENSE|\.gitignore|\.ci/run"
 
 
 def tree_files(readme):

@@ -9,18 +9,24 @@ rows (trellis.py). The means m_g are those of the group's coordinates.
 
 **Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
 streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
-product() read the tensors in blocks; the matrix is never whole in float, unless one asks for matrix().
+product() read the tensors in blocks, by compiled loops (common/kernels.c) or in torch. The matrix is never whole in float,
+unless one asks for matrix().
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from common.kernels import bind
 from util_factorization.packing import stream_bytes, unpack, unpack_all
+from util_factorization.trellis import MOST_BITS, WINDOW
 
 SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
-INTEGERS = ("place", "sizes", "depths", "P")  # the other tensors are floats
+TOKENS_AT_ONCE = 32  # at most, that are multiplied as the codes are read; for more, blocks are decoded and shared by all
+DTYPES = dict(place=(torch.int16, torch.int32), sizes=(torch.int32,), depths=(torch.uint8,), P=(torch.int8,))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
 OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
 
 
@@ -68,7 +74,9 @@ class CodedMatrix:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} has a number that is not finite")
-            if tensor is not None and (tensor.is_complex() or tensor.is_floating_point() == (name in INTEGERS)):
+        for name, tensor in self.tensors().items():
+            known = DTYPES.get(name, (torch.uint8,) if name.startswith("streams.") else FLOATS)
+            if tensor.dtype not in known:
                 raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
             raise ValueError("the groups do not have all rows")
@@ -101,22 +109,21 @@ class CodedMatrix:
         """(depth, the columns that have it in a group), for every depth above 0."""
         return [(b, (self.depths[g] == b).nonzero()[:, 0]) for b in self.depths[g].unique().tolist() if b]
 
-    def units(self, g, rows):
-        """Rows of a group, long [m], counted from its first -> the values of their codes [m,k]; 0 where there are no bits."""
-        out = torch.zeros(len(rows), self.depths.shape[1])
-        count, length = segments(self.sizes[g].item())
-        segment, at = rows // length, (rows % length)[:, None]
-        for b, columns in self.columns(g):
-            code = self.codes[b]
-            stream = torch.arange(len(columns)) * count + segment[:, None]  # (m, columns)
-            starts = 8 * stream * bytes_of(length, code) + at // code.numbers * code.bits
-            out[:, columns] = code.levels[unpack(self.streams[g, b], code.window, starts).long(), at % code.numbers]
+    def units(self, group, rows):
+        """Group of each row, and its number there, long [m] -> the values of their codes [m,k]; 0 where there are no bits."""
+        out, kernel = torch.zeros(len(rows), self.depths.shape[1]), self.kernel("coded_rows")
+        if kernel:
+            kernel(len(rows), torch.stack([group, rows], 1), out, torch.get_num_threads() if len(rows) > 1 else 1)
+            return out
+        for g in group.unique().tolist():
+            here, (count, length) = (group == g).nonzero(), segments(self.sizes[g].item())
+            segment, at = rows[here] // length, rows[here] % length
+            for b, columns in self.columns(g):
+                code = self.codes[b]
+                stream = torch.arange(len(columns)) * count + segment  # (rows, columns)
+                starts = 8 * stream * bytes_of(length, code) + at // code.numbers * code.bits
+                out[here, columns] = code.levels[unpack(self.streams[g, b], code.window, starts).long(), at % code.numbers]
         return out
-
-    def coordinates(self, g, rows):
-        """Rows of a group, long [m], counted from its first -> Z + m_g [m,k], float32."""
-        Z = self.units(g, rows) * self.scales[g].float()
-        return Z if self.means is None else Z + self.means[g].float()
 
     def basis(self):
         """P [k,d], float32."""
@@ -128,45 +135,83 @@ class CodedMatrix:
     def lookup(self, ids):
         """ids, long of any shape -> their rows [..., d]."""
         places, ends = self.places(ids.flatten()), self.sizes.long().cumsum(0)
-        group, Z = torch.searchsorted(ends, places, right=True), torch.empty(ids.numel(), self.depths.shape[1])
-        for g in group.unique().tolist():
-            here = group == g
-            Z[here] = self.coordinates(g, places[here] - ends[g] + self.sizes[g])
-        Z = Z if self.P is None else torch.addmm(self.mean.float(), Z, self.basis())
+        group = torch.searchsorted(ends, places, right=True)
+        Z = self.units(group, places - ends[group] + self.sizes[group]) * self.scales[group].float()
+        Z = Z if self.means is None else Z + self.means[group].float()
+        Z = Z if self.P is None else torch.addmm(self.mean.float(), Z * self.P_scale.float(), self.P.float())
         return Z.unflatten(0, ids.shape)
 
     def blocks(self):
         """(places of some rows, a slice; their coordinates Z + m_g, transposed [k,rows]), through all rows."""
-        start = 0
+        start, kernel = 0, self.kernel("coded_columns")
         for g, size in enumerate(self.sizes.tolist()):
             count, length = segments(size)
             for first in range(0, count, SEGMENTS_AT_ONCE):
-                last = first + SEGMENTS_AT_ONCE
-                rows = min(size, last * length) - first * length
-                Z = torch.zeros(self.depths.shape[1], rows)
-                for b, columns in self.columns(g):
-                    windows = self.windows(g, b, first, last)
-                    Z[columns] = self.codes[b].levels.index_select(0, windows.flatten()).view(len(columns), -1)[:, :rows]
+                last = min(count, first + SEGMENTS_AT_ONCE)
+                Z = torch.zeros(self.depths.shape[1], min(size, last * length) - first * length)
+                if kernel:
+                    kernel(g, first, last, Z, torch.get_num_threads())
+                else:
+                    self.read_columns(g, first, last, Z)
                 Z *= self.scales[g].float()[:, None]
-                yield slice(start, start + rows), Z if self.means is None else Z.add_(self.means[g].float()[:, None])
-                start += rows
+                rows = slice(start, start + Z.shape[1])
+                yield rows, Z if self.means is None else Z.add_(self.means[g].float()[:, None])
+                start = rows.stop
 
-    def windows(self, g, b, first, last):
-        """The windows of the columns of a depth, in segments first to last [columns, windows]."""
-        (count, length), code = segments(self.sizes[g].item()), self.codes[b]
-        streams = self.streams[g, b][:-2].view(-1, count, bytes_of(length, code))[:, first:last]
-        packed = torch.nn.functional.pad(streams.flatten(), (0, 2))
-        steps = length // code.numbers
-        return unpack_all(packed, streams.shape[0] * streams.shape[1], steps, code.bits, code.window).reshape(len(streams), -1)
+    def read_columns(self, g, first, last, Z):
+        """Write the values of a group's codes in segments first to last into Z [k,rows], in torch."""
+        (count, length), streams = segments(self.sizes[g].item()), self.streams
+        for b, columns in self.columns(g):
+            code = self.codes[b]
+            packed = streams[g, b][:-2].view(-1, count, bytes_of(length, code))[:, first:last]
+            packed, n = torch.nn.functional.pad(packed.flatten(), (0, 2)), len(columns) * (last - first)
+            windows = unpack_all(packed, n, length // code.numbers, code.bits, code.window)
+            Z[columns] = code.levels.index_select(0, windows.flatten()).view(len(columns), -1)[:, : Z.shape[1]]
 
     def product(self, x):
         """x [..., d] -> its product with every row, [..., V]."""
-        narrow = x if self.P is None else x @ self.basis().T
-        out = torch.empty(*x.shape[:-1], len(self.place))
-        for rows, Z in self.blocks():
-            out[..., rows] = narrow @ Z
-        out = out[..., self.places(torch.arange(len(self.place)))]
+        # the scales come last: one copy of P in float is twenty times as fast as two, whose memory is fresh each time
+        narrow = x if self.P is None else (x @ self.P.float().T) * self.P_scale.float()
+        narrow = narrow.reshape(-1, self.depths.shape[1])
+        by_kernel = len(narrow) <= TOKENS_AT_ONCE and not narrow.requires_grad
+        if by_kernel and (kernel := self.kernel("coded_product")):
+            out = self.product_with_means(narrow)
+            scaled = narrow.contiguous()[:, None] * self.scales.float()  # (tokens, G, k)
+            kernel(len(narrow), scaled, out, torch.get_num_threads())
+        else:
+            out = torch.empty(len(narrow), len(self.place))
+            for rows, Z in self.blocks():
+                out[:, rows] = narrow @ Z
+        out = out.index_select(1, self.places(slice(None))).view(*x.shape[:-1], -1)
         return out if self.mean is None else out + (x @ self.mean.float())[..., None]
+
+    def product_with_means(self, narrow):
+        """narrow [tokens,k] -> its product with m_g, for all rows of each group, as they lie [tokens,V]."""
+        if self.means is None:
+            return torch.zeros(len(narrow), len(self.place))
+        return (narrow @ self.means.float().T).repeat_interleave(self.sizes, 1, output_size=len(self.place))
+
+    def kernel(self, name):
+        """A function of kernels.c for this matrix, its first arguments given; None where it cannot read it."""
+        return self.kernels.get(name)
+
+    @cached_property
+    def kernels(self):
+        (G, k), depths = self.depths.shape, range(2 * MOST_BITS + 1)
+        codes = {b: self.codes[b] for b in self.depths.unique().tolist() if b}
+        if any(code.window != WINDOW for code in codes.values()):
+            return {}
+        layout = torch.tensor([[rows, *segments(rows)] for rows in self.sizes.tolist()], dtype=torch.int32)
+        order = self.depths.argsort(stable=True, dim=1).int()
+        streams = [self.streams.get((g, b)) for g in range(G) for b in depths]
+        sizes = torch.tensor([0 if stream is None else len(stream) for stream in streams])
+        levels = [codes[b].levels.contiguous() if b in codes else None for b in depths]
+        first = G, k, layout, self.depths.contiguous(), order, streams, sizes, levels
+        return {name: bind(name, *first) for name in ("coded_product", "coded_columns", "coded_rows")}
+
+    def __getstate__(self):
+        """A copy's tensors have addresses of their own."""
+        return {name: value for name, value in vars(self).items() if name != "kernels"}
 
     def matrix(self):
         """The whole matrix [V,d], float32."""

@@ -77,7 +77,7 @@ def gaussian_codes(window=WINDOW):
     kept = np.load(FITTED)  # fitting them takes minutes
     levels, errors = torch.from_numpy(kept[f"levels_{window}"]).float(), kept[f"errors_{window}"].tolist()
     parts = levels.split([numbers for _, numbers in shapes(window)], 1)
-    return [Code(bits, *both) for (bits, _), *both in zip(shapes(window), parts, errors)]
+    return [Code(bits, part.contiguous(), error) for (bits, _), part, error in zip(shapes(window), parts, errors)]
 
 
 def write_fitted():

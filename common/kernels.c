@@ -1,0 +1,222 @@
+// Loops that torch has no operator for. kernels.py compiles them when they are first needed. Arrays lie row by row.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+// -- a matrix kept by bits (util_factorization/coded_matrix.py and trellis.py) ---------------------------------------
+
+enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as there; depths are 0 to 16 half bits
+enum { STEP = 32 };                                 // numbers after which a stream of any depth is at a byte's first bit
+enum { TOUCHED = 16 };                              // bytes, at most, from the first of eight windows on that are loaded
+
+static inline uint64_t load(const uint8_t *bytes) {
+    uint64_t x;
+    memcpy(&x, bytes, 8);
+    return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_bswap64(x) : x;
+}
+
+// A window gives v numbers and adds b bits. Eight windows of eight bits do not fit into one load.
+static inline void read_eight(const uint8_t *stream, int b, int v, const float *restrict levels, float *restrict out) {
+    uint64_t first = load(stream), last = load(stream + b / 2), mask = (1 << WINDOW) - 1;
+    for (int i = 0; i < 4; i++) {
+        memcpy(out + v * i, levels + v * (first >> (64 - WINDOW - i * b) & mask), 4 * v);
+        memcpy(out + v * (i + 4), levels + v * (last >> (64 - WINDOW - b % 2 * 4 - i * b) & mask), 4 * v);
+    }
+}
+
+static inline void read_all(const uint8_t *stream, const uint8_t *end, int n, int b, int v, const float *restrict levels,
+                            float *restrict out) {
+    int all = (n + 8 * v - 1) / (8 * v), inside = end - stream < TOUCHED ? 0 : (end - stream - TOUCHED) / b + 1;
+    inside = inside < all ? inside : all;
+    for (int i = 0; i < inside; i++) read_eight(stream + i * b, b, v, levels, out + 8 * v * i);
+    for (int i = inside; i < all; i++) {
+        uint8_t rest[TOUCHED] = {0};
+        if (stream + i * b < end) memcpy(rest, stream + i * b, end - stream - i * b);
+        read_eight(rest, b, v, levels, out + 8 * v * i);
+    }
+}
+
+static void read_numbers(const uint8_t *stream, const uint8_t *end, int n, int depth, const float *levels, float *out) {
+#define CASE(d) case d: read_all(stream, end, n, d % 2 ? d : d / 2, 1 + d % 2, levels, out); break;
+    switch (depth) {  // so that the compiler knows the shifts
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(10) CASE(12) CASE(14) CASE(16)
+    }
+}
+
+typedef struct {  // streams, sizes, levels: [DEPTHS], of the columns of a depth
+    int rows, count, length;  // a column has `count` streams of so many numbers
+    const uint8_t *depths, *const *streams;
+    const int32_t *order;
+    const int64_t *sizes;
+    const float *const *levels;
+} Group;
+
+#define MATRIX \
+    int groups, int columns, const int32_t *layout, const uint8_t *depths, const int32_t *order, const uint8_t *const *streams, \
+    const int64_t *sizes, const float *const *levels
+#define GROUP(g) \
+    {layout[3 * (g)], layout[3 * (g) + 1], layout[3 * (g) + 2], depths + (g) * (int64_t)columns, streams + (g) * DEPTHS, \
+     order + (g) * (int64_t)columns, sizes + (g) * DEPTHS, levels}
+
+// The levels of column order[c] in n rows of a segment, from row `first` on, a multiple of STEP -> whether it has bits.
+// seen: columns of its depth before it, counted here. Up to 15 numbers more are written.
+static int read_column(const Group *group, int c, int *seen, int segment, int first, int n, float *out) {
+    int depth = group->depths[group->order[c]], v = 1 + depth % 2, b = depth * v / 2;
+    if (!depth) return 0;
+    *seen = c && group->depths[group->order[c - 1]] == depth ? *seen + 1 : 0;
+    int64_t size = (WINDOW + (group->length / v - 1) * b + 7) / 8, place = (int64_t)*seen * group->count + segment;
+    const uint8_t *streams = group->streams[depth], *stream = streams + place * size + first / v * b / 8;
+    for (int i = 0; i < n / v * b / 8; i += 64) __builtin_prefetch(stream + group->count * size + i);  // the next column
+    read_numbers(stream, streams + group->sizes[depth], n, depth, group->levels[depth], out);
+    return 1;
+}
+
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+// All three have a matrix first: layout [groups][3], the first numbers of each Group; depths [groups][columns]; order
+// [groups][columns], columns by depth, so that a code's levels stay in the processor's first cache; streams and sizes
+// [groups][DEPTHS], bytes and their count; levels [DEPTHS].
+
+// out [tokens][rows] += x [tokens][groups][columns], the scales in it, times the levels.
+void coded_product(MATRIX, int tokens, const float *x, float *out, int threads) {
+    int64_t rows = 0, start = 0;
+    for (int g = 0; g < groups; g++) rows += layout[3 * g];
+    int each = (rows + threads - 1) / threads, step = least(SEGMENT, (each + STEP - 1) / STEP * STEP);  // rows of a part
+    #pragma omp parallel num_threads(threads) firstprivate(start)
+    for (int g = 0; g < groups; start += layout[3 * g++]) {
+        Group group = GROUP(g);
+        int parts = (group.length + step - 1) / step;
+        #pragma omp for schedule(dynamic) nowait
+        for (int part = 0; part < group.count * parts; part++) {
+            int segment = part / parts, first = part % parts * step, row = segment * group.length + first;
+            int n = least(least(step, group.length - first), group.rows - row);
+            for (int c = 0, seen; c < columns && n > 0; c++) {
+                float numbers[SEGMENT + 16];
+                if (!read_column(&group, c, &seen, segment, first, n, numbers)) continue;
+                for (int k = 0; k < tokens; k++) {
+                    float *restrict into = out + k * rows + start + row;
+                    float factor = x[((int64_t)k * groups + g) * columns + group.order[c]];
+                    for (int t = 0; t < n; t++) into[t] += factor * numbers[t];
+                }
+            }
+        }
+    }
+}
+
+// out [columns][rows from segment `from` to segment `to`]: the levels in group g; what has no bits is left as it was.
+void coded_columns(MATRIX, int g, int from, int to, float *out, int threads) {
+    Group group = GROUP(g);
+    int start = from * group.length, width = least(group.rows, to * group.length) - start;
+    #pragma omp parallel for num_threads(threads)
+    for (int segment = from; segment < to; segment++) {
+        int n = least(group.length, group.rows - segment * group.length);
+        for (int c = 0, seen; c < columns; c++) {
+            float numbers[SEGMENT + 16], *into = out + (int64_t)group.order[c] * width + segment * group.length - start;
+            if (read_column(&group, c, &seen, segment, 0, n, numbers)) memcpy(into, numbers, sizeof(float) * n);
+        }
+    }
+}
+
+// out [n][columns]: the levels of single rows; at [n][2]: the group of each and its number there. No bits: left as it was.
+void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < n; i++) {
+        Group group = GROUP(at[2 * i]);
+        int segment = at[2 * i + 1] / group.length, row = at[2 * i + 1] % group.length, first = row / STEP * STEP;
+        for (int c = 0, seen; c < columns; c++) {
+            float numbers[STEP + 16];
+            if (read_column(&group, c, &seen, segment, first, row - first + 1, numbers))
+                out[(int64_t)i * columns + group.order[c]] = numbers[row - first];
+        }
+    }
+}
+
+// -- attention over a cache of bytes (surgery/int8_cache.py) ----------------------------------------------------------
+
+// A row is `width` integers of all heads, then a bfloat16 scale, which is the upper half of a float32.
+static inline float scale_of(const int8_t *row, int width) {
+    uint16_t half;
+    memcpy(&half, row + width, 2);
+    uint32_t whole = (uint32_t)half << 16;
+    float scale;
+    memcpy(&scale, &whole, 4);
+    return scale;
+}
+
+// x [rows][width] -> out [rows][width + 2]
+void int8_pack(int rows, int width, const float *x, int8_t *out) {
+    for (int row = 0; row < rows; row++, x += width, out += width + 2) {
+        float most = 127e-30f, scale;
+        for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        scale = most / 127;
+        uint32_t whole;
+        memcpy(&whole, &scale, 4);
+        uint16_t half = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to nearest, then to even
+        memcpy(out + width, &half, 2);
+        scale = scale_of(out, width);
+        for (int i = 0; i < width; i++) {
+            float integer = rintf(x[i] / scale);
+            out[i] = integer > 127 ? 127 : integer < -127 ? -127 : integer;
+        }
+    }
+}
+
+enum { WIDEST = 1024, BLOCK = 64 };  // numbers of a head; positions of a task
+
+// scores [heads][positions] of one key row; a group's heads share it.
+static inline void score(const int8_t *row, int heads, int groups, int n, const float *q, int64_t positions, float *scores) {
+    float scale = scale_of(row, groups * n), key[WIDEST];
+    for (int h = 0; h < heads; h++, q += n, scores += positions) {
+        if (h % (heads / groups) == 0)
+            for (int i = 0; i < n; i++) key[i] = *row++;
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < n; i++) sum += q[i] * key[i];
+        *scores = sum * scale;
+    }
+}
+
+// sums [shared][n] += weights [shared][positions] times the numbers of one value row that a group's heads share
+static inline void add(const int8_t *row, float scale, int shared, int n, const float *weights, int64_t positions, float *sums) {
+    float value[WIDEST];
+    for (int i = 0; i < n; i++) value[i] = row[i] * scale;
+    for (int h = 0; h < shared; h++, weights += positions)
+        for (int i = 0; i < n; i++) sums[h * n + i] += *weights * value[i];
+}
+
+// Both read, of keys or values [texts][capacity][groups n + 2], the first `positions`, for one query of each text.
+
+// q [texts][heads][n] -> scores [texts][heads][positions]
+void int8_scores(int texts, int heads, int groups, int n, int positions, int capacity, const float *q, const int8_t *keys,
+                 float *scores, int threads) {
+    int blocks = (positions + BLOCK - 1) / BLOCK;
+    #pragma omp parallel for num_threads(threads)
+    for (int task = 0; task < texts * blocks; task++) {
+        int text = task / blocks, first = task % blocks * BLOCK;
+        const int8_t *row = keys + ((int64_t)text * capacity + first) * (groups * n + 2);
+        const float *query = q + text * heads * n;
+        float *out = scores + (int64_t)text * heads * positions;
+        for (int s = first; s < least(positions, first + BLOCK); s++, row += groups * n + 2)
+            if (n == 64) score(row, heads, groups, 64, query, positions, out + s);  // so that the compiler knows n
+            else score(row, heads, groups, n, query, positions, out + s);
+    }
+}
+
+// weights [texts][heads][positions] -> out [texts][heads][n], the sums of the values
+void int8_sums(int texts, int heads, int groups, int n, int positions, int capacity, const float *weights, const int8_t *values,
+               float *out, int threads) {
+    int width = groups * n, shared = heads / groups;
+    #pragma omp parallel for num_threads(threads)
+    for (int task = 0; task < texts * groups; task++) {
+        const int8_t *row = values + (int64_t)(task / groups) * capacity * (width + 2);
+        const float *weight = weights + (int64_t)task * shared * positions;
+        float *sums = out + task * shared * n;
+        memset(sums, 0, sizeof(float) * shared * n);
+        for (int s = 0; s < positions; s++, row += width + 2) {
+            float scale = scale_of(row, width);
+            if (n == 64) add(row + task % groups * n, scale, shared, 64, weight + s, positions, sums);
+            else add(row + task % groups * n, scale, shared, n, weight + s, positions, sums);
+        }
+    }
+}
