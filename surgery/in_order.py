@@ -145,6 +145,6 @@ def repaired(W, x, read, sizes):
     weights = sizes.float()[:, None]
     read = read * weights
     S, X = (read.T @ read).double(), ((x * weights).T @ read).double()
-    ridge = RIDGE * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype)
+    ridge = (RIDGE * S.diagonal().mean()).clamp(min=1e-30) * torch.eye(len(S), dtype=S.dtype)  # a dead layer has S = 0
     new = torch.linalg.solve(S + ridge, (W.double() @ (X + ridge)).T).T
     return new.float(), (S / sizes.double().square().sum().clamp(min=1e-30)).float()

@@ -15,6 +15,7 @@ from conftest import REPO, TINY, as_flags
 from common import checkpoint
 from common.dataset import write_dataset
 from common.factor_files import write_factors
+from common.trackers import TRACKERS
 from common.train_rules import trained_names
 from model import GPTConfig
 from train_args import PRESETS, LoraArgs, ModelArgs, TrainArgs, parse_args
@@ -178,12 +179,12 @@ def attributes_of(source, *objects):
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
     names = ("start", "dataset", "device", "evaluate", "optimizer", "progress", "run_folder", "train_step",
-             "stopping")  # fmt: skip
+             "stopping", "trackers")  # fmt: skip
     files = ["train.py", *(f"common/{name}.py" for name in names)]
     read = set().union(*(attributes_of((REPO / file).read_text(), "args", "a") for file in files))
     read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of train_rules.py only checks
     read |= attributes_of((REPO / "model.py").read_text(), "config", "c") & {f.name for f in fields(GPTConfig)}
-    read |= {"preset"}  # read by cli.parse
+    read |= {"preset"} | TRACKERS.keys()  # read by cli.parse and by RunFolder
     train(out_dir=tmp_path / "run", eval_only=True)
     kept = checkpoint.load(tmp_path / "run")["args"]
     for f in fields(TrainArgs):
