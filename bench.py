@@ -178,7 +178,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 @dataclass
 class TrainFlags(Flags):
     shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
-    batch_size: int = flag(1, "windows of a step", low=1)
+    micro_steps: int = flag(1, "micro-steps of a step, as train.py's --gradient_accumulation_steps", low=1)
+    batch_size: int = flag(1, "windows of a micro-step", low=1)
     block_size: int | None = flag(None, "positions of a window; left out, the shape's, 256 at most", low=1)
     dropout: float = flag(0.0, "dropout of all models; train.py has the preset's, nanoGPT none", low=0, below=1)
     models: str = flag(
@@ -216,8 +217,8 @@ def models_to_train(args, dataset):
     """The models of --models, {name: TrainArgs}, and the TrainArgs of a dense one. All read the dataset's folder."""
     shape = preset_shape(args.shape)
     d = shape["n_embd"]
-    shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size, gradient_accumulation_steps=1)
-    shape |= dict(dataset=dataset, device=args.device)
+    shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size)
+    shape |= dict(gradient_accumulation_steps=args.micro_steps, dataset=dataset, device=args.device)
     rank = args.rank or min(128, max(1, d // 2))
     if rank > d:
         fail(f"--rank {rank} lies outside 1 to the width {d} of --shape {args.shape}: lower it")
@@ -265,14 +266,16 @@ def train(argv):
             args.vs,
         )
         rows, rates = measure(planned, args.steps, args.rounds, lambda text: print(text, file=sys.stderr))
+    step = f"{args.micro_steps} x " * (args.micro_steps > 1) + f"{args.batch_size} x {args.block_size}"
+    tokens = args.micro_steps * args.batch_size * args.block_size
     about = (
-        f"`python {' '.join(map(str, sys.argv))}`: one step is {args.batch_size} x {args.block_size} = "
-        f"{args.batch_size * args.block_size:,} tokens, {args.device} ({hardware(args.device)}), torch {torch.__version__}; "
+        f"`python {' '.join(map(str, sys.argv))}`: one step is {step} = {tokens:,} tokens, {args.device} "
+        f"({hardware(args.device)}), torch {torch.__version__}; "
         f"median of {args.rounds} rounds of {args.steps} steps, lowest and highest beside it. {READING}"
         + "".join(f" {dtype} products: {rate / 1e9:,.4g} GFLOP/s." for dtype, rate in rates.items())
     )
     show("Training", about, training_tables(rows), args.out)
-    finish(hardware=hardware(args.device), tokens_per_step=args.batch_size * args.block_size, mm_flops=rates, rows=rows)
+    finish(hardware=hardware(args.device), tokens_per_step=tokens, mm_flops=rates, rows=rows)
 
 
 READING = (

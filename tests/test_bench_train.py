@@ -13,7 +13,7 @@ from common.timing import spread
 from common.training_cost import PARTS, NanoGPT, NanoGPTStep, Step, Trainee, matrix_rate, measure, peak_bytes, plans, write_text
 from train_args import PRESETS, TrainArgs
 
-CONSTANT = dict(warmup_iters=0, min_lr=TINY["learning_rate"], gradient_accumulation_steps=1)  # a rate that never changes
+CONSTANT = dict(warmup_iters=0, min_lr=TINY["learning_rate"])  # a rate that never changes
 
 # A model.py with what bench.py asks of nanoGPT's: it prints, its loss is cross-entropy, its optimizer is told the device.
 STAND_IN = """
