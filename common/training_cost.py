@@ -156,7 +156,7 @@ class NanoGPT:
         dataset = Dataset(args.dataset)
         shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
         torch.manual_seed(args.seed)
-        model = nanogpt(folder, GPTConfig(vocab_size=dataset.vocab_size, **shape), "--vs")
+        model = nanogpt(folder, GPTConfig(vocab_size=dataset.vocab_size, **shape))
         self.args, self.device, self.tokens = args, args.device, tokens_of(args)
         self.model = move_to(model, args.device).train()
         self.ids = dataset.folder / "train.bin", dataset.train.dtype

@@ -173,7 +173,7 @@ def test_nanogpt_at_its_best_is_the_fastest_of_its_rows(tiny_args, checkout, no_
     for row in rows[:2]:
         for name in ("over_default", "over_best"):
             assert row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-        assert row["over_best"]["high"] <= row["tokens_per_second"]["high"] / best["tokens_per_second"]["low"]
+        assert row["over_best"]["high"] <= 1.001 * row["tokens_per_second"]["high"] / best["tokens_per_second"]["low"]
 
 
 def test_a_spread_is_the_median_and_both_ends():
