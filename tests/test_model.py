@@ -129,7 +129,7 @@ def test_a_compiled_loss_has_no_blocks(tiny_model, monkeypatch):
     x = ids(model)
     compiled = torch.compile(model.loss, backend=backend)(model.hidden(x), x)
     torch.testing.assert_close(compiled, model.loss(model.hidden(x), x))
-    assert sum(operations) < x.numel()
+    assert sum(operations) < 2 * x.numel()  # a block has seven
 
 
 def test_training_with_the_loss_in_chunks_stays_with_plain_training(tiny_config):
