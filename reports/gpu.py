@@ -112,14 +112,17 @@ def first_steps(out, folder="gpt2"):
 
 
 def curve(out):
-    """Draws the losses of the first steps -> a line of markdown."""
-    from common.plots import Figure, draw_all
+    """Draws the losses of the first steps -> markdown."""
+    from common.plots import Figure, Panel, Point, draw_all
 
     _, lines = read_run(out / "gpt2")
-    evaluated = [(line["iter"], line["val_loss"]) for line in lines if "val_loss" in line]
-    curves = dict(training=list(losses(lines).items()), validation=evaluated)
-    data = dict(curves=curves, order=list(curves), x="step", y="loss (nats per token)")
-    return "\n".join(draw_all(out, [Figure("loss_curve", "The first steps of the gpt2 preset", "lines", data)])).strip()
+    evaluated = {line["iter"]: line["val_loss"] for line in lines if "val_loss" in line}
+    found = dict(training=losses(lines), validation=evaluated)
+    curves = {name: [Point(step, [loss]) for step, loss in points.items()] for name, points in found.items()}
+    panel = Panel(curves, "step", "loss (nats per token)")
+    title = f"{max(evaluated)} steps take the validation loss to {evaluated[max(evaluated)]:.3f} nats"
+    figure = Figure("loss_curve", title, "Loss of the gpt2 preset's first steps", [panel], list(curves))
+    return "\n".join(draw_all(out, [figure]))
 
 
 def cache(out, done):

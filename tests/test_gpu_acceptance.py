@@ -7,28 +7,24 @@ import pytest
 from shell import run, succeed
 
 SCRIPT = "bash scripts/gpu_acceptance.sh"
+PARTS = ["arithmetic", "dense", "preset", "cache", "decoding", "cards"]  # factorized and lora run as dense does
 
 
 @pytest.fixture(scope="module")
 def accepted(copy, tmp_path_factory):
-    """The parts in two calls, of a text file -> the folder, and what the second call printed."""
+    """The parts, of a text file -> the folder, and what the script printed."""
     folder = tmp_path_factory.mktemp("acceptance")
     (folder / "books.txt").write_text("Some words of a book.\n" * 400)
     env = dict(TOY="1", OUT=str(folder / "out"), DATA=str(folder / "books.txt"))
-    done = run(SCRIPT, copy, **env, PARTS="arithmetic preset", LIMIT="60")
-    assert done.returncode == 0, done.stderr
-    return folder / "out", succeed(SCRIPT, copy, **env, PARTS="arithmetic preset dense cache decoding cards")
+    return folder / "out", succeed(SCRIPT, copy, **env, PARTS=" ".join(PARTS))
 
 
-def test_the_parts_run_and_finished_ones_do_not_run_again(accepted):
-    out, again = accepted
-    parts = [json.loads(line)["part"] for line in (out / "results.jsonl").read_text().splitlines()]
-    assert parts == ["arithmetic", "preset", "dense", "cache", "decoding", "cards"]
-    assert again.stdout.count(" is done; delete its line") == 2
-    last = json.loads(again.stdout.splitlines()[-1])
-    assert set(last["seconds"]) == set(parts)
+def test_the_parts_run_and_the_report_has_their_numbers(accepted):
+    out, done = accepted
+    assert [json.loads(line)["part"] for line in (out / "results.jsonl").read_text().splitlines()] == PARTS
+    assert list(json.loads(done.stdout.splitlines()[-1])["seconds"]) == PARTS
     report, numbers = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
-    assert report.strip() in again.stdout and "(loss_curve.png)" in report and (out / "loss_curve.png").is_file()
+    assert report.strip() in done.stdout and "(loss_curve.png)" in report and (out / "loss_curve.png").is_file()
     assert set(numbers) == {"hardware", "seconds", "arithmetic", "steps", "preset", "cache", "decoding"}
     (half,) = numbers["arithmetic"]
     assert half["setting"] == "bfloat16 not compiled" and 0 < half["apart"] < 0.01
@@ -56,12 +52,13 @@ def test_the_report_compares_cards_and_stands_beside_nanogpt(accepted, run_main,
     assert "0.50" in next(line for line in result.out.splitlines() if line.startswith("| dense ") and "bfloat16" in line)
 
 
-def test_mistakes_and_a_time_that_does_not_suffice(accepted, copy, tmp_path, run_main, assert_one_line_error):
+def test_finished_parts_do_not_run_again_and_mistakes_take_a_line(accepted, copy, tmp_path, run_main, assert_one_line_error):
     for env, word in (
         (dict(TOY=""), "TOY=1"),
         (dict(TOY="1", DATA=str(tmp_path / "none")), "meta.pkl"),
-        (dict(TOY="1", OUT=str(accepted[0]), PARTS="lora", LIMIT="0"), "not done: lora"),
+        (dict(TOY="1", OUT=str(accepted[0]), PARTS="dense lora", LIMIT="0"), "not done: lora"),
     ):
         done = run(SCRIPT, copy, **dict(OUT=str(tmp_path / "out")) | env)
         assert done.returncode in (1, 2) and word in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "== dense is done; delete its line" in done.stdout
     assert_one_line_error(run_main("-m", "reports.gpu", "--runs", tmp_path), "--runs", "gpu_acceptance.sh")

@@ -118,7 +118,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model, monkeypa
 
 
 def test_a_compiled_loss_has_no_blocks(tiny_model, monkeypatch):
-    """Blocks are for a processor's cache; written out one by one they took a compiler six minutes, and ran at half the speed."""
+    """Blocks are for a processor's cache; written out they took a compiler six minutes, and ran half as fast."""
     monkeypatch.setattr("loss.BLOCK", 1)
     model, operations = tiny_model(), []
 
