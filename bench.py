@@ -2,7 +2,7 @@
 What decoding and training cost on this machine.
 
     python bench.py decode --runs model_weights/vdproj                      # trained models, their perplexity too
-    python bench.py decode --shape gpt2 --context 512 --nanogpt DIR         # random weights, beside a nanoGPT checkout
+    python bench.py decode --shape gpt2 --context 512 --vs DIR              # random weights, beside a nanoGPT checkout
     python bench.py train --shape gpt2 --dtypes float32,bfloat16 --vs DIR   # a training step, beside a nanoGPT checkout
     python bench.py decode --help                                           # the flags
 
@@ -38,6 +38,7 @@ class Flags:
     rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
     device: str = flag("cpu", "cpu, cuda, mps")
     out: str = flag("", "a file for the tables, as markdown")
+    vs: str = flag("", "a checkout of nanoGPT to measure beside it: without a cache; training as by default and at its best")
 
 
 @dataclass
@@ -51,7 +52,6 @@ class DecodeFlags(Flags):
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
     batch_size: int = flag(1, "texts side by side", low=1)
     steps: int = flag(24, "tokens of one measurement", low=1)
-    nanogpt: str = flag("", "a checkout of nanoGPT, which has no cache, to measure beside it at the same shape and context")
 
 
 def check_decode(args):
@@ -62,17 +62,17 @@ def check_decode(args):
     for name in args.kv_dtypes.split(","):
         if name not in KV_DTYPES:
             fail(f"--kv_dtypes {args.kv_dtypes}: {name!r} is none of {','.join(KV_DTYPES)}")
-    check_files(args.out, "--nanogpt", args.nanogpt)
-    if args.nanogpt and not args.shape:
-        fail("--nanogpt is measured at a shape: give --shape gpt2 instead of --runs")
+    check_files(args)
+    if args.vs and not args.shape:
+        fail("--vs is measured at a shape: give --shape gpt2 instead of --runs")
 
 
-def check_files(out, name, checkout):
-    """out: of --out. name: the flag that gave a nanoGPT checkout, if any."""
-    if checkout:
-        check_checkout(checkout, name)
-    if out and Path(out).is_dir():
-        fail(f"--out {out} is a folder: give a file")
+def check_files(args):
+    """args: Flags."""
+    if args.vs:
+        check_checkout(args.vs, "--vs")
+    if args.out and Path(args.out).is_dir():
+        fail(f"--out {args.out} is a folder: give a file")
 
 
 def preset_shape(name):
@@ -118,9 +118,9 @@ def decode(argv):
                 tasks[len(rows), way] = task = decoding_task(model, kv_dtype, way, *sizes, args.device)
             row["bytes_per_token"] = task.cache.bytes_per_token()
             rows.append(row)
-    if args.nanogpt:
+    if args.vs:
         for name, dtype in (("nanoGPT, no cache", None), ("nanoGPT, no cache, bfloat16 autocast", torch.bfloat16)):
-            tasks[len(rows), "-"] = NanoGPT(args.nanogpt, config, *sizes, dtype, args.device)
+            tasks[len(rows), "-"] = NanoGPT(args.vs, config, *sizes, dtype, args.device)
             rows.append(dict(model=name, kv_dtype="-", bytes_per_token=0))
     calls = {key: (task.prepare, task.run) for key, task in tasks.items()}
     seconds = by_turns(calls, args.rounds, lambda i: print(f"round {i}/{args.rounds}", file=sys.stderr))
@@ -178,7 +178,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 @dataclass
 class TrainFlags(Flags):
     shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
-    batch_size: int = flag(1, "windows of a step", low=1)
+    micro_steps: int = flag(1, "micro-steps of a step, as train.py's --gradient_accumulation_steps", low=1)
+    batch_size: int = flag(1, "windows of a micro-step", low=1)
     block_size: int | None = flag(None, "positions of a window; left out, the shape's, 256 at most", low=1)
     dropout: float = flag(0.0, "dropout of all models; train.py has the preset's, nanoGPT none", low=0, below=1)
     models: str = flag(
@@ -191,7 +192,6 @@ class TrainFlags(Flags):
     dtypes: str = flag("float32,bfloat16", "arithmetic of the forward pass, comma-separated; the weights are float32")
     compile: bool = flag(False, "measure each model compiled, too")
     steps: int = flag(2, "steps of one measurement", low=1)
-    vs: str = flag("", "a checkout of nanoGPT to measure beside, as it runs by default and at its best")
 
 
 def check_train(args):
@@ -203,7 +203,7 @@ def check_train(args):
     check_device(args.device)
     if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
         fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")
-    check_files(args.out, "--vs", args.vs)
+    check_files(args)
     shape = preset_shape(args.shape)
     if args.vs and (shape["rotary_pct"] or shape["parallel_residual"] or not shape["tie_head"]):
         fail(f"--vs: nanoGPT has no model of --shape {args.shape}: give --shape gpt2 or laptop")
@@ -216,8 +216,8 @@ def models_to_train(args, dataset):
     """The models of --models, {name: TrainArgs}, and the TrainArgs of a dense one. All read the dataset's folder."""
     shape = preset_shape(args.shape)
     d = shape["n_embd"]
-    shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size, gradient_accumulation_steps=1)
-    shape |= dict(dataset=dataset, device=args.device)
+    shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size)
+    shape |= dict(gradient_accumulation_steps=args.micro_steps, dataset=dataset, device=args.device)
     rank = args.rank or min(128, max(1, d // 2))
     if rank > d:
         fail(f"--rank {rank} lies outside 1 to the width {d} of --shape {args.shape}: lower it")
@@ -265,14 +265,16 @@ def train(argv):
             args.vs,
         )
         rows, rates = measure(planned, args.steps, args.rounds, lambda text: print(text, file=sys.stderr))
+    step = f"{args.micro_steps} x " * (args.micro_steps > 1) + f"{args.batch_size} x {args.block_size}"
+    tokens = args.micro_steps * args.batch_size * args.block_size
     about = (
-        f"`python {' '.join(map(str, sys.argv))}`: one step is {args.batch_size} x {args.block_size} = "
-        f"{args.batch_size * args.block_size:,} tokens, {args.device} ({hardware(args.device)}), torch {torch.__version__}; "
+        f"`python {' '.join(map(str, sys.argv))}`: one step is {step} = {tokens:,} tokens, {args.device} "
+        f"({hardware(args.device)}), torch {torch.__version__}; "
         f"median of {args.rounds} rounds of {args.steps} steps, lowest and highest beside it. {READING}"
         + "".join(f" {dtype} products: {rate / 1e9:,.4g} GFLOP/s." for dtype, rate in rates.items())
     )
     show("Training", about, training_tables(rows), args.out)
-    finish(hardware=hardware(args.device), tokens_per_step=args.batch_size * args.block_size, mm_flops=rates, rows=rows)
+    finish(hardware=hardware(args.device), tokens_per_step=tokens, mm_flops=rates, rows=rows)
 
 
 READING = (

@@ -15,13 +15,13 @@ def check_checkout(folder, flag):
         fail(f"{flag} {folder} has no model.py: give the folder of a checkout")
 
 
-def nanogpt(folder, config, flag):
-    """The checkout's GPT with random weights, at the shape of a dense GPTConfig of ours. flag: what gave the folder."""
-    module, names = load_module(folder, flag), ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+def nanogpt(folder, config):
+    """The checkout's GPT with random weights, at the shape of a dense GPTConfig of ours. folder: of --vs."""
+    module, names = load_module(folder, "--vs"), ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
     try:
         shape = module.GPTConfig(**{name: getattr(config, name) for name in names}, dropout=config.dropout)
     except TypeError as error:  # a GPTConfig of other fields
-        fail(f"{flag} {folder}: its model.py is not nanoGPT's ({error}): give the folder of a checkout")
+        fail(f"--vs {folder}: its model.py is not nanoGPT's ({error}): give the folder of a checkout")
     with redirect_stdout(io.StringIO()):  # it prints its size
         return module.GPT(shape)
 

@@ -1,5 +1,6 @@
 """What a training step costs: the step as a task of common/timing.py, its parts, its memory, and this machine's own rate."""
 
+import gc
 import io
 import multiprocessing
 import re
@@ -35,20 +36,29 @@ def write_text(folder, vocab_size, block_size):
     write_dataset(folder, ids, ids[: block_size + 1], dict(vocab_size=vocab_size, tokenizer="none"))
 
 
+def tokens_of(args):
+    """Tokens of one step."""
+    return args.gradient_accumulation_steps * args.batch_size * args.block_size
+
+
 class PartsTimer:
     """Milliseconds of each part of a step. It waits for the device after each part, so a step that it times is slower."""
 
     def __init__(self, device):
-        self.device, self.ms = device, {}
+        self.device, self.steps, self.ms = device, 0, {}  # ms: {part: [a number for each step]}
 
     def start(self):
+        """Begin a step."""
+        self.steps += 1
         wait_for(self.device)
         self.last = time.perf_counter()
 
     def __call__(self, part):
         wait_for(self.device)
-        now = time.perf_counter()
-        self.ms.setdefault(part, []).append(1000 * (now - self.last))
+        now, found = time.perf_counter(), self.ms.setdefault(part, [])
+        if len(found) < self.steps:
+            found.append(0.0)
+        found[-1] += 1000 * (now - self.last)  # the micro-steps of a step together
         self.last = now
 
 
@@ -62,7 +72,7 @@ class Trainee:
     def __init__(self, args):
         """args: TrainArgs. Its dataset is a folder of write_text()."""
         start = begin(args, {})
-        self.args, self.device, self.tokens = args, args.device, args.batch_size * args.block_size
+        self.args, self.device, self.tokens = args, args.device, tokens_of(args)
         self.model = move_to(start.model, args.device).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(args, self.model)
@@ -73,7 +83,7 @@ class Trainee:
 
 
 class Step:
-    """The step of train.py, with one micro-step and a constant rate: a task of common/timing.py, in one dtype."""
+    """The step of train.py at a constant rate: a task of common/timing.py, in one dtype."""
 
     def __init__(self, trainee, dtype, compiled=False, steps=1):
         self.trainee, self.compiled, self.steps, self.done = trainee, compiled, steps, 0
@@ -99,20 +109,23 @@ class Step:
 
     def step(self, after=untimed):
         """One step -> its loss, on the device. after(part) is called at the end of each part."""
-        t = self.trainee
-        x, y = to_device(map(torch.from_numpy, t.text.batch(self.done, 0)), t.device)
-        after("data")
-        with self.autocast:
-            if after is untimed or self.compiled:
-                loss = self.forward(x, y)[1]
-                after("forward")
-            else:  # the two halves of GPT.forward()
-                h = t.model.hidden(x)
-                after("forward")
-                loss = t.model.loss(h, y)
-                after("loss")
-        self.scaler.scale(loss).backward()
-        after("backward")
+        t, loss_sum = self.trainee, 0.0
+        micro_steps = t.args.gradient_accumulation_steps
+        for micro in range(micro_steps):
+            x, y = to_device(map(torch.from_numpy, t.text.batch(self.done, micro)), t.device)
+            after("data")
+            with self.autocast:
+                if after is untimed or self.compiled:
+                    loss = self.forward(x, y)[1]
+                    after("forward")
+                else:  # the two halves of GPT.forward()
+                    h = t.model.hidden(x)
+                    after("forward")
+                    loss = t.model.loss(h, y)
+                    after("loss")
+            self.scaler.scale(loss / micro_steps).backward()
+            loss_sum += loss.detach() / micro_steps
+            after("backward")
         if t.args.grad_clip > 0:
             self.scaler.unscale_(t.optimizer)
             torch.nn.utils.clip_grad_norm_(t.trained, t.args.grad_clip)
@@ -122,7 +135,7 @@ class Step:
         t.optimizer.zero_grad(set_to_none=True)
         after("optimizer")
         self.done += 1
-        return loss.detach()
+        return loss_sum
 
 
 # -- nanoGPT ----------------------------------------------------------------------------------------------------------
@@ -143,8 +156,8 @@ class NanoGPT:
         dataset = Dataset(args.dataset)
         shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
         torch.manual_seed(args.seed)
-        model = nanogpt(folder, GPTConfig(vocab_size=dataset.vocab_size, **shape), "--vs")
-        self.args, self.device, self.tokens = args, args.device, args.batch_size * args.block_size
+        model = nanogpt(folder, GPTConfig(vocab_size=dataset.vocab_size, **shape))
+        self.args, self.device, self.tokens = args, args.device, tokens_of(args)
         self.model = move_to(model, args.device).train()
         self.ids = dataset.folder / "train.bin", dataset.train.dtype
         self.optimizers = {}  # by whether they are fused
@@ -189,18 +202,19 @@ class NanoGPTStep:
         wait_for(self.trainee.device)
 
     def step(self):
-        """One step -> its loss, on the device."""
+        """One step -> the loss of its last micro-step, on the device."""
         t = self.trainee
-        with self.autocast:
-            loss = self.forward(*self.next)[1]
-        self.next = t.batch()  # read while a card still computes
-        self.scaler.scale(loss).backward()
+        for _ in range(t.args.gradient_accumulation_steps):
+            with self.autocast:
+                loss = self.forward(*self.next)[1] / t.args.gradient_accumulation_steps
+            self.next = t.batch()  # read while a card still computes
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach() * t.args.gradient_accumulation_steps
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -225,6 +239,7 @@ def peak_of_two_steps(step_class, trainee_class, trainee_args, step_args):
     """Bytes that a model, its optimizer and two steps need at most."""
     device = trainee_args[-1].device
     if device.startswith("cuda"):
+        gc.collect()  # compiled models of before hold themselves in cycles
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
@@ -309,7 +324,7 @@ def measure(planned, steps, rounds, say):
         row["tokens_per_second"] = spread([steps * trainee.tokens / s for s in seconds[i]])
         if isinstance(task, Step):
             if row["dtype"] not in rates:
-                size = trainee.tokens, trainee.args.n_embd
+                size = trainee.args.batch_size * trainee.args.block_size, trainee.args.n_embd
                 rates[row["dtype"]] = matrix_rate(*size, trainee.device, row["dtype"])
             row |= dict(ms=task.part_ms(), flops_per_token=trainee.flops_per_token, trained_flops=trainee.trained_flops)
             row["mm_share"] = row["tokens_per_second"]["median"] * trainee.trained_flops / rates[row["dtype"]]

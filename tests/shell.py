@@ -21,7 +21,7 @@ TOY_EPOCHS = (
 # what whoever runs the tests may have set
 CHOICES = (
     "PRESET", "DATASET", "OUT", "SEEDS", "K", "METHOD", "METHODS", "BEST", "ONLY13", "ONLY5", "MODEL", "LORA", "GPUS", "PICKED",
-    "SETUP_PYTHON", "CUDA_VISIBLE_DEVICES",
+    "SETUP_PYTHON", "CUDA_VISIBLE_DEVICES", "TOY", "VS", "DATA", "PARTS", "LIMIT", "CARDS",
 )  # fmt: skip
 
 

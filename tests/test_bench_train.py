@@ -13,7 +13,7 @@ from common.timing import spread
 from common.training_cost import PARTS, NanoGPT, NanoGPTStep, Step, Trainee, matrix_rate, measure, peak_bytes, plans, write_text
 from train_args import PRESETS, TrainArgs
 
-CONSTANT = dict(warmup_iters=0, min_lr=TINY["learning_rate"], gradient_accumulation_steps=1)  # a rate that never changes
+CONSTANT = dict(warmup_iters=0, min_lr=TINY["learning_rate"])  # a rate that never changes
 
 # A model.py with what bench.py asks of nanoGPT's: it prints, its loss is cross-entropy, its optimizer is told the device.
 STAND_IN = """
@@ -173,7 +173,7 @@ def test_nanogpt_at_its_best_is_the_fastest_of_its_rows(tiny_args, checkout, no_
     for row in rows[:2]:
         for name in ("over_default", "over_best"):
             assert row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-        assert row["over_best"]["high"] <= row["tokens_per_second"]["high"] / best["tokens_per_second"]["low"]
+        assert row["over_best"]["high"] <= 1.001 * row["tokens_per_second"]["high"] / best["tokens_per_second"]["low"]
 
 
 def test_a_spread_is_the_median_and_both_ends():

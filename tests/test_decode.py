@@ -341,7 +341,7 @@ def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
         (["--kv_dtypes", "int2"], ["decode", "--shape", "laptop", "--kv_dtypes", "int2"]),
         (["pythia_baseline", "train_vdproj.sh"], ["decode", "--runs", tmp_path]),
         (["--context 20", "--steps 24"], ["decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),
-        (["--nanogpt", "model.py"], ["decode", "--shape", "gpt2", "--nanogpt", tmp_path]),
+        (["--vs", "model.py"], ["decode", "--shape", "gpt2", "--vs", tmp_path]),
         (["--rank 900"], ["decode", "--shape", "laptop", "--rank", 900]),
         (["--rank 0", "1 or more"], ["decode", "--shape", "laptop", "--rank", 0]),
         (["--context 0", "1 or more"], ["decode", "--shape", "laptop", "--context", 0]),

@@ -117,6 +117,21 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model, monkeypa
         assert (ours[name] - g).norm() <= 20 * atol * g.norm(), name
 
 
+def test_a_compiled_loss_has_no_blocks(tiny_model, monkeypatch):
+    """Blocks are for a processor's cache; written out they took a compiler six minutes, and ran half as fast."""
+    monkeypatch.setattr("loss.BLOCK", 1)
+    model, operations = tiny_model(), []
+
+    def backend(graph, inputs):
+        operations.append(sum(len(part.graph.nodes) for part in graph.modules() if isinstance(part, torch.fx.GraphModule)))
+        return graph.forward
+
+    x = ids(model)
+    compiled = torch.compile(model.loss, backend=backend)(model.hidden(x), x)
+    torch.testing.assert_close(compiled, model.loss(model.hidden(x), x))
+    assert sum(operations) < 2 * x.numel()  # a block has seven
+
+
 def test_training_with_the_loss_in_chunks_stays_with_plain_training(tiny_config):
     """200 steps of AdamW: float32 to 1e-6 at each, bfloat16 within the noise of its own rounding."""
     torch.manual_seed(0)

@@ -301,9 +301,12 @@ def test_auto_settles_on_an_arithmetic_that_the_checkpoint_keeps(train, tmp_path
 def test_compiled_equals_eager(train, tmp_path, monkeypatch):
     # The backend that traces forward and backward without generating C++, which takes half a minute on a CPU.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for name, compiled in (("eager", False), ("compiled", True)):
-        result = train(out_dir=tmp_path / name, compile=compiled, dropout=0.0, max_iters=3, n_layer=1)
+        result = train(out_dir=tmp_path / name, compile=compiled, dropout=0.0, max_iters=3, eval_interval=2, n_layer=1)
         assert result.status == 0, result.err
+    # one graph: an evaluation amid the steps compiles nothing, and nothing anew after it
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
     assert dict(losses(tmp_path / "eager")) == pytest.approx(dict(losses(tmp_path / "compiled")), abs=1e-4)
     assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
 

@@ -70,7 +70,7 @@ class NanoGPT:
     """The generate() of a nanoGPT checkout at the same shape, as a task. It has no cache, so it makes a few tokens only."""
 
     def __init__(self, folder, config, B, context, steps, dtype, device):
-        self.model = nanogpt(folder, config, "--nanogpt").eval().to(device)
+        self.model = nanogpt(folder, config).eval().to(device)
         self.steps = min(steps, 4)
         self.idx = torch.randint(config.vocab_size, (B, context - self.steps), device=device)
         self.autocast = torch.autocast(device, dtype) if dtype else nullcontext()
