@@ -21,10 +21,23 @@ class Coded(nn.Module):
             self.register_buffer(name.replace(".", "_"), bits)
         self.halves = [name for name, tensor in coded.tensors().items() if tensor.dtype == torch.float16]
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the model's dtype
+        self.made = [], None  # the buffers that were read, and their CodedMatrix
 
     @property
     def coded(self):
-        """The CodedMatrix of the buffers as they are now."""
+        """The CodedMatrix of the buffers as they are now, made again only for other buffers: it keeps what it has bound."""
+        read, made = self.made
+        buffers = list(self._buffers.values())
+        if len(read) != len(buffers) or any(before is not now for before, now in zip(read, buffers)):
+            made = self.matrix_of_buffers()
+            self.made = buffers, made
+        return made
+
+    def _load_from_state_dict(self, *given):
+        self.made = [], None  # other codes may come into the same buffers
+        super()._load_from_state_dict(*given)
+
+    def matrix_of_buffers(self):
         streams, tensors = {}, {}
         for name, tensor in self._buffers.items():
             if name.startswith("streams_"):

@@ -1,12 +1,14 @@
 """Bits by component: what a bit is worth, trellis codes, packing, coded matrices, and plain quantisation beside them."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from common import kernels
+from surgery.coded_modules import CodedLinear
 from util_factorization import coded_matrix, coding, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
@@ -168,6 +170,17 @@ def test_compiled_loops_read_what_torch_does(monkeypatch):
     assert torch.equal(W, made.matrix()) and torch.equal(rows, made.lookup(ids)) and torch.equal(rows, W[ids])
     for y in products:
         torch.testing.assert_close(y, made.product(x[: len(y)]), rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_layer_keeps_its_matrix_and_follows_its_buffers():
+    first, x = random_matrix([700], 40), torch.randn(3, 40)
+    others = replace(first, depths=first.depths.flip(1))
+    layer, second = CodedLinear(first), CodedLinear(others)
+    assert layer.coded is layer.coded and torch.equal(layer(x), first.product(x))
+    layer.load_state_dict(second.state_dict())
+    assert torch.equal(layer(x), others.product(x))
+    layer.scales = (2 * others.scales).view(torch.int16)
+    torch.testing.assert_close(layer(x), 2 * others.product(x))
 
 
 def test_without_a_compiler_there_is_a_word(monkeypatch):
