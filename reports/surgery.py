@@ -42,7 +42,7 @@ SWEEP = ("the file of a sweep", "give another --out_dir, or delete it and measur
 
 WITHIN = 0.05  # of the perplexity: what a title calls near
 FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
-# The axis of a figure: nats that are lost, in words that are said of perplexity.
+# Ticks of the axis of lost nats. Each tick says by how much that raises the perplexity.
 TICKS = {FLOOR: "+0.1%", math.log(1.01): "+1%", math.log(1.1): "+10%", math.log(2): "x 2", math.log(10): "x 10"}
 TICKS |= {math.log(1000): "x 1,000"}
 
