@@ -222,7 +222,9 @@ def test_no_program_outlives_its_script(tmp_path):
     kinds = [(signal.SIGTERM, 143), (signal.SIGINT, 130)] + [(signal.SIGKILL, -9)] * bool(shutil.which("setpriv"))
     for kind, status in kinds:
         pid.unlink(missing_ok=True)
-        script = subprocess.Popen(["bash", tmp_path / "outer.sh"], cwd=REPO, stderr=subprocess.DEVNULL)
+        script = subprocess.Popen(
+            ["bash", tmp_path / "outer.sh"], cwd=REPO, stderr=subprocess.DEVNULL, preexec_fn=listen_to_ctrl_c
+        )
         while not (pid.exists() and pid.read_text()):
             time.sleep(0.01)
         script.send_signal(kind)
@@ -231,6 +233,11 @@ def test_no_program_outlives_its_script(tmp_path):
         while works(pid.read_text().strip()):
             assert time.time() < end, kind
             time.sleep(0.01)
+
+
+def listen_to_ctrl_c():
+    """A shell gives its background jobs an ignored SIGINT, all that they start inherits it, and no bash can trap it then."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def works(pid):
