@@ -224,5 +224,6 @@ def main(what, number, seed):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for kind in (signal.SIGTERM, signal.SIGINT):  # a background job ignores SIGINT, and what it starts would too
+        signal.signal(kind, signal.default_int_handler)
     sys.exit(not main(*sys.argv[1:]))
