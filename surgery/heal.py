@@ -78,8 +78,9 @@ def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
         x, _ = windows[order[step]]
         with autocast_of(str(student.model.device), dtype):
             with torch.no_grad():
-                target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0].log_softmax(-1)
-            found = student.logits(student.trunk(student.lookup(x)))[0].log_softmax(-1)
+                target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0]
+            found = student.logits(student.trunk(student.lookup(x)))[0]
+        found, target = (logits.float().log_softmax(-1) for logits in (found, target))  # on a CPU autocast would keep bfloat16
         loss = F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -306,6 +306,19 @@ def test_a_static_cache_is_refused_and_beams_are_not():
         small.generate(IDS, cache_implementation="static", **options)
 
 
+def test_bfloat16_is_for_the_products_and_the_divergence_stays_exact():
+    """A divergence of 0.0001 nats: log-probabilities of bfloat16 cannot tell it from chance."""
+    torch.manual_seed(0)
+    small, windows, found = llama(), [(torch.randint(300, (1, 64)), None)], {}
+    untouched = Subject(copy.deepcopy(small).requires_grad_(False))
+    for p in small.parameters():
+        p.data.add_(0.02 * torch.randn_like(p) * p.std())
+    for dtype in ("float32", "bfloat16"):
+        student = Subject(copy.deepcopy(small))
+        found[dtype] = heal(student, untouched, windows, 1, 2, 1e-9, 0, lambda kl: None, dtype)["training_kl"]
+    assert 0 < found["float32"] < 2e-4 and found["bfloat16"] == pytest.approx(found["float32"], rel=0.2)
+
+
 def test_one_step_of_healing_moves_the_model():
     _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
     before = small.model.layers[0].mlp.up_proj.weight.clone()
