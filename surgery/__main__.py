@@ -82,7 +82,11 @@ class Args:
         above=0,
         below=1,
     )
-    heal_dtype: str = flag("auto", "of its products; auto: what is fastest here", choices=("auto", "float32", "bfloat16"))
+    heal_dtype: str = flag(
+        "float32",
+        "of its products; auto: what is fastest now, so the same command may end elsewhere",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
 
 # What may differ between the runs that write into one folder.
