@@ -1,4 +1,4 @@
-"""Every command of the README, at toy size, and the tree of its files."""
+"""Every command of the README, at toy size; the tree of its files; the Korean README beside it."""
 
 import json
 import re
@@ -21,11 +21,14 @@ TRAINS = r"train\.py|scripts/train_|scripts/run_all"
 FEW = dict(PRESET="laptop13", K="8", METHODS="fisher", GPUS="0 1")
 
 
-def readme_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.S)
+def commands_of(text):
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [c for c in commands if not c.startswith(NOT_RUN)]
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def readme_commands():
+    return [c for c in commands_of((REPO / "README.md").read_text()) if not c.startswith(NOT_RUN)]
 
 
 def test_the_readme_has_commands():
@@ -113,6 +116,42 @@ def test_the_tree_of_the_readme_has_every_file_and_no_other():
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     there = sorted(path for path in tracked if not path.startswith(("tests/", "results/")) and (REPO / path).exists())
     assert sorted(tree_files((REPO / "README.md").read_text())) == there
+
+
+def facts_of(page):
+    """
+    What two languages have in common, a dict for each section: the commands, and, sorted, the numbers (also those of comments
+    and tables), the names in code, and the links. The tree of the files and the links between the two pages are left out.
+    """
+    found = []
+    for section in re.split(r"^## ", page, flags=re.M):
+        if "](README" in section:
+            section = re.sub(r"\]\(README[^)]*\)", "]", section)
+        if "\nnanopca/\n" in section or section.startswith("파일\n"):
+            continue
+        prose = re.sub(r"```.*?```", "", section, flags=re.S)
+        found.append(
+            dict(
+                commands=commands_of(section),
+                numbers=sorted(re.findall(r"\d+(?:[.,]\d+)*%?", section)),
+                names=sorted(" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)),
+                links=sorted(re.findall(r"\]\(([^)]+)\)", section)),
+            )
+        )
+    return found
+
+
+def test_the_korean_readme_says_the_same():
+    english, korean = (facts_of((REPO / name).read_text()) for name in ("README.md", "README.ko.md"))
+    assert len(english) == len(korean)
+    for here, there in zip(english, korean):
+        assert here == there
+
+
+def test_a_number_that_one_language_lacks_is_noticed():
+    page = (REPO / "README.md").read_text()
+    for old, new in (("4.859", "4.858"), ("--rank 192", "--rank 191"), ("`fisher`", "`joint`"), ("(results/vdproj)", "(results)")):
+        assert facts_of(page) != facts_of(page.replace(old, new))
 
 
 def test_a_file_that_the_tree_lacks_is_noticed():
