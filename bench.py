@@ -49,6 +49,7 @@ class DecodeFlags(Flags):
         None, "numbers that its compressed keys and values have; left out, five eighths of its width", low=1
     )
     context: int | None = flag(None, "positions in the cache when the last token is read; left out, the block_size", low=1)
+    dtypes: str = flag("float32", "number formats of weights and arithmetic, comma-separated")
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
     batch_size: int = flag(1, "texts side by side", low=1)
     steps: int = flag(24, "tokens of one measurement", low=1)
@@ -59,12 +60,18 @@ def check_decode(args):
 
     if bool(args.runs) == bool(args.shape):
         fail("--runs and --shape: give one of the two, trained models or a shape")
-    for name in args.kv_dtypes.split(","):
-        if name not in KV_DTYPES:
-            fail(f"--kv_dtypes {args.kv_dtypes}: {name!r} is none of {','.join(KV_DTYPES)}")
+    for name, known in (("kv_dtypes", KV_DTYPES), ("dtypes", DTYPES)):
+        check_names(args, name, known)
     check_files(args)
     if args.vs and not args.shape:
         fail("--vs is measured at a shape: give --shape gpt2 instead of --runs")
+
+
+def check_names(args, flag_name, known):
+    """A comma-separated flag has only names that are known."""
+    given = getattr(args, flag_name)
+    if unknown := [part for part in given.split(",") if part not in known]:
+        fail(f"--{flag_name} {given}: {unknown[0]!r} is none of {','.join(known)}")
 
 
 def check_files(args):
@@ -99,29 +106,32 @@ def decode(argv):
     from common.device import hardware
     from common.timing import by_turns
     from value_cache.decoding_cost import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
-    from value_cache.latent_attention import WAYS, is_compressed
+    from value_cache.latent_attention import ways_of
 
-    models = random_models(*shape_of(args), args.device) if args.shape else trained_models(args.runs, args.device)
-    config = models[0][1].config
+    models = []
+    for dtype in args.dtypes.split(","):
+        found = random_models(*shape_of(args), args.device) if args.shape else trained_models(args.runs, args.device)
+        models += [(name, dtype, model.to(getattr(torch, dtype)), saved) for name, model, saved in found]
+    config = models[0][2].config
     context = args.context or config.block_size
     if not args.steps < context <= config.block_size:
         fail(f"--context {context} has to lie above --steps {args.steps}, up to the block_size {config.block_size}")
     sizes = args.batch_size, context, args.steps
     rows, tasks = [], {}
-    for name, model, saved in models:
+    for name, dtype, model, saved in models:
         for kv_dtype in args.kv_dtypes.split(","):
-            row = dict(model=name, kv_dtype=kv_dtype)
+            row = dict(model=name, dtype=dtype, kv_dtype=kv_dtype)
             if saved:
                 found = loss_through_cache(model, saved, kv_dtype, args.device)
                 row |= dict(val_loss=found["val_loss"], val_ppl=found["val_ppl"])
-            for way in WAYS if is_compressed(model) else WAYS[:1]:
+            for way in ways_of(model):
                 tasks[len(rows), way] = task = decoding_task(model, kv_dtype, way, *sizes, args.device)
             row["bytes_per_token"] = task.cache.bytes_per_token()
             rows.append(row)
     if args.vs:
         for name, dtype in (("nanoGPT, no cache", None), ("nanoGPT, no cache, bfloat16 autocast", torch.bfloat16)):
             tasks[len(rows), "-"] = NanoGPT(args.vs, config, *sizes, dtype, args.device)
-            rows.append(dict(model=name, kv_dtype="-", bytes_per_token=0))
+            rows.append(dict(model=name, dtype="float32", kv_dtype="-", bytes_per_token=0))
     calls = {key: (task.prepare, task.run) for key, task in tasks.items()}
     seconds = by_turns(calls, args.rounds, lambda i: print(f"round {i}/{args.rounds}", file=sys.stderr))
     for (i, way), found in seconds.items():
@@ -130,7 +140,7 @@ def decode(argv):
         rows[i].setdefault("first_round", {})[way] = rounded(speeds[0])
     about = (
         f"`python {' '.join(map(str, sys.argv))}`: context {context}, {args.batch_size} a batch, {args.device} "
-        f"({hardware(args.device)}), torch {torch.__version__}, float32 arithmetic; median of {args.rounds} rounds of "
+        f"({hardware(args.device)}), torch {torch.__version__}; median of {args.rounds} rounds of "
         f"{args.steps} tokens."
     )
     show("Decoding", about, decoding_table(rows), args.out)
@@ -144,15 +154,15 @@ def decoding_table(rows):
     dense = {row["kv_dtype"]: row for row in rows if row["model"] == "dense"}
     bytes_16 = dense["float16"]["bytes_per_token"] if "float16" in dense else None
     plain = rows[0]  # dense, in the first format
-    first = {row["model"]: row for row in reversed(rows)}  # each model in the first format
-    header = ["model", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s",
+    first = {row["model"]: row for row in reversed(rows)}  # each model in the first formats
+    header = ["model", "weights", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s",
               f"of dense, {plain['kv_dtype']}", "attends by", "restore / late / fold", "val loss", "perplexity",
               f"nats over {plain['kv_dtype']}", f"over dense, {plain['kv_dtype']}"]  # fmt: skip
     lines = []
     for row in rows:
         ways, stored = row["tokens_per_second"], row["bytes_per_token"]
         best = max(row["first_round"], key=row["first_round"].get)  # chosen apart from most of what is reported
-        line = [row["model"], row["kv_dtype"]]
+        line = [row["model"], row["dtype"], row["kv_dtype"]]
         if row["kv_dtype"] in dense:
             line += [f"{stored:,.0f}", f"{stored / dense[row['kv_dtype']]['bytes_per_token']:.2%}"]
             line += [f"{bytes_16 / stored:.2f}x" if bytes_16 else "-"]
@@ -196,10 +206,7 @@ class TrainFlags(Flags):
 
 def check_train(args):
     for name, known in (("models", MODELS), ("dtypes", DTYPES)):
-        given = getattr(args, name)
-        for word in given.split(","):
-            if word not in known:
-                fail(f"--{name} {given}: {word!r} is none of {','.join(known)}")
+        check_names(args, name, known)
     check_device(args.device)
     if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
         fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")

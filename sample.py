@@ -41,7 +41,7 @@ class Args:
     )
     dataset: str | None = flag(None, "a dataset that has the tokenizer; left out, the one that the checkpoint trained on")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
-    dtype: str = flag("float32", "of weights and arithmetic", choices=KV_DTYPES[:3])
+    dtype: str = flag("float32", "of weights and arithmetic; auto takes the fastest here", choices=("auto", *KV_DTYPES[:3]))
 
 
 def check(args, given):
@@ -54,6 +54,8 @@ def check(args, given):
         fail("--temperature 0 takes the likeliest token, --top_k and --top_p have no effect: drop them")
     if not args.kv_cache and (args.kv_dtype or args.attend != "auto"):
         fail("--no-kv_cache leaves --kv_dtype and --attend without effect: drop them")
+    if not args.kv_cache and args.dtype == "auto":
+        fail("--dtype auto measures steps through the cache: drop --no-kv_cache, or name a --dtype")
 
 
 def load_codec(args, trained_on):
@@ -120,26 +122,27 @@ def main(argv=None):
     from model import NO_CACHE
     from value_cache.generation import chooser, generate
     from value_cache.kv_cache import KVCache
-    from value_cache.latent_attention import decoder, fastest, is_compressed
+    from value_cache.latent_attention import decoder, fastest, fastest_dtype, ways_of
 
     saved = checkpoint.load(args.ckpt_path, hint="train it first, or give another --ckpt_path")
     model = checkpoint.build(saved, dropout=0.0).eval()
     model.merge_lora()
-    checkpoint.move_to(model, args.device, getattr(torch, args.dtype))
+    checkpoint.move_to(model, args.device)
     codec = load_codec(args, saved["args"]["dataset"])
     prompt, source = read_prompt(args, codec)
     check_prompt(prompt, source, model.config)
     block_size = model.config.block_size
     steps = min(args.max_new_tokens, block_size - len(prompt) + 1)  # the last token need not be read
 
-    cache, way = NO_CACHE, None
+    cache, way, dtype, positions = NO_CACHE, None, args.dtype, len(prompt) + steps - 1
+    if dtype == "auto":
+        dtype = told("dtype", *fastest_dtype(model, args.num_samples, positions, args.kv_dtype))
+    model.to(getattr(torch, dtype))
     if args.kv_cache:
-        way, positions, kv_dtype = args.attend, len(prompt) + steps - 1, args.kv_dtype or args.dtype
+        way, kv_dtype = args.attend, args.kv_dtype or dtype
         if way == "auto":
-            way, seconds = fastest(model, args.num_samples, positions, kv_dtype)
-            times = ", ".join(f"{name} {1000 * s:.2f}" for name, s in seconds.items())
-            print(f"attending by {way}" + f", the fastest here (ms a token: {times})" * bool(seconds), file=sys.stderr)
-        elif way != "restore" and not is_compressed(model):
+            way = told("attending by", *fastest(model, args.num_samples, positions, kv_dtype))
+        elif way not in ways_of(model):
             fail(f"--attend {way} needs a compressed model, and {args.ckpt_path} keeps plain keys and values: drop it")
         model, cache = decoder(model, way), KVCache(model, args.num_samples, positions, kv_dtype)
 
@@ -161,6 +164,13 @@ def main(argv=None):
         cache_bytes=cache.bytes() if args.kv_cache else 0,
         cache_bytes_per_token=cache.bytes_per_token() if args.kv_cache else 0,
     )
+
+
+def told(what, name, seconds):
+    """Say what was chosen, and by which seconds -> its name."""
+    times = ", ".join(f"{name} {1000 * s:.2f}" for name, s in seconds.items())
+    print(f"{what} {name}" + f", the fastest here (ms a token: {times})" * bool(seconds), file=sys.stderr)
+    return name
 
 
 def write_texts(steps, count, begin, end, codec):

@@ -226,10 +226,10 @@ def build(checkpoint, **changes):
     return model
 
 
-def move_to(model, device, dtype=None):
+def move_to(model, device):
     """Move a model to a device, or end in one line where there is no such device."""
     try:
-        return model.to(device, dtype)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
         fail(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
 

@@ -7,7 +7,7 @@ from common.dataset import write_dataset
 from model import NO_CACHE
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import Int4, Int8, KVCache
-from value_cache.latent_attention import WAYS, decoder, fastest, is_compressed
+from value_cache.latent_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
 
 PYTHIA = dict(n_embd=32, n_head=2, rotary_pct=0.25, parallel_residual=True, tie_head=False)
 SHAPES = dict(
@@ -55,7 +55,7 @@ def test_cached_equals_uncached(tiny_model, shape, prompt, chunk):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", COMPRESSED)
+@pytest.mark.parametrize("shape", ["gpt2", "pythia", *COMPRESSED])
 def test_every_way_to_attend_is_equal(tiny_model, shape, way):
     model = tiny_model(**SHAPES[shape])
     x = ids(model)
@@ -65,6 +65,19 @@ def test_every_way_to_attend_is_equal(tiny_model, shape, way):
         assert torch.equal(model(x)[0], expected)  # the model is as it was, and can be saved
         assert state.keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_attends_alike_in_every_way(tiny_model, dtype):
+    model = tiny_model(**SHAPES["gpt2"])
+    x = ids(model)
+    with torch.no_grad():
+        expected = model(x)[0]
+    model.to(dtype)
+    assert ways_of(model) == ("restore", "late")
+    for way in ways_of(model):
+        found = cached_logits(decoder(model, way), x, 5, kv_dtype="float16")
+        assert (found.float() - expected).abs().max() < 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_a_decoder_shares_the_weights_of_its_model(tiny_model):
@@ -93,6 +106,11 @@ def test_fastest_is_the_way_that_took_least(tiny_model):
     assert set(seconds) == set(WAYS) and way == min(seconds, key=seconds.get)
     plain = tiny_model()
     assert not is_compressed(plain) and fastest(plain, 1, 16, "float32") == ("restore", {})
+    dtype, seconds = fastest_dtype(plain, 1, 16)
+    assert set(seconds) == {"float32", "bfloat16", "float16"} and dtype == min(seconds, key=seconds.get)
+    assert plain.lm_head.weight.dtype == torch.float32  # copies were measured
+    way, seconds = fastest(plain.half(), 1, 16, "float16")
+    assert set(seconds) == {"restore", "late"} and way == min(seconds, key=seconds.get)
 
 
 def test_bytes_are_those_allocated_and_shrink_as_promised(tiny_model):
@@ -217,7 +235,7 @@ def test_sample_streams_what_the_batch_prints(trained, run_main, tmp_path):
     assert text.startswith("the people ") and "attending by" in streamed.err
     assert streamed.last["cache_bytes_per_token"] == 2 * (20 + 12) * 4 and streamed.last["new_tokens"] == [8]
     (tmp_path / "prompt.txt").write_text("the people")
-    for same in (["--no-kv_cache"], ["--attend", "fold"], ["--kv_dtype", "float16"]):
+    for same in (["--no-kv_cache"], ["--attend", "fold"], ["--kv_dtype", "float16", "--dtype", "auto"]):
         assert run_main(*sample, "--prompt_file", tmp_path / "prompt.txt", *same).out.splitlines()[0] == text
     batch = run_main(*sample, "--prompt", "the people", "--num_samples", 2)
     assert batch.out.splitlines()[1] == batch.out.splitlines()[3] == text
@@ -307,6 +325,7 @@ def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_err
         (["--top_k 0"], [*sample, "--top_k", "0"]),
         (["--num_samples 0"], [*sample, "--num_samples", "0"]),
         (["--no-kv_cache", "--kv_dtype"], [*sample, "--no-kv_cache", "--kv_dtype", "int8"]),
+        (["--dtype auto", "--no-kv_cache"], [*sample, "--no-kv_cache", "--dtype", "auto"]),
         (["--dataset gone"], [*sample, "--dataset", "gone"]),
         (["tokenizer", "prepare.py"], [*sample, "--dataset", toy_dataset]),
         (["--attend fold", "plain"], [*plain, "--attend", "fold"]),
@@ -322,9 +341,10 @@ def test_bench_of_a_shape_counts_bytes_and_seconds(run_main, tmp_path, monkeypat
     import train_args
 
     monkeypatch.setitem(train_args.PRESETS, "laptop", train_args.PRESETS["laptop"] | dict(n_embd=64, n_layer=1))
-    small = ("--vocab_size", 50, "--context", 20, "--steps", 4, "--rounds", 1, "--kv_dtypes", "float16,int8")
-    result = run_main("bench.py", "decode", "--shape", "laptop", *small, "--out", tmp_path / "a" / "bench.md")
+    small = "--vocab_size 50 --context 20 --steps 4 --rounds 1 --kv_dtypes float16,int8 --dtypes float32,float16"
+    result = run_main("bench.py", "decode", "--shape", "laptop", *small.split(), "--out", tmp_path / "a" / "bench.md")
     assert result.status == 0, result.err
+    assert [row["dtype"] for row in result.last["rows"]] == ["float32"] * 6 + ["float16"] * 6
     rows = {(row["model"], row["kv_dtype"]): row for row in result.last["rows"]}
     assert rows["V 40/64", "float16"]["bytes_per_token"] == 0.8125 * rows["dense", "float16"]["bytes_per_token"]
     assert rows["K+V 40/64", "float16"]["bytes_per_token"] == 0.625 * rows["dense", "float16"]["bytes_per_token"]
@@ -338,6 +358,7 @@ def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
         (["decode or train", "not --shape"], ["--shape", "laptop"]),
         (["decode or train", "not eat"], ["eat", "--shape", "laptop"]),
         (["--runs and --shape"], ["decode"]),
+        (["--dtypes", "'int8'"], ["decode", "--shape", "laptop", "--dtypes", "float32,int8"]),
         (["--kv_dtypes", "int2"], ["decode", "--shape", "laptop", "--kv_dtypes", "int2"]),
         (["pythia_baseline", "train_vdproj.sh"], ["decode", "--runs", tmp_path]),
         (["--context 20", "--steps 24"], ["decode", "--shape", "laptop", "--vocab_size", 50, "--context", 20]),

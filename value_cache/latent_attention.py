@@ -24,11 +24,15 @@ Three ways to attend:
     late      attend over the kept numbers, then restore the sums of the heads
     fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
 
+Plain keys and values know the first two; late computes their scores and sums as two products. Torch's attention of one query is
+slower than that in half precision on a CPU.
+
 late and fold also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They serve single tokens;
 a prompt is restored once for all of its queries. All three give the same output to 1e-4.
 """
 
 import statistics
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +41,7 @@ import torch.nn as nn
 from common.modules import linear, shared_copy
 from common.timing import by_turns
 from model import CausalSelfAttention, NoRotary
-from value_cache.kv_cache import KVCache
+from value_cache.kv_cache import FLOATS, KVCache
 
 WAYS = ("restore", "late", "fold")
 
@@ -45,6 +49,11 @@ WAYS = ("restore", "late", "fold")
 def is_compressed(model):
     """Whether the model compresses its keys or its values."""
     return any(is_linear(part) for block in model.transformer.h for part in (block.attn.v_restore, block.attn.k_restore))
+
+
+def ways_of(model):
+    """The ways that differ: plain keys and values have nothing to fold."""
+    return WAYS if is_compressed(model) else WAYS[:2]
 
 
 def is_linear(part):
@@ -112,7 +121,7 @@ class LateAttention(CausalSelfAttention):
     def sums(self, q, k, v):
         """-> (B, H, r_v): each head's weighted sum of the kept values; of its own part of them where values are plain."""
         q = self.heads(q)[:, :, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
-        weights = self.scores(q, k).softmax(-1)
+        weights = self.scores(q, k).softmax(-1, dtype=torch.float32).to(q.dtype)
         if self.restoring.v is None:
             return (weights[:, :, None] @ self.heads(v))[:, :, 0]
         return weights @ v  # one product for all heads
@@ -226,16 +235,34 @@ class Decode:
             self.model.logits(self.model.hidden(self.tokens[:, i : i + 1], self.cache)).argmax(-1).tolist()  # waits
 
 
+def fastest(model, B, context, kv_dtype):
+    """-> (the name of the fastest way at a context, {way: seconds a step} where several were timed)."""
+    if not is_compressed(model) and model.lm_head.weight.dtype == torch.float32:
+        return "restore", {}  # nothing is faster than torch's attention
+    seconds = time_ways(model, ways_of(model), B, context, kv_dtype)
+    return min(seconds, key=seconds.get), seconds
+
+
+def fastest_dtype(model, B, context, kv_dtype=None):
+    """
+    -> (the number format of weights and arithmetic in which a float32 model decodes fastest here, {name: seconds a step}).
+
+    kv_dtype: of the cache; None takes that of the weights.
+    """
+    seconds = {}
+    for name, dtype in FLOATS.items():
+        copied = model if dtype == torch.float32 else deepcopy(model).to(dtype)
+        seconds[name] = min(time_ways(copied, ways_of(model), B, context, kv_dtype or name).values())
+    return min(seconds, key=seconds.get), seconds
+
+
 @torch.inference_mode()
-def fastest(model, B, context, kv_dtype, steps=8):
-    """Time a few steps of each way at a context -> (the name of the fastest, {way: seconds a step})."""
-    if not is_compressed(model):
-        return "restore", {}
+def time_ways(model, ways, B, context, kv_dtype, steps=8):
+    """Time a few steps of each way at a context -> {way: seconds a step}."""
     cache, device = KVCache(model, B, context, kv_dtype), model.lm_head.weight.device
     steps = min(steps, context - 1) or 1
     tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
     model.hidden(tokens[:, :1].expand(B, context - steps), cache)
-    tasks = {way: Decode(decoder(model, way), cache, tokens) for way in WAYS}
+    tasks = {way: Decode(decoder(model, way), cache, tokens) for way in ways}
     found = by_turns({way: (task.prepare, task.run) for way, task in tasks.items()}, rounds=3)
-    seconds = {way: statistics.median(times) / steps for way, times in found.items()}
-    return min(seconds, key=seconds.get), seconds
+    return {way: statistics.median(times) / steps for way, times in found.items()}
