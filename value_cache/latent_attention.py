@@ -107,11 +107,18 @@ class LateAttention(CausalSelfAttention):
         self.n_head, self.dropout = attn.n_head, attn.dropout
         for name, module in (attn._modules | joined(attn)).items():
             setattr(self, name, module)
-        self.restoring = restoring(self)
+        weight = self.c_proj.weight
+        # a CPU has no fast small products in half precision
+        self.arithmetic = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.restoring = restoring(self, self.arithmetic)
 
     def attend(self, q, k, v):
         if q.shape[1] > 1:
             return super().attend(q, k, v)
+        return self.single(*(x.to(self.arithmetic) for x in (q, k, v))).to(q.dtype)
+
+    def single(self, q, k, v):
+        """attend() of one query."""
         sums, R = self.sums(q, k, v), self.restoring
         return sums.flatten(1)[:, None] if R.v is None else restore_sums(sums, R.v, R.v_bias)
 
@@ -121,7 +128,7 @@ class LateAttention(CausalSelfAttention):
     def sums(self, q, k, v):
         """-> (B, H, r_v): each head's weighted sum of the kept values; of its own part of them where values are plain."""
         q = self.heads(q)[:, :, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
-        weights = self.scores(q, k).softmax(-1, dtype=torch.float32).to(q.dtype)
+        weights = self.scores(q, k).softmax(-1)
         if self.restoring.v is None:
             return (weights[:, :, None] @ self.heads(v))[:, :, 0]
         return weights @ v  # one product for all heads
@@ -151,9 +158,7 @@ class FoldedAttention(LateAttention):
         if is_linear(attn.v_restore):
             self.c_proj = FoldedProjection(attn.c_proj, folded(attn))
 
-    def attend(self, q, k, v):
-        if q.shape[1] > 1:
-            return super().attend(q, k, v)
+    def single(self, q, k, v):
         return self.sums(q, k, v).flatten(1)[:, None]  # (B, 1, H r_v): the folded c_proj restores
 
 
@@ -202,15 +207,15 @@ def folded(attn):
     return linear(torch.einsum("ohn,hnr->ohr", *by_head).flatten(1), bias)
 
 
-def restoring(attn):
+def restoring(attn, dtype):
     H, dims, out = attn.n_head, rotated_dims(attn), Restoring()
     if is_linear(attn.v_restore):
-        out.v = attn.v_restore.weight.unflatten(0, (H, -1)).transpose(1, 2).contiguous()
+        out.v = attn.v_restore.weight.to(dtype).unflatten(0, (H, -1)).transpose(1, 2).contiguous()
         if attn.v_restore.bias is not None:
-            out.v_bias = attn.v_restore.bias.unflatten(0, (H, -1))
+            out.v_bias = attn.v_restore.bias.to(dtype).unflatten(0, (H, -1))
     if is_linear(attn.k_restore):
-        weight, bias = attn.k_restore.weight, attn.k_restore.bias
-        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+        weight, bias = attn.k_restore.weight.to(dtype), attn.k_restore.bias
+        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(dtype)
         weight, bias = weight.unflatten(0, (H, -1)), bias.unflatten(0, (H, -1, 1))  # (H, n, r_k), (H, n, 1)
         out.k = weight[:, dims:].contiguous()
         if dims:
