@@ -106,12 +106,12 @@ def write_card(folder, name, hf, form, size, facts):
     compact = form == "compact"
     header = dict(library_name="transformers", base_model=base_model(facts), tags=["nanopca"])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value), "---", "", f"# {name}", ""]
-    trust = ", trust_remote_code=True" if compact else ""
+    trust = ", trust_remote_code=True" if compact else ""  # the tokenizer's loader reads config.json, and would ask
     needs = "`modeling_nanopca.py` beside the weights computes it." if compact else "No code beside transformers is needed."
     lines += [f"{type(hf).__name__}, written by nanoPCA's `{form}` export. {needs}", "", "```python"]
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})']
     numbers = sum(p.numel() for p in hf.parameters())
     facts = [
         (f"numbers in {str(hf.dtype).removeprefix('torch.')}", f"{numbers:,}"),

@@ -22,6 +22,8 @@ class LowRankModel:
 
     def __init__(self, config):
         super().__init__(config)
+        if hasattr(self, "embed_out"):
+            raise ValueError("the head of this model is lm_head from transformers 5 on: pip install -U transformers")
         install(self, config.surgery)
         self.requires_grad_(True)
         self.post_init()
@@ -35,7 +37,6 @@ class PackedModel:
     """
 
     _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
-    _keep_in_fp32_modules_strict = ["self_attn.code"]  # LayerCodes: a key must be read back as it was written
 
     def __init__(self, config):
         super().__init__(config)
@@ -45,6 +46,8 @@ class PackedModel:
         if layers:
             install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], layers)
         self.post_init()
+        # LayerCodes: a key must be read back as it was written. Not of the class: transformers 4 would look for them too early.
+        self._keep_in_fp32_modules_strict = {"self_attn.code"}
 
 
 class Levels(nn.Module):

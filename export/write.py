@@ -1,5 +1,6 @@
 """A model into a folder of Hugging Face: written whole or not at all, read back, compared with what it was made of."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def write(args, source):
             write_compact(part, source.hf, source.plan, dtype)
         else:
             source.hf.to(dtype).save_pretrained(part)
+        name_angles_twice(part / "config.json")
         save_tokenizer(source.tokenizer, part)
         size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         write_card(part, Path(args.out).name, source.hf, form, size, source.facts)
@@ -36,6 +38,21 @@ def write(args, source):
     numbers = sum(p.numel() for p in source.hf.parameters())
     print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} numbers, {size:,} bytes; logits moved by {moved:.1e}")
     return dict(out=args.out, form=form, architecture=type(source.hf).__name__, numbers=numbers, bytes=size, moved=moved)
+
+
+def name_angles_twice(path):
+    """Add the rotary angles' names of before transformers 5 to a config.json: transformers 4 takes its defaults otherwise."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" not in rope:  # no angles, or other ones in some layers
+        return
+    neox = values["model_type"].endswith("gpt_neox")
+    names = dict(rope_theta="rotary_emb_base" if neox else "rope_theta")
+    names |= dict(partial_rotary_factor="rotary_pct" if neox else "partial_rotary_factor")
+    values |= {names[name]: value for name, value in rope.items() if name in names}
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {name: value for name, value in rope.items() if name not in names}
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer, folder):

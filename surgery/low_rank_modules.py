@@ -176,8 +176,8 @@ class TiedHead(FactorizedHead):
 
 
 def unset(n_in, n_out, bias=None):
-    """A Linear whose weight is to be filled in; bias [out] or None."""
-    return linear(torch.empty(n_out, n_in), bias)
+    """A Linear whose weight is to be filled in; bias [out] or None. Without memory where the bias has none."""
+    return linear(torch.empty(n_out, n_in, device=None if bias is None else bias.device), bias)
 
 
 def check_attention(hf, layers):

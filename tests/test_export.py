@@ -256,6 +256,7 @@ def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
         rounded = again(x).logits
         torch.testing.assert_close(rounded.float(), before(x).logits, atol=0.2, rtol=0.2)
     assert rounded.dtype == torch.bfloat16
+    assert {t.dtype for name, t in again.named_buffers() if ".code." in name} <= {torch.float32}
 
 
 def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_one_line_error):
@@ -267,6 +268,19 @@ def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_
 
 
 # -- the folder around the weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dense", "compact"])
+def test_rotary_angles_have_the_names_of_transformers_4_too(spoken, export, tmp_path, form):
+    rope = dict(rope_theta=500.0, rope_type="llama3", original_max_position_embeddings=16)
+    rope |= dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    _, small, plan = cut(toys.llama(rope_parameters=rope), mode="shared_kv", targets="k,v", rank=5)
+    save(tmp_path / "small", small, transformers.AutoTokenizer.from_pretrained(spoken), plan)
+    assert export(tmp_path / "small", f"--{form}").status == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"] == rope and config["rope_theta"] == rope.pop("rope_theta")
+    assert config["rope_scaling"] == rope
+    assert opened(tmp_path / "out", trust_remote_code=True).config.rope_parameters == rope | dict(rope_theta=500.0)
 
 
 def test_the_card_has_what_was_measured_and_nothing_else(tiny_model, spoken, export, tmp_path):
@@ -301,7 +315,7 @@ def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
         "| calibration text | b.txt |",
         "| KL from the base model, nats a token | 0.1200 |",
         "| perplexity, a.txt | 30.00 |",
-        "trust_remote_code=True",
+        'AutoTokenizer.from_pretrained("out", trust_remote_code=True)',
         "`python -m surgery --rank 5 --out small`",
         "| cut | k,v shared_kv fisher |",
     ):
