@@ -58,8 +58,11 @@ def name_angles_twice(path):
 def save_tokenizer(tokenizer, folder):
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    kept = path.read_text(encoding="utf-8")
-    path.write_text(kept.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")  # its name before v5
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before transformers 5
+    values["model_input_names"] = tokenizer.model_input_names  # transformers 4 adds token_type_ids, which generate() refuses
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()

@@ -271,13 +271,14 @@ def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_
 
 
 @pytest.mark.parametrize("form", ["dense", "compact"])
-def test_rotary_angles_have_the_names_of_transformers_4_too(spoken, export, tmp_path, form):
+def test_what_transformers_4_reads_by_other_names_is_there_too(spoken, export, tmp_path, form):
     rope = dict(rope_theta=500.0, rope_type="llama3", original_max_position_embeddings=16)
     rope |= dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
     _, small, plan = cut(toys.llama(rope_parameters=rope), mode="shared_kv", targets="k,v", rank=5)
     save(tmp_path / "small", small, transformers.AutoTokenizer.from_pretrained(spoken), plan)
     assert export(tmp_path / "small", f"--{form}").status == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config, names = (json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert names["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["rope_parameters"] == rope and config["rope_theta"] == rope.pop("rope_theta")
     assert config["rope_scaling"] == rope
     assert opened(tmp_path / "out", trust_remote_code=True).config.rope_parameters == rope | dict(rope_theta=500.0)
