@@ -4,6 +4,7 @@ What decoding and training cost on this machine.
     python bench.py decode --runs model_weights/vdproj                      # trained models, their perplexity too
     python bench.py decode --shape gpt2 --context 512 --vs DIR              # random weights, beside a nanoGPT checkout
     python bench.py train --shape gpt2 --dtypes float32,bfloat16 --vs DIR   # a training step, beside a nanoGPT checkout
+    python bench.py generate --models MODEL,smaller --contexts 512,2048     # models of Hugging Face, and what surgery wrote
     python bench.py decode --help                                           # the flags
 
 All models take turns, round after round, so that other load slows all alike. The median of the rounds is a model's speed.
@@ -11,6 +12,8 @@ All models take turns, round after round, so that other load slows all alike. Th
 decode measures bytes that the KV cache has allocated, tokens a second, and perplexity through that cache. Each model is
 measured dense, with compressed values and with compressed keys and values, by every number format of the cache. The first
 round chooses how a compressed model attends.
+
+generate measures greedy decoding through a model's own cache and through one of int8, and the bytes that these have allocated.
 
 train measures the step of train.py by AdamW: tokens a second, milliseconds of its parts, peak memory, FLOPs, and which share of
 the machine's own rate for matrix products they are.
@@ -32,17 +35,23 @@ from train_args import PRESETS, ModelArgs, TrainArgs
 
 @dataclass
 class Flags:
+    """What all commands share."""
+
+    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
+    out: str = flag("", "a file for the tables, as markdown")
+
+
+@dataclass
+class OurFlags(Flags):
     """What decode and train share."""
 
     vocab_size: int = flag(50257, "ids of models with random weights", low=1)
-    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
     device: str = flag("cpu", "cpu, cuda, mps")
-    out: str = flag("", "a file for the tables, as markdown")
     vs: str = flag("", "a checkout of nanoGPT to measure beside it: without a cache; training as by default and at its best")
 
 
 @dataclass
-class DecodeFlags(Flags):
+class DecodeFlags(OurFlags):
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
     shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
     rank: int | None = flag(
@@ -62,7 +71,7 @@ def check_decode(args):
         fail("--runs and --shape: give one of the two, trained models or a shape")
     for name, known in (("kv_dtypes", KV_DTYPES), ("dtypes", DTYPES)):
         check_names(args, name, known)
-    check_files(args)
+    check_out(args)
     if args.vs and not args.shape:
         fail("--vs is measured at a shape: give --shape gpt2 instead of --runs")
 
@@ -74,9 +83,8 @@ def check_names(args, flag_name, known):
         fail(f"--{flag_name} {given}: {unknown[0]!r} is none of {','.join(known)}")
 
 
-def check_files(args):
-    """args: Flags."""
-    if args.vs:
+def check_out(args):
+    if getattr(args, "vs", ""):
         check_checkout(args.vs, "--vs")
     if args.out and Path(args.out).is_dir():
         fail(f"--out {args.out} is a folder: give a file")
@@ -179,6 +187,64 @@ def decoding_table(rows):
     return table(header, lines)
 
 
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+CACHES = ("own", "int8")
+
+
+@dataclass
+class GenerateFlags(Flags):
+    models: str = flag(
+        "", "hub ids, folders, .gguf files, or what surgery's --out wrote, comma-separated; left out, as python -m surgery's"
+    )
+    contexts: str = flag("512", "tokens of the prompt, comma-separated")
+    caches: str = flag("own", "own, the model's; int8, a scale for each token and layer; comma-separated")
+    batch_size: int = flag(1, "texts side by side", low=1)
+    steps: int = flag(16, "tokens of one measurement", low=1)
+
+
+def generate(argv):
+    args, _ = parse(GenerateFlags, argv, description=__doc__, prog="bench.py generate")
+    check_names(args, "caches", CACHES)
+    check_out(args)
+    try:
+        contexts = [int(part) for part in args.contexts.split(",")]
+    except ValueError:
+        fail(f"--contexts {args.contexts}: give whole numbers, comma-separated")
+    if min(contexts) < 1:
+        fail(f"--contexts {args.contexts}: a prompt has 1 token or more")
+
+    import torch
+
+    from common.device import hardware
+    from reports.markdown import table
+    from surgery.decoding_speed import compare, open_model
+    from surgery.subject import choose_model, longest_of
+
+    models = {name: open_model(name) for name in (args.models or choose_model()).split(",")}
+    for name, hf in models.items():
+        if max(contexts) + args.steps > longest_of(hf):
+            fail(f"--contexts {max(contexts)} and --steps {args.steps}: {name} reads {longest_of(hf)} tokens, give less")
+    rows, lines, sizes = [], [], (args.batch_size, args.steps, args.rounds)
+    for context in contexts:
+        found = compare(models, args.caches.split(","), context, *sizes, lambda i: print(f"round {i}", file=sys.stderr))
+        for row in found:
+            speeds = sorted(first / own for first, own in zip(found[0]["seconds"], row["seconds"]))
+            tokens = args.batch_size * args.steps / statistics.median(row["seconds"])
+            row |= dict(tokens_per_second=rounded(tokens), of_the_first=rounded(statistics.median(speeds)))
+            line = [context, Path(row["model"]).name, row["cache"], f"{row['bytes_per_token']:,.0f}", f"{tokens:,.1f}"]
+            lines.append([*line, f"{row['of_the_first']:.2f} ({speeds[0]:.2f} - {speeds[-1]:.2f})"])
+        rows += found
+    about = (
+        f"`python {' '.join(map(str, sys.argv))}`: {args.batch_size} a batch, float32 arithmetic, {hardware('cpu')}, "
+        f"torch {torch.__version__}; median of {args.rounds} rounds of {args.steps} tokens, by turns; the last column has the "
+        "ratios of a round, median, lowest and highest."
+    )
+    header = ["context", "model", "cache", "bytes allocated, a token", "tokens/s", "of the context's first row"]
+    show("Decoding models of Hugging Face", about, table(header, lines), args.out)
+    finish(hardware=hardware("cpu"), rows=rows)
+
+
 # -- train ------------------------------------------------------------------------------------------------------------
 
 MODELS = ("dense", "factorized", "lora", "vdproj")
@@ -186,7 +252,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class TrainFlags(Flags):
+class TrainFlags(OurFlags):
     shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
     micro_steps: int = flag(1, "micro-steps of a step, as train.py's --gradient_accumulation_steps", low=1)
     batch_size: int = flag(1, "windows of a micro-step", low=1)
@@ -210,7 +276,7 @@ def check_train(args):
     check_device(args.device)
     if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
         fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")
-    check_files(args)
+    check_out(args)
     shape = preset_shape(args.shape)
     if args.vs and (shape["rotary_pct"] or shape["parallel_residual"] or not shape["tie_head"]):
         fail(f"--vs: nanoGPT has no model of --shape {args.shape}: give --shape gpt2 or laptop")
@@ -333,14 +399,17 @@ def show(title, about, text, out):
             part.write_text(f"# {title}\n\n{about}\n\n{text}\n")
 
 
+COMMANDS = dict(decode=decode, generate=generate, train=train)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__.strip())
-    elif argv and argv[0] in ("decode", "train"):
-        dict(decode=decode, train=train)[argv[0]](argv[1:])
+    elif argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
     else:
-        fail(f"give decode or train as the first word{f', not {argv[0]}' if argv else ''}")
+        fail(f"give decode, generate or train as the first word{f', not {argv[0]}' if argv else ''}")
 
 
 if __name__ == "__main__":

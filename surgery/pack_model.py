@@ -15,12 +15,12 @@ from surgery.coded import Coder, coded_in
 from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
 from surgery.coded_modules import install_coded
+from surgery.decoding_speed import cache_bytes, decode_speeds
 from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line, made_by
-from surgery.write_model import cache_bytes, decode_speeds
 
 
 def pack_model(args, subject, tokenizer, texts, evaluator, folder):

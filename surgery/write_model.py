@@ -4,10 +4,9 @@ import copy
 import shutil
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from common.timing import by_turns
+from surgery.decoding_speed import cache_bytes, decode_speeds
 from surgery.heal import heal, healing_dtype
 from surgery.low_rank_folder import save
 from surgery.low_rank_modules import shrink
@@ -70,37 +69,3 @@ def heal_with_bar(args, student, teacher, windows):
             bar.update()
 
         return heal(student, teacher, windows, args.heal_steps, args.heal_rank, args.heal_lr, args.seed, log, dtype)
-
-
-@torch.inference_mode()
-def cache_bytes(hf, ids):
-    """Bytes a token of the cache that a model fills with ids [n]: counted on its tensors."""
-    cache = hf(ids[None].to(hf.device), use_cache=True).past_key_values
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors) / len(ids)
-
-
-class Greedy:
-    """Greedy decoding of a Hugging Face model after the prompt ids [n]."""
-
-    def __init__(self, hf, ids, steps):
-        self.hf, self.ids, self.steps = hf, ids, steps
-
-    @torch.inference_mode()
-    def prepare(self):
-        self.out = self.hf(self.ids[None].to(self.hf.device), use_cache=True, logits_to_keep=1)
-        self.out.logits[0, -1].argmax().item()  # waits for the device
-
-    @torch.inference_mode()
-    def run(self):
-        out = self.out
-        for _ in range(self.steps):
-            out = self.hf(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-        out.logits[0, -1].argmax().item()  # waits for the device
-
-
-def decode_speeds(models, ids, steps=24, rounds=3):
-    """Tokens/s of greedy decoding after the prompt ids [n], by turns -> for each model a list, one number a round."""
-    tasks = [Greedy(hf, ids, steps) for hf in models]
-    seconds = by_turns({i: (task.prepare, task.run) for i, task in enumerate(tasks)}, rounds)
-    return [[steps / s for s in found] for found in seconds.values()]

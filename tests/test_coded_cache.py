@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.coded_folder import save
+from surgery.decoding_speed import cache_bytes
 from surgery.model_folder import WEIGHTS
 from surgery.reading import load
 from surgery.subject import Subject
-from surgery.write_model import cache_bytes
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import FAST_WINDOW, gaussian_codes
 from value_cache.coded_cache import GAIN_BITS, GAINS, WHOLE, encode_rows, fit, fit_levels, known_of, nearest_gain

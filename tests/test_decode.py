@@ -354,9 +354,9 @@ def test_bench_of_a_shape_counts_bytes_and_seconds(run_main, tmp_path, monkeypat
 
 def test_bench_mistakes(run_main, tmp_path, assert_one_line_error):
     for words, argv in [
-        (["decode or train"], []),
-        (["decode or train", "not --shape"], ["--shape", "laptop"]),
-        (["decode or train", "not eat"], ["eat", "--shape", "laptop"]),
+        (["decode, generate or train"], []),
+        (["decode, generate or train", "not --shape"], ["--shape", "laptop"]),
+        (["decode, generate or train", "not eat"], ["eat", "--shape", "laptop"]),
         (["--runs and --shape"], ["decode"]),
         (["--dtypes", "'int8'"], ["decode", "--shape", "laptop", "--dtypes", "float32,int8"]),
         (["--kv_dtypes", "int2"], ["decode", "--shape", "laptop", "--kv_dtypes", "int2"]),

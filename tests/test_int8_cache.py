@@ -5,7 +5,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from common import kernels
-from surgery.int8_cache import LEVELS, int8_cache, packed
+from surgery.int8_cache import AT_ONCE, LEVELS, int8_cache, packed
 
 SHAPE = dict(vocab_size=90, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6)
 
@@ -66,3 +66,24 @@ def test_a_sliding_window_is_refused(capsys):
     with pytest.raises(SystemExit):
         int8_cache(MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)))
     assert "sliding window" in capsys.readouterr().err
+
+
+def test_bench_generate_takes_turns_and_counts_what_is_allocated(run_main, tmp_path, assert_one_line_error):
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2)).save_pretrained(tmp_path / name)
+    generate = ("bench.py", "generate", "--models", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--contexts", "9,20")
+    found = run_main(*generate, "--caches", "own,int8", "--steps", 3, "--rounds", 1, "--out", tmp_path / "bench.md")
+    assert found.status == 0, found.err
+    rows = found.last["rows"]
+    assert [(row["context"], row["cache"]) for row in rows] == [(c, k) for c in (9, 20) for _ in "12" for k in ("own", "int8")]
+    assert rows[0]["bytes_per_token"] == 2 * 2 * 16 * 4 and rows[0]["of_the_first"] == 1  # layers, k and v, numbers, float32
+    assert rows[1]["bytes_per_token"] == 2 * 2 * (16 + 2) * AT_ONCE / 12  # room for further positions is counted
+    assert "own" in (tmp_path / "bench.md").read_text()
+    for words, argv in [
+        (["--caches", "'int4'"], ["--caches", "int4"]),
+        (["--contexts a"], ["--contexts", "a"]),
+        (["--contexts 0"], ["--contexts", "0"]),
+        (["--contexts 5000", "2048"], ["--contexts", "5000"]),
+    ]:
+        assert_one_line_error(run_main(*generate, *argv), *words)

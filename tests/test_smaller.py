@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from surgery import allocate
+from surgery.decoding_speed import cache_bytes
 from surgery.evaluator import Evaluator
 from surgery.heal import heal
 from surgery.layers import find_layers
@@ -16,7 +17,6 @@ from surgery.points import Point
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import Surgeon
-from surgery.write_model import cache_bytes
 from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
