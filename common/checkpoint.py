@@ -22,7 +22,7 @@ from common.cli import LARGE, fail
 from common.factor_files import read_factors
 from common.files import written_whole
 from common.train_rules import check_model
-from common.untrusted import COUNT, WHOLE, expect, expect_fields, load_tensors, reading
+from common.untrusted import COUNT, WHOLE, check_plain, expect, expect_fields, load_tensors, reading
 from model import ACTIVATIONS, BLOCKS, GPT, GPTConfig
 
 # The flags that name the files of a frozen base.
@@ -46,6 +46,7 @@ def save(path, model, base=None, hint="make room, then resume the run", previous
 def is_whole(path):
     """Whether a checkpoint's file is as it was written: its checksums hold. torch.load does not look at them."""
     try:
+        check_plain(path)
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
     except Exception:  # a damaged archive can raise nearly anything

@@ -5,6 +5,7 @@ status 2, the last line on stdout is one JSON object. Standard library only, so 
 
 import argparse
 import difflib
+import errno
 import json
 import sys
 import types
@@ -31,6 +32,16 @@ def fail(message):
     program = path.parent.name if path.name == "__main__.py" else path.name  # python -m surgery
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def last_words(kind, error, trace):
+    """What Python says at the end of a program that stops: a line for Ctrl-C and for output that cannot be written."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE) and error.filename is None:
+        print(f"stopped: the output cannot be written ({error.strerror})", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def reason(error):
@@ -92,6 +103,7 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None
     not the file's name.
     Returns (the instance, the dict of flags that were given).
     """
+    sys.excepthook = last_words
     parser = build_parser(cls, presets or {}, description, epilog, prog)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import fail
-from common.untrusted import COUNT, IDS, check_pickle, expect, reading
+from common.untrusted import COUNT, IDS, check_pickle, check_plain, expect, reading
 
 ROOT = Path(__file__).parents[1] / "data"
 
@@ -28,6 +28,7 @@ def read_meta(path):
     if not path.exists():
         fail(f"{path} does not exist: run the dataset's prepare.py first, or choose another --dataset")
     with reading(path, "a pickled dict of plain values", AGAIN):
+        check_plain(path)
         data = path.read_bytes()
         check_pickle(data)
         meta = pickle.loads(data)

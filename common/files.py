@@ -35,6 +35,8 @@ def written_whole(path, hint="make room, or give another name", errors=(OSError,
     except errors as error:
         remove(part)
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:80]
+        if "unexpected pos" in why:  # torch's words for a write that fell short
+            why = "no space left"
         fail(f"{path} cannot be written ({why}): {hint}")
     except BaseException:
         remove(part)
@@ -63,11 +65,11 @@ def keep_as(path, name):
 
 
 def remove(path):
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
+    """Delete a file, a folder or a link, if it is there. What a link leads to stays, even if that is nothing yet."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Claim:
@@ -82,7 +84,7 @@ class Claim:
         """file: of the lock, in a folder that exists. what: is claimed, with its flag. hint: what the refused one can do."""
         while True:
             try:
-                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # no stranger's link
             except OSError as error:
                 fail(f"{what} cannot be written ({error.strerror}): {hint}")
             if not lock(descriptor):

@@ -18,7 +18,7 @@ import torch.nn as nn
 from common.cli import fail
 from common.gguf_head import check_gguf
 from common.tokenizer import check_definition
-from common.untrusted import expect, read_json, reading
+from common.untrusted import check_plain, expect, read_json, reading
 
 GROWTH = 2.5  # float32 over the bytes of a file in half precision, and room for what is not stored
 GROWTH_GGUF = 32  # at a bit a number
@@ -66,6 +66,8 @@ def from_where(source, flag):
 def read(kind, what, source, flag, **options):
     """kind.from_pretrained(source, **options), or one line. kind: an Auto class. what: its name in the message."""
     options = from_where(source, flag) | options
+    if Path(source).is_dir() and "gguf_file" not in options:
+        check_files(Path(source))
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the network, the folder and every reader raise errors of their own
@@ -94,6 +96,14 @@ def read_config(source, flag, **options):
     return config
 
 
+def check_files(folder):
+    """One line where a file leads to a device or a pipe. from_pretrained reads more files than are known here."""
+    for path in folder.iterdir():
+        if not path.is_dir():
+            with reading(path, "a file of a model", "delete it"):
+                check_plain(path)
+
+
 def check_source(source, flag, gguf_file=None):
     """
     Weights and bytes of a folder of save_pretrained, or of a GGUF file in it; (None, None) for an id on the hub, or for weights
@@ -105,6 +115,7 @@ def check_source(source, flag, gguf_file=None):
             return check_gguf(folder / gguf_file), (folder / gguf_file).stat().st_size
     if not folder.is_dir():
         return None, None
+    check_files(folder)
     if (folder / "adapter_config.json").exists():  # from_pretrained would read the model that it names, wherever that is
         fail(f"{flag} {source} holds adapters of another model: merge them, and give the merged model")
     hint = "give a folder of save_pretrained"

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import reason
@@ -141,6 +142,9 @@ def pyplot():
 
 def save(fig, path):
     """Write path.png and path.svg."""
+    for kind in ("png", "svg"):
+        if (file := Path(f"{path}.{kind}")).is_symlink():
+            file.unlink()  # a folder from elsewhere may have links to files that are not its own
     fig.savefig(f"{path}.png", dpi=130)
     fig.set_layout_engine("none")  # what the PNG has found
     fig.savefig(f"{path}.svg", metadata=dict(Date=None))

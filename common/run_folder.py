@@ -93,7 +93,8 @@ class RunFolder:
                 fail(f"--out_dir {self.path} holds a {checkpoints[0]} that is not ours: choose another --out_dir")
             return
         before = read_json(config, dict(args=dict), *ANOTHERS)["args"]
-        differing = [k for k, v in asdict(args).items() if before.get(k) != v]
+        measured = set() if checkpoints else {"dtype"}  # by --dtype auto, perhaps otherwise before a kill
+        differing = [k for k, v in asdict(args).items() if before.get(k) != v and k not in measured]
         if differing:
             k = differing[0]
             fail(

@@ -40,6 +40,12 @@ def reading(path, what, hint):
         fail(f"{path} is not {what} ({why}): {hint}")
 
 
+def check_plain(path):
+    """Raise ValueError where a path leads to a device or a pipe, which may have no end."""
+    if not Path(path).is_file() and Path(path).exists():
+        raise ValueError("it leads to no plain file")
+
+
 # -- plain values -----------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +126,7 @@ def expect_fields(values, cls):
 def read_json(path, shape, what, hint):
     """A JSON file -> its value, which has the shape of expect()."""
     with reading(path, what, hint):
+        check_plain(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         expect(value, shape)
     return value
@@ -128,6 +135,7 @@ def read_json(path, shape, what, hint):
 def read_json_lines(path, shape, what, hint):
     """A file with a JSON value a line -> the list of them, of a shape. A last line that an interruption cut off is left out."""
     with reading(path, what, hint):
+        check_plain(path)
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         values = [json.loads(line) for line in lines[:-1]]
         expect(values, [shape])

@@ -87,7 +87,7 @@ train_run() {
     echo "$out is done; delete the folder to run it again"
     return
   fi
-  if [ -f "$out/last.pt" ]; then
+  if [ -f "$out/last.pt" ] || [ -f "$out/last.previous.pt" ]; then
     set -- "$@" --init_from resume
     echo "== $out: goes on from its last.pt"
   else

@@ -70,6 +70,8 @@ def add_line(file, record):
 
 def read_records(results, line):
     """The lines of a file of JSON lines; one that an interruption cut off is removed."""
+    if results.is_symlink():
+        fail(f"{results} is a link, and lines are added to it: choose another --out_dir")
     if not results.exists():
         return []
     records = read_json_lines(results, line, "the file of a sweep", "choose another --out_dir, or delete it and measure again")

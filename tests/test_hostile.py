@@ -4,6 +4,7 @@ Every reader is given files that are damaged or made to harm: it reads them righ
 Here few of each. bash scripts/hostile.sh 200 gives every file 200 and prints the counts.
 """
 
+import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,11 +17,13 @@ from trials import all_survive
 from common import checkpoint
 from common.dataset import Dataset, TrainingText, write_dataset
 from common.factor_files import read_factors, read_facts, write_factors
+from common.hugging_face import read_config
 from common.optimizer import make_optimizer
 from common.run_folder import RunFolder
-from common.start import begin
+from common.start import begin, whole_last
 from common.texts import codec_of
 from common.tokenizer import train_bpe
+from common.untrusted import read_json, read_json_lines
 from reports import rows
 from reports.html import page
 from train_args import parse_args
@@ -166,3 +169,30 @@ def test_reports(survives, tmp_path):
     files = {f"{run}/{file}": kind for run in ("gpt_pca_k4", "vdproj_end_to_end_r12")
              for file, kind in (("summary.json", "json"), ("metrics.jsonl", "lines"), ("config.json", "json"))}  # fmt: skip
     survives("report", runs, files, read)
+
+
+@pytest.mark.parametrize("name", [".lock", "last.pt.part", "metrics.jsonl.part", "last.previous.pt"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_links_in_a_run_folder_lead_nowhere(train, tmp_path, name, is_there):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    assert train(out_dir=run, max_iters=3).status == 0
+    if is_there:
+        outside.write_text("another's")
+    (run / name).symlink_to(outside)
+    result = train(out_dir=run, init_from="resume", max_iters=5)
+    assert result.status == (2 if name == ".lock" else 0), result.err
+    assert outside.read_text() == "another's" if is_there else not outside.exists()
+    assert not any(file.is_symlink() for file in run.iterdir() if file.name != ".lock")
+
+
+def test_pipes_are_not_read(text, tmp_path, capsys):
+    """Nothing ever comes out of this one."""
+    (text / "meta.pkl").unlink()
+    os.mkfifo(text / "meta.pkl"), os.mkfifo(tmp_path / "config.json"), os.mkfifo(tmp_path / "last.pt")
+    readers = (lambda: Dataset(text), lambda: read_config(tmp_path, "--model"), lambda: whole_last(tmp_path),
+               lambda: read_json(text / "meta.pkl", dict, "a", "b"),
+               lambda: read_json_lines(tmp_path / "last.pt", dict, "a", "b"))  # fmt: skip
+    for read in readers:
+        with pytest.raises(SystemExit) as end:
+            read()
+        assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -14,6 +14,7 @@ import torch
 from conftest import REPO, TINY, as_flags
 
 from common import checkpoint, stopping
+from common.cli import last_words
 from common.optimizer import Both, Muon, skip_where
 
 
@@ -167,3 +168,41 @@ def test_twenty_broken_steps_end_the_run(train, tmp_path, monkeypatch):
     assert "begin at tokens" in result.err and f"{out / 'last.pt'} of step 20" in result.err
     assert all(torch.isfinite(p).all() for p in checkpoint.load(out / "last.pt")["model"].values())
     assert lines(out)[-1]["train_loss"] is None and lines(out)[-1]["skipped"] == 10
+
+
+def test_broken_steps_leave_the_last_good_checkpoint(train, tmp_path, monkeypatch):
+    """Checkpoints between evaluations would put one that cannot go on in its place."""
+    from model import GPT
+
+    forward, calls = GPT.forward, []
+
+    def breaks(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(1)
+        return logits, loss * float("nan") if len(calls) > 8 else loss  # two micro-steps a step
+
+    monkeypatch.setattr(GPT, "forward", breaks)
+    out = tmp_path / "run"
+    result = train(out_dir=out, max_iters=100, eval_interval=50, log_interval=30, checkpoint_minutes=1e-7)
+    assert result.status == 1 and f"{out / 'last.pt'} of step 4" in result.err, result.err
+    assert checkpoint.load(out / "last.pt")["iter_num"] == 4
+
+
+def test_an_early_kill_and_another_dtype_by_measure(train, tmp_path):
+    """--dtype auto may measure otherwise the second time; nothing is lost as long as there is no checkpoint."""
+    assert train(out_dir=tmp_path, max_iters=3).status == 0
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    assert train(out_dir=tmp_path, max_iters=3).status == 2
+    (tmp_path / "last.pt").unlink(), (tmp_path / "ckpt.pt").unlink()
+    assert train(out_dir=tmp_path, max_iters=3).status == 0
+
+
+@pytest.mark.parametrize("error, words", [
+    (KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "stopped: the output cannot be written"),
+    (OSError(28, "No space left on device", "file"), "OSError: [Errno 28] No space left on device: 'file'")])  # fmt: skip
+def test_last_words(error, words, capsys):
+    last_words(type(error), error, None)
+    err = capsys.readouterr().err
+    assert err.startswith(words) and len(err.splitlines()) == 1
