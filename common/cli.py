@@ -30,7 +30,8 @@ def fail(message):
     """End the program on a user's mistake: the message names the flag or file, then what to do."""
     path = Path(sys.argv[0])
     program = path.parent.name if path.name == "__main__.py" else path.name  # python -m surgery
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    words = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # a file could steer a terminal
+    print(f"{program}: error: {words}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -182,7 +182,8 @@ def resume_args(stored, given, kind):
                 f"--{name} {value} contradicts --init_from resume, the run was started with {began}: "
                 "drop the flag, or start a new run in another --out_dir"
             )
-    args = kind(**(stored | given | dict(init_from=stored["init_from"])))
+    here = dict(out_dir=kind.out_dir) | given  # the folder that is read, wherever the file says that it lay
+    args = kind(**(stored | here | dict(init_from=stored["init_from"])))
     check_ranges(args)
     check(args)
     return args

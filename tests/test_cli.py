@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.cli import flag, parse
+from common.cli import fail, flag, parse
 from common.files import written_whole
 
 
@@ -65,3 +65,9 @@ def test_a_folder_is_written_whole(tmp_path):
         part.mkdir()
         (part / "file").write_text("text")
     assert (tmp_path / "folder" / "file").read_text() == "text"
+
+
+def test_a_message_does_not_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        fail("\x1b]0;a title\x07 한국\nsecond line")
+    assert capsys.readouterr().err.endswith("error: ?]0;a title? 한국 second line\n")

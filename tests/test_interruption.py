@@ -16,6 +16,8 @@ from conftest import REPO, TINY, as_flags
 from common import checkpoint, stopping
 from common.cli import last_words
 from common.optimizer import Both, Muon, skip_where
+from common.train_rules import resume_args
+from train_args import parse_args
 
 
 def lines(folder):
@@ -206,3 +208,12 @@ def test_last_words(error, words, capsys):
     last_words(type(error), error, None)
     err = capsys.readouterr().err
     assert err.startswith(words) and len(err.splitlines()) == 1
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies(train, tmp_path):
+    """Its last.pt names the folder from before, which may be anyone's."""
+    assert train(out_dir=tmp_path / "before", max_iters=3).status == 0
+    (tmp_path / "before").rename(tmp_path / "now")
+    args, given = parse_args(["--init_from", "resume", "--max_iters", "5"])
+    stored = checkpoint.load(tmp_path / "now" / "last.pt")["args"]
+    assert resume_args(stored, given, type(args)).out_dir == args.out_dir
