@@ -226,8 +226,7 @@ with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
             group["lr"] = lr * group.get("rate", 1.0)  # runs that older versions began have none
 
         # 2. evaluate and save
-        # after --checkpoint_minutes, or a signal; while steps are skipped, last.pt stays the one from before
-        if step != start.evaluates_at and watch.asks_to_save() and (watch.signal or not tally.in_a_row):
+        if step != start.evaluates_at and watch.asks_to_save(tally.in_a_row):  # after --checkpoint_minutes, or a signal
             with progress.paused(), rounding.rounded():
                 keep(evaluated=False)
             watch.leave(step)

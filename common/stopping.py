@@ -51,12 +51,17 @@ class Watch:
         """last.pt has been written."""
         self.saved_at = time.monotonic()
 
-    def asks_to_save(self):
-        """Whether last.pt is to be written now. Several processes answer alike, since one may have the signal alone."""
+    def asks_to_save(self, skipped=0):
+        """
+        Whether last.pt is to be written now. Several processes answer alike, since one may have the signal alone.
+
+        skipped: the steps that were skipped until now; while there are some, last.pt stays the good one unless a signal comes.
+        """
         due = self.master and self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        due = due and not skipped  # a number on the device is waited for where a checkpoint is due, else not
         self.signal = self.received
         if self.world_size > 1:
-            asked = torch.tensor([self.signal, due])  # on the CPU, which waits for the other processes and for no card
+            asked = torch.tensor([self.signal, int(due)])  # on the CPU, which waits for the other processes and for no card
             all_reduce(asked, ReduceOp.MAX)
             self.signal, due = asked.tolist()
         return bool(self.signal or due)
