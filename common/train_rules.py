@@ -183,7 +183,7 @@ def resume_args(stored, given, kind):
                 "drop the flag, or start a new run in another --out_dir"
             )
     here = dict(out_dir=kind.out_dir) | given  # the folder that is read, wherever the file says that it lay
-    args = kind(**(stored | here | dict(init_from=stored["init_from"])))
+    args = kind(**(stored | here | dict(init_from=stored.get("init_from", kind.init_from))))
     check_ranges(args)
     check(args)
     return args

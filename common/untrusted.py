@@ -57,7 +57,7 @@ def expect(value, shape, name="it"):
         float, Positive         a finite number; one above 0
         range(1, 9), "svd"      an int in it; this text
         (shape, None, ...)      one of these
-        [shape]                 a list of such values
+        [shape], [shape, ...]   a list of such values; of one at least
         [shape, shape]          a list of as many
         {str: shape}            a dict with any keys and such values
         {"a": shape, "b?": ..}  a dict with these keys, and maybe others; b may be missing
@@ -67,7 +67,8 @@ def expect(value, shape, name="it"):
             raise ValueError(f"{name} is {shown(value)}")
     elif isinstance(shape, list):
         expect(value, list, name)
-        if len(shape) > 1 and len(value) != len(shape):
+        shape, least = (shape[:1], 1) if shape[1:] == [...] else (shape, 0)
+        if len(value) < least or len(shape) > 1 and len(value) != len(shape):
             raise ValueError(f"{name} has length {len(value)}")
         for i, each in enumerate(value):
             expect(each, shape[i % len(shape)], f"{name}[{i}]")

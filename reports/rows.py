@@ -17,7 +17,7 @@ SUMMARY = dict(
     flops_per_token=dict(head=float), val_unigram_entropy=float, eval_tokens=WHOLE, best=POINT, final=POINT, tokens=COUNT,
     tokens_per_step=COUNT, seconds=float, tokens_per_second=(float, None), peak_memory_bytes=COUNT,
 )  # fmt: skip
-CACHE_POINT = {"position_loss": {str: float}, "v_recon?": float, "v_error?": [float]}
+CACHE_POINT = {"position_loss": {str: float}, "v_recon?": float, "v_error?": [float, ...]}
 CACHE_SUMMARY = dict(cache_widths=[WHOLE, WHOLE], epoch_steps=(WHOLE, None), best=CACHE_POINT, last=POINT)
 CONFIG = dict(versions={str: str}, hardware=str, commit=str, command=str)
 FACTS = {
