@@ -18,7 +18,7 @@ import torch.nn as nn
 from common.cli import fail
 from common.gguf_head import check_gguf
 from common.tokenizer import check_definition
-from common.untrusted import check_plain, expect, read_json, reading
+from common.untrusted import check_plain, expect, of_reader, read_json, reading
 
 GROWTH = 2.5  # float32 over the bytes of a file in half precision, and room for what is not stored
 GROWTH_GGUF = 32  # at a bit a number
@@ -70,7 +70,9 @@ def read(kind, what, source, flag, **options):
         check_files(Path(source))
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # the network, the folder and every reader raise errors of their own
+    except BaseException as error:  # the network, the folder and every reader raise errors of their own
+        if not of_reader(error):
+            raise
         if "trust_remote_code" in str(error):
             fail(
                 f"{flag} {source} brings code of its own, which does not run here: give the model that it was made of. To use "

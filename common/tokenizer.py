@@ -77,7 +77,10 @@ class Codec:
 
 
 def check_definition(text):
-    """Raise ValueError where a tokenizer.json has an id or a length that no tokenizer has: memory is reserved up to it."""
+    """
+    Raise ValueError where a tokenizer.json has an id or a length that no tokenizer has: memory is reserved up to it. The same
+    for a prefix that is longer than what it is cut from, which the library does not survive.
+    """
     made = json.loads(text)
     expect(made, {"model": dict, "added_tokens?": [dict(id=IDS)], "padding?": (dict, None), "truncation?": (dict, None)})
     vocab = made["model"].get("vocab")
@@ -87,6 +90,13 @@ def check_definition(text):
     for name in ("padding", "truncation"):
         if any(int(number) not in IDS for number in re.findall(r"\d+", json.dumps(made.get(name)))):
             raise ValueError(f"its {name} has a number that is too large")
+    prefix, merges = (made["model"].get(name) for name in ("continuing_subword_prefix", "merges"))
+    if prefix and merges:
+        expect([prefix, merges], [str, list])
+        for pair in merges:
+            expect(pair, (str, [str, str]), "a merge")
+            if not (pair.split(" ") if isinstance(pair, str) else pair)[-1].startswith(prefix):
+                raise ValueError("its continuing_subword_prefix is not that of its merges")
 
 
 def read_codec(meta, source, hint):

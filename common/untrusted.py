@@ -34,10 +34,17 @@ def reading(path, what, hint):
     """A context in which any error means that a file is damaged: one line says what it is not, why, and what to do."""
     try:
         yield
-    except Exception as error:  # the readers of pickles, archives and tensors raise many types for a file that is damaged
+    except BaseException as error:  # the readers of pickles, archives and tensors raise many types for a file that is damaged
+        if not of_reader(error):
+            raise
         words = " ".join(str(error).split())[:120]
         why = words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}".rstrip(": ")
         fail(f"{path} is not {what} ({why}): {hint}")
+
+
+def of_reader(error):
+    """Whether a reader raised an error: any Exception, or the panic of a library in Rust, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_plain(path):
