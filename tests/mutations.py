@@ -85,9 +85,9 @@ def wrong_value(value, draw):
 
 
 def wrong_tensor(t, draw):
-    kind = draw.randrange(9)
+    kind, t = draw.randrange(9), t.to_dense() if t.is_sparse else t
     if kind < 2 and t.numel() and t.is_floating_point():
-        t = t.clone()
+        t = t.contiguous().clone()
         t.view(-1)[draw.randrange(t.numel())] = draw.choice((float("nan"), float("inf"), -float("inf")))
         return t
     if kind == 2:
@@ -97,7 +97,7 @@ def wrong_tensor(t, draw):
     if kind == 4:
         return t.new_zeros(1).expand(draw.choice(([10**9, 10**3], [*t.shape], [10**12])))
     if kind == 5:
-        return t.T.contiguous().T if t.dim() == 2 and not t.is_sparse else t.new_zeros(0)
+        return t.T.contiguous().T if t.dim() == 2 else t.new_zeros(0)
     if kind == 6:
         return t.flatten()[: t.numel() // 2].clone()
     if kind == 7:

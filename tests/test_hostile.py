@@ -16,6 +16,7 @@ from trials import all_survive
 
 from common import checkpoint
 from common.dataset import Dataset, TrainingText, write_dataset
+from common.device import start_processes
 from common.factor_files import read_factors, read_facts, write_factors
 from common.hugging_face import read_config
 from common.optimizer import make_optimizer
@@ -92,6 +93,7 @@ def test_a_run_that_goes_on(survives, train, tmp_path):
         state = torch.get_rng_state()
         try:
             start = begin(args, given)
+            start_processes(start.args)  # refuses a device that is not here
             optimizer = make_optimizer(start.args, start.model)
             start.restore(optimizer, torch.amp.GradScaler("cpu", enabled=False), "cpu", True)
             RunFolder(start.args, start.resumed_at)
