@@ -93,7 +93,7 @@ NATS = "loss added, in nats per token"
 PANELS = (
     ("table", table_rows, "Token table of a GPT, 128 wide", NATS),
     ("cache", cache_rows, "Cache of a two-layer Pythia", NATS),
-    ("attention", attention_rows, "Keys and values of SmolLM2-135M", "perplexity added"),
+    ("attention", attention_rows, "Keys and values of SmolLM2-135M", "perplexity added on WikiText"),
 )
 
 
