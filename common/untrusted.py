@@ -192,4 +192,17 @@ def load_tensors(path):
     with zipfile.ZipFile(path) as archive:
         for name in names:
             check_pickle(archive.read(name), TENSORS)
-    return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    check_tensors(found)
+    return found
+
+
+def check_tensors(value):
+    """Raise ValueError where a tensor in some containers names a number twice: it cannot be written to, and may look huge."""
+    if isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            check_tensors(inner)
+    elif hasattr(value, "stride") and str(value.layout) == "torch.strided" and value.numel():
+        span = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride()))
+        if span < value.numel():
+            raise ValueError(f"a tensor of {tuple(value.shape)} repeats its numbers")

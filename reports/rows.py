@@ -13,7 +13,8 @@ POINT = dict(iter=COUNT, tokens=COUNT, val_loss=float, val_ppl=float, ln_f_cosin
 STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))
 SUMMARY = dict(
     seed=COUNT, dataset=str, n_embd=WHOLE, n_embd_wte=(WHOLE, None), starts_from=(STARTS_FROM, None),
-    parameters={"total": WHOLE, "token_table": WHOLE, str: COUNT}, parameters_trained=COUNT,
+    parameters={"total": WHOLE, "token_table": WHOLE, **dict.fromkeys(("positions", "mlp", "norms", str), COUNT)},
+    parameters_trained=COUNT,
     flops_per_token=dict(head=float), val_unigram_entropy=float, eval_tokens=WHOLE, best=POINT, final=POINT, tokens=COUNT,
     tokens_per_step=COUNT, seconds=float, tokens_per_second=(float, None), peak_memory_bytes=COUNT,
 )  # fmt: skip
