@@ -133,8 +133,6 @@ def write_task(args, texts):
     from common.files import written_whole
 
     folder = Path(args.lm_eval).resolve()
-    if folder.exists():
-        fail(f"--lm_eval {args.lm_eval} exists: choose another folder, or delete it")
     metrics = [dict(metric=metric) for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
     task = dict(task=folder.name, dataset_path="json", test_split="test", output_type="loglikelihood_rolling", doc_to_text="")
     task |= dict(dataset_kwargs=dict(data_files=dict(test=str(folder / "texts.jsonl"))))
@@ -151,6 +149,8 @@ def write_task(args, texts):
 
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
+    if args.lm_eval and Path(args.lm_eval).exists():
+        fail(f"--lm_eval {args.lm_eval} exists: choose another folder, or delete it")
 
     import torch
 

@@ -36,13 +36,23 @@ def fail(message):
 
 
 def last_words(kind, error, trace):
-    """What Python says at the end of a program that stops: a line for Ctrl-C and for output that cannot be written."""
+    """
+    What Python says at the end of a program that stops: a line for Ctrl-C, for output that cannot be written, and for a package
+    that is not installed.
+    """
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE) and error.filename is None:
         print(f"stopped: the output cannot be written ({error.strerror})", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and not is_ours(package := (error.name or "").split(".")[0]):
+        fail(f"the package {package} is not installed: bash scripts/setup.sh, or pip install {package}")
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def is_ours(name):
+    """Whether a module lies in this repository. A name that is empty counts as ours."""
+    return any((Path(__file__).parents[1] / path).exists() for path in (name, f"{name}.py"))
 
 
 def reason(error):

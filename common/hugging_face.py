@@ -65,6 +65,8 @@ def from_where(source, flag):
 
 def read(kind, what, source, flag, **options):
     """kind.from_pretrained(source, **options), or one line. kind: an Auto class. what: its name in the message."""
+    if not Path(source).exists() and not is_hub_id(source):
+        fail(f"{flag} {source} is not there: give a folder of save_pretrained, or an id on the hub")
     options = from_where(source, flag) | options
     if Path(source).is_dir() and "gguf_file" not in options:
         check_files(Path(source))
@@ -76,7 +78,7 @@ def read(kind, what, source, flag, **options):
         if "trust_remote_code" in str(error):
             fail(
                 f"{flag} {source} brings code of its own, which does not run here: give the model that it was made of. To use "
-                "it: from_pretrained(..., trust_remote_code=True)"
+                "it: eval.py --trust_remote_code, or from_pretrained(..., trust_remote_code=True)"
             )
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")

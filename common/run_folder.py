@@ -165,6 +165,12 @@ def provenance(device):
     except OSError:
         commit = ""
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(
-        command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", versions=versions, hardware=hardware(device)
-    )
+    return dict(command=command(), commit=commit or "unknown", versions=versions, hardware=hardware(device))
+
+
+def command():
+    """The line that started this program, as it can be typed again: python -m surgery, not the file that it names."""
+    path = Path(sys.argv[0])
+    module = f"{path.parent.name}.{path.stem}".removesuffix(".__main__")
+    program = ["-m", module] if (path.parent / "__init__.py").exists() else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])

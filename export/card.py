@@ -101,8 +101,8 @@ def base_model(facts):
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
-def write_card(folder, name, hf, form, size, facts):
-    """README.md of a folder. facts: [(name, text or None)]. size: bytes of its weights."""
+def write_card(folder, name, hf, form, facts):
+    """README.md of a folder. facts: [(name, text or None)]."""
     compact = form == "compact"
     header = dict(library_name="transformers", base_model=base_model(facts), tags=["nanopca"])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value), "---", "", f"# {name}", ""]
@@ -112,12 +112,6 @@ def write_card(folder, name, hf, form, size, facts):
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})']
-    numbers = sum(p.numel() for p in hf.parameters())
-    facts = [
-        (f"numbers in {str(hf.dtype).removeprefix('torch.')}", f"{numbers:,}"),
-        ("bytes of the weights", f"{size:,}"),
-        *facts,
-        ("exported by", code(shlex.join(["python", "-m", "export", *sys.argv[1:]]))),
-    ]
+    facts = [*facts, ("exported by", code(shlex.join(["python", "-m", "export", *sys.argv[1:]])))]
     lines += ["```", "", "| | |", "|---|---|", *(f"| {key} | {str(text).replace('|', ' ')} |" for key, text in facts if text)]
     (Path(folder) / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

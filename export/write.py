@@ -18,6 +18,9 @@ def write(args, source):
     from safetensors import SafetensorError
 
     form, dtype = "compact" if args.compact else "dense", getattr(torch, args.dtype)
+    packed = source.plan and "coded" in source.plan
+    numbers = sum(p.numel() for p in source.hf.parameters())
+    what = "numbers beside the packed matrices" if packed else f"numbers in {args.dtype}"
     c, draw = source.hf.config, torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (2, min(8, c.max_position_embeddings)), generator=draw)
     with torch.inference_mode():
@@ -31,12 +34,12 @@ def write(args, source):
         name_angles_twice(part / "config.json")
         save_tokenizer(source.tokenizer, part)
         size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
-        write_card(part, Path(args.out).name, source.hf, form, size, source.facts)
+        counted = [(what, f"{numbers:,}"), ("bytes of the weights", f"{size:,}")]
+        write_card(part, Path(args.out).name, source.hf, form, counted + source.facts)
         moved = distance(part, dtype, ids, before)
         if not moved <= SAME[args.dtype]:
             raise RuntimeError(f"the exported model gives other logits, by {moved:.2g} of the largest")
-    numbers = sum(p.numel() for p in source.hf.parameters())
-    print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} numbers, {size:,} bytes; logits moved by {moved:.1e}")
+    print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} {what}, {size:,} bytes; logits moved by {moved:.1e}")
     return dict(out=args.out, form=form, architecture=type(source.hf).__name__, numbers=numbers, bytes=size, moved=moved)
 
 

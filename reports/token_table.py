@@ -337,7 +337,8 @@ def unigram_line(rows):
     entropy = rows[0].one("val_unigram_entropy")
     sentence = f"Unigram entropy of the validation text, what a model without context can reach: {entropy:.4f} nats."
     for row in (row for row in rows if row.label == "D"):
-        sentence += f" D lies {entropy - mean(row.values('best', 'val_loss')):.3f} nats under it."
+        under = entropy - mean(row.values("best", "val_loss"))
+        sentence += f" D lies {abs(under):.3f} nats {'over' if under < 0 else 'under'} it."
     return sentence
 
 

@@ -162,7 +162,7 @@ take_cards() {
 # The report of what is done, then the names of what is not.
 report_and_name_failures() {
   local status=0
-  python report.py --runs "$root" || status=$?
+  python report.py --runs "$root" --html || status=$?
   note "$status" "report.py --runs $root"
   name_failures
 }

@@ -18,5 +18,5 @@ for system in ${SYSTEMS:-table weights cache}; do
   stage "the system $system" python -m surgery.bytes_study --system "$system" ${MODEL:+--model "$MODEL"} \
     ${TEXT:+--calib_text "$TEXT"} ${EVAL:+--eval_text "$EVAL"} --out_dir "$out" "$@"
 done
-stage "the report" python -m reports.bytes --runs "$out"
+stage "the report" python -m reports.bytes --runs "$out" --html
 name_failures

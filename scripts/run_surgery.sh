@@ -31,7 +31,7 @@ out=${OUT:-model_weights/surgery${name:+_$name}}
 EVAL=${EVAL:-${TEXT:-}}
 operate() {
   python -m surgery ${MODEL:+--model "$MODEL"} ${TEXT:+--calib_text "$TEXT"} ${EVAL:+--eval_text "$EVAL"} \
-    --out_dir "$out" "$@"
+    --out_dir "$out" --html "$@"
 }
 joint() {
   operate --targets wte --method joint --rank "${WTE:-384,256,128,64}" "$@" ||

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -49,11 +48,7 @@ def made_by(args, folder):
     """What the record of a written model says of its making. folder: prepare_folder() has filled its config.json."""
     settings, known = json.loads((folder / "config.json").read_text())["settings"], provenance(args.device)
     found = {name: settings[name] for name in ("model", "calib_text", "eval_text")}
-    return (
-        found
-        | dict(command=shlex.join(["python", "-m", "surgery", *sys.argv[1:]]))
-        | {x: known[x] for x in ("commit", "hardware")}
-    )
+    return found | {x: known[x] for x in ("command", "commit", "hardware")}
 
 
 def add_line(file, record):

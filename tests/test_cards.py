@@ -69,7 +69,7 @@ def test_seeds_repeat_everything_in_folders_of_their_own(pretend, tmp_path):
     for seed in (5, 6):
         of_seed = [c for c in trained if c.endswith(f"--seed {seed}")]
         assert len(of_seed) == 5 and all(f"out/seed_{seed}/" in c for c in of_seed)
-    assert calls[-1].endswith(f"report.py --runs {tmp_path / 'out'}")
+    assert calls[-1].endswith(f"report.py --runs {tmp_path / 'out'} --html")
 
 
 def test_with_two_cards_the_gpt2_preset_uses_both(pretend):
@@ -111,7 +111,7 @@ def test_a_run_that_fails_stops_what_starts_from_it_and_nothing_else(pretend, tm
     ):
         shutil.rmtree(out, ignore_errors=True)
         done, calls = pretend("bash scripts/run_all_experiments.sh 64 --bias", fails=fails, SEEDS="1 2", GPUS="0 1")
-        assert done.returncode == 1 and calls[-1].endswith(f"report.py --runs {out}")
+        assert done.returncode == 1 and calls[-1].endswith(f"report.py --runs {out} --html")
         assert failures(done) == (
             [f"{out}/seed_{seed}: {stage} (status 1)" for seed in (1, 2) for stage in failed],
             [f"{out}/seed_{seed}: {stage}" for seed in (1, 2) for stage in left_out],
@@ -135,7 +135,7 @@ def test_with_two_cards_the_thirteen_use_both_and_a_failing_run_is_named_at_the_
             assert (f"gpt_{name}_k{k}" in folders) == ((name, k) != ("lowrank_scratch_more", 128))
     assert all("--preset gpt2" in c for c in trained)
     assert any("pca-lora-k64-r32" in c for c in trained) and any(
-        c.endswith("report.py --runs " + str(tmp_path / "out")) for c in calls
+        c.endswith(f"report.py --runs {tmp_path / 'out'} --html") for c in calls
     )
     stage = f"{tmp_path / 'out'}: train_lowrank_"
     assert failures(done) == ([f"{stage}scratch.sh 128 (status 1)"], [f"{stage}more.sh 128"])

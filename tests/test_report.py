@@ -46,6 +46,9 @@ def test_one_seed_is_inconclusive_and_the_words_follow_the_numbers(tmp_path, run
     assert "B vs D+ (k=4): compressing and fine-tuning is 0.100 nats worse" in text
     assert "6.5000 nats. D lies 1.500 nats under it." in text
     assert "2.50x" in text and "2.50x" in result.out  # 100 / 40
+    write_run(tmp_path / "worse" / "gpt_baseline", 7.0)
+    assert run_main("report.py", "--runs", tmp_path / "worse").status == 0
+    assert "D lies 0.500 nats over it." in (tmp_path / "worse" / "report.md").read_text()
     for figure in ("validation_curves", "loss_against_parameters", "loss_against_seconds"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{figure}.svg").read_text() and f"{figure}.png" in (tmp_path / "report.md").read_text()

@@ -61,6 +61,7 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
         assert len(lines) == 1 + 3 + 1 + 9 + 3 + 2 + 5
         assert {r["mode"] for r in lines} == {"-", "separate", "shared_kv", "shared_layers", "seed_faithful", "table"}
         assert len((out / "smaller.jsonl").read_text().splitlines()) == 2
+    assert (out / "report.html").is_file()
     for name in ("kv", "wte"):
         assert (out / name / "surgery.safetensors").is_file() and name in (out / "report.md").read_text()
         assert json.loads((out / name / "measured.json").read_text())["models"]["healed"]["steps"] == 2
