@@ -65,8 +65,8 @@ def from_where(source, flag):
 
 def read(kind, what, source, flag, **options):
     """kind.from_pretrained(source, **options), or one line. kind: an Auto class. what: its name in the message."""
-    if not Path(source).exists() and not is_hub_id(source):
-        fail(f"{flag} {source} is not there: give a folder of save_pretrained, or an id on the hub")
+    if not Path(source).is_dir() and not is_hub_id(source):
+        fail(f"{flag} {source} is no folder: give a folder of save_pretrained, or an id on the hub")
     options = from_where(source, flag) | options
     if Path(source).is_dir() and "gguf_file" not in options:
         check_files(Path(source))

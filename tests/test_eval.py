@@ -129,6 +129,7 @@ def test_mistakes_are_one_line(evaluate, own_clinic, tmp_path, assert_one_line_e
     for name, size, rows in (("coarse", 280, 300), ("wide", 300, 310)):
         models.redrawn(toys.llama(vocab_size=rows)).save_pretrained(tmp_path / name)
         toys.save_tokenizer(tmp_path / name, size)
+    toys.save_tokenizer(tmp_path / "few", 260)
     (tmp_path / "b.txt").write_text("")
     for argv, words in (
         (["--stride", 33], ["--stride 33", "--window 32"]),
@@ -137,6 +138,7 @@ def test_mistakes_are_one_line(evaluate, own_clinic, tmp_path, assert_one_line_e
         (["--reference", tmp_path / "nowhere"], ["--reference", "nowhere"]),
         (["--reference", tmp_path / "nowhere.pt"], ["--reference", "nowhere.pt"]),
         (["--lm_eval", tmp_path], ["--lm_eval", "exists"]),
+        (["--tokenizer", tmp_path / "few"], ["260 tokens", "table of 300", "--tokenizer"]),
     ):
         assert_one_line_error(evaluate("neox", *argv), *words)
     assert_one_line_error(evaluate("neox", window=65), "--window 65", "64 tokens")

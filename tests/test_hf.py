@@ -211,7 +211,9 @@ def test_refusals_of_the_program(run_main, tmp_path, assert_one_line_error):
     out = tmp_path / "ckpt.pt"
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", out, "--model", "save_pretrained")
-    refused(tmp_path / "nowhere", out, "--model", "nowhere is not there")
+    (tmp_path / "some.gguf").touch()
+    for name in ("nowhere", "some.gguf"):
+        refused(tmp_path / name, out, "--model", f"{name} is no folder", "save_pretrained")
     llama().config.save_pretrained(tmp_path / "llama")  # without weights: the config alone says no
     refused(tmp_path / "llama", out, "llama", "Pythia")
     neox().config.save_pretrained(tmp_path / "bare")
