@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures one cheap row of each study in results/ again, on this machine and commit, and compares it with the study's page.
-# Exit status 1 where one differs. 7 minutes on 2 quiet cores, projected from its pieces; 35 on one busy core, with WIKI 45.
+# Exit status 1 where one differs. 7 minutes on 2 quiet cores, projected from its pieces; 35 to 104 on busy ones.
 #
 #   bash scripts/verify_results.sh
 #   WIKI=path/to/wiki.valid.raw bash scripts/verify_results.sh     surgery on SmolLM2 too
