@@ -29,11 +29,11 @@ READING_SMALLER = (
 # What is read of a sweep's folder (common/untrusted.py).
 TEXT = dict(ppl=Positive, nats_se=(float, None))
 MEASURES = dict(ppl=Positive, kl=float, top1=float, texts={str: TEXT})
-PART = {"ranks": [int], "full": [WHOLE], "energies": [float], "errors?": [float], "output_errors?": [float]}
+PART = {"ranks": [int, ...], "full": [WHOLE, ...], "energies": [float, ...], "errors?": [float], "output_errors?": [float]}
 NAMES = dict(method=str, mode=str, targets=str)
 LEVEL = {"variance": (float, None), "rank": (WHOLE, None), "budget?": (float, None)}
 RECORD = {**NAMES, **LEVEL, **MEASURES, "parts": {str: PART}, "answer?": str, "sampled?": str}
-ON_DISK = dict(numbers=int, bytes=int, cache_bytes=Positive, tokens_per_second=[float])
+ON_DISK = dict(numbers=int, bytes=int, cache_bytes=Positive, tokens_per_second=[float, ...])
 MODEL = {**MEASURES, "loss": float, "steps?": int, "text?": (str, None)}
 SMALLER = dict(out=str, models={"untouched": MODEL | ON_DISK, str: MODEL})
 SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_text=str, texts={str: str})
@@ -76,7 +76,7 @@ def level(record):
 
 def kept(record):
     """Share of the components that were kept, over all matrices that were cut."""
-    ranks = [k / part["full"][i] for part in record["parts"].values() for i, k in enumerate(part["ranks"])]
+    ranks = [k / full for part in record["parts"].values() for k, full in zip(part["ranks"], part["full"])]
     return mean(ranks) if ranks else 1.0
 
 

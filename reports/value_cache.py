@@ -76,7 +76,7 @@ def position_table(rows):
     bins = bins_of(rows)
 
     def perplexities(row, bin):
-        return [math.exp(losses[bin]) if bin in losses else None for losses in row.values("best", "position_loss")]
+        return [math.exp(min(losses[bin], 700)) if bin in losses else None for losses in row.values("best", "position_loss")]
 
     lines = [[row.title, *(shown(perplexities(row, bin), 1) for bin in bins)] for row in rows]
     return Table(["perplexity at positions", *bins], lines)
