@@ -74,7 +74,7 @@ def system_figure(system, records):
         lines, "bytes, share of float16", "nats lost per token, the worst text", front=True, xscale="log", yscale="log"
     )
     near = [r for r in rows if worst(r) <= WITHIN]
-    best = near[0] if near else min(rows, key=worst)
+    best = min(near, key=lambda r: (round(r["share"], 3), worst(r))) if near else min(rows, key=worst)
     found = f"{LABELS.get(best['name'], best['name'])}, {best['share']:.0%} of the bytes, {max(worst(best), 0):.3f} nats"
     title = f"{'The smallest within' if near else 'Nothing is within'} {WITHIN} nats{'' if near else '; the nearest'}: {found}"
     return Figure(system, title, TITLES[system], [panel], list(dict.fromkeys([*LABELS.values(), *lines])))
