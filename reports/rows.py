@@ -160,6 +160,8 @@ def read_rows(root):
             for seed, summary in row.summaries.items() if kind.of_cache else ():
                 with reading(row.folders[seed] / "summary.json", "what train.py writes of a value cache", AGAIN):
                     expect(summary, CACHE_SUMMARY)
+                    if odd := [bin for bin in summary["best"]["position_loss"] if not re.fullmatch(r"\d{1,9}-\d{1,9}", bin)]:
+                        raise ValueError(f"{odd[0]!r} is no range of positions")
         for match in sorted(matches, key=lambda match: place_of(match, found)):
             row = found.pop(match.string)
             row.label, row.series, row.what = (

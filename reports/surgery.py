@@ -82,7 +82,8 @@ def kept(record):
 
 def lost(record):
     """Share of the energy, in the method's metric, that the cut took, over all matrices; at least a millionth, for the axis."""
-    return max(1 - mean([energy for part in record["parts"].values() for energy in part["energies"]]), 1e-6)
+    energies = [energy for part in record["parts"].values() for energy in part["energies"]]
+    return max(1 - mean(energies), 1e-6) if energies else 1e-6
 
 
 def result_table(records, kinds):

@@ -1,7 +1,6 @@
 """The report on the value cache: the V-DProj experiment's tables, what holds of it, and its figures."""
 
 import math
-import re
 
 from common.plots import Figure, Panel, Point
 from reports.claims import cache_claims, judged_claims
@@ -69,7 +68,7 @@ def short_table(rows):
 def bins_of(rows):
     """Every range of positions that a run was evaluated at, in order."""
     bins = {bin for row in rows for losses in row.values("best", "position_loss") for bin in losses}
-    return sorted(bins, key=lambda bin: [int(edge) for edge in re.findall(r"\d{1,9}", bin)])
+    return sorted(bins, key=lambda bin: [int(edge) for edge in bin.split("-")])
 
 
 def position_table(rows):
