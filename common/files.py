@@ -68,8 +68,8 @@ def remove(path):
     """Delete a file, a folder or a link, if it is there. What a link leads to stays, even if that is nothing yet."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 class Claim:
