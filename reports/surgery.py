@@ -245,7 +245,7 @@ def figures(records):
 
 def answers(records):
     """What the models answered to the prompt: parts of the report."""
-    answered = [r for r in records if "answer" in r]
+    answered = [r for r in records if "answer" in r and "sampled" in r]
     written = [
         (f"{label(r) or 'untouched'} {level(r) if label(r) else ''}".strip() + f", perplexity {r['ppl']:.1f}",
          {how: " ".join(r[name].split()) or "(nothing)" for how, name in (("greedy", "answer"), ("sampled", "sampled"))})
