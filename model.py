@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from loss import head_loss
+from common.loss import head_loss
 
 
 @dataclass

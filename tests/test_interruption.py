@@ -1,6 +1,7 @@
 """Runs of train.py that are stopped, killed, damaged, given numbers that break, or started twice."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -151,7 +152,8 @@ def test_a_step_that_is_skipped_changes_nothing(kind):
     assert torch.equal(step(gradients[0]), first) and torch.equal(step(gradients[1]), second)
 
 
-def test_twenty_broken_steps_end_the_run(train, tmp_path, monkeypatch):
+def break_losses(monkeypatch, step, factor):
+    """From a step on, every loss in training is multiplied by a factor that is not finite."""
     from model import GPT
 
     forward, calls = GPT.forward, []
@@ -160,9 +162,13 @@ def test_twenty_broken_steps_end_the_run(train, tmp_path, monkeypatch):
         logits, loss = forward(self, *args, **kwargs)
         if self.training:
             calls.append(1)
-        return logits, loss * float("inf") if self.training and len(calls) > 20 else loss  # two micro-steps a step
+        return logits, loss * factor if self.training and len(calls) > 2 * step else loss  # two micro-steps a step
 
     monkeypatch.setattr(GPT, "forward", breaks)
+
+
+def test_twenty_broken_steps_end_the_run(train, tmp_path, monkeypatch):
+    break_losses(monkeypatch, 10, math.inf)
     out = tmp_path / "run"
     result = train(out_dir=out, max_iters=100, eval_interval=10, log_interval=10)
     assert result.status == 1
@@ -174,17 +180,7 @@ def test_twenty_broken_steps_end_the_run(train, tmp_path, monkeypatch):
 
 def test_broken_steps_leave_the_last_good_checkpoint(train, tmp_path, monkeypatch):
     """Checkpoints between evaluations would put one that cannot go on in its place."""
-    from model import GPT
-
-    forward, calls = GPT.forward, []
-
-    def breaks(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        if self.training:
-            calls.append(1)
-        return logits, loss * float("nan") if len(calls) > 8 else loss  # two micro-steps a step
-
-    monkeypatch.setattr(GPT, "forward", breaks)
+    break_losses(monkeypatch, 4, math.nan)
     out = tmp_path / "run"
     result = train(out_dir=out, max_iters=100, eval_interval=50, log_interval=30, checkpoint_minutes=1e-7)
     assert result.status == 1 and f"{out / 'last.pt'} of step 4" in result.err, result.err
