@@ -220,3 +220,74 @@ void int8_sums(int texts, int heads, int groups, int n, int positions, int capac
         }
     }
 }
+
+// -- attention over latents of keys (surgery/latent_cache.py) ---------------------------------------------------------
+
+enum { TILE = 16, SIDE = 8 };  // numbers restored together, of so many positions side by side
+typedef float Tile __attribute__((vector_size(4 * TILE)));
+
+// rows [SIDE][r + more], latents first: fills in the rest, products of the latents with weights [r][more].
+static void restore(float *rows, int r, int more, const float *weights) {
+    for (int t = 0; t < more; t += TILE) {
+        Tile sums[SIDE] = {0};
+        for (int i = 0; i < r; i++) {
+            Tile weight;
+            memcpy(&weight, weights + i * more + t, sizeof weight);
+            for (int p = 0; p < SIDE; p++) sums[p] += rows[p * (r + more) + i] * weight;
+        }
+        for (int p = 0; p < SIDE; p++) memcpy(rows + p * (r + more) + r + t, sums + p, sizeof(Tile));
+    }
+}
+
+// scores [shared][positions] of one position: a head's key is turned, and meets the `shared` queries.
+static inline void meet(const float *row, const float *bias, int shared, int n, int half, const float *cos, const float *sin,
+                        const float *q, int64_t positions, float *scores) {
+    float key[WIDEST];
+    for (int i = 0; i < n; i++) key[i] = row[i] + bias[i];
+    for (int i = 0; i < half; i++) {
+        float a = key[i], b = key[i + half];
+        key[i] = a * cos[i] - b * sin[i];
+        key[i + half] = b * cos[i] + a * sin[i];
+    }
+    for (int h = 0; h < shared; h++, q += n, scores += positions) {
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < n; i++) sum += q[i] * key[i];
+        *scores = sum;
+    }
+}
+
+// One query of each text, q [texts][heads][n], and latents [texts][capacity][r], the first `positions` -> scores
+// [texts][heads][positions]. A row has the latents and then `more` numbers, products of them with weights [r][more]. Number i of
+// all keys is number at[i] of the row, plus bias[i], [groups n]; then the first 2 half numbers of a head turn by cos and sin
+// [positions][half]. Most at[i] are i: a key is a row, and few numbers are moved.
+void latent_scores(int texts, int heads, int groups, int n, int positions, int capacity, int r, int more, int half,
+                   const float *latents, const float *q, const int32_t *at, const float *weights, const float *bias,
+                   const float *cos, const float *sin, float *scores, int threads) {
+    int blocks = (positions + BLOCK - 1) / BLOCK, shared = heads / groups, width = groups * n, count = 0, moved[width];
+    for (int i = 0; i < width; i++)
+        if (at[i] != i) moved[count++] = i;
+    #pragma omp parallel for num_threads(threads)
+    for (int task = 0; task < texts * blocks; task++) {
+        int text = task / blocks, first = task % blocks * BLOCK, end = least(positions, first + BLOCK);
+        float rows[SIDE * (r + more)], key[width];
+        memset(rows, 0, sizeof rows);
+        for (int s = first; s < end; s += SIDE) {
+            int side = least(SIDE, end - s);
+            for (int p = 0; p < side; p++)
+                memcpy(rows + p * (r + more), latents + ((int64_t)text * capacity + s + p) * r, sizeof(float) * r);
+            restore(rows, r, more, weights);
+            for (int p = 0; p < side; p++) {
+                const float *row = rows + p * (r + more), *c = cos + (int64_t)(s + p) * half, *d = sin + (int64_t)(s + p) * half;
+                memcpy(key, row, sizeof(float) * least(r + more, width));
+                for (int i = 0; i < count; i++) key[moved[i]] = row[at[moved[i]]];
+                for (int g = 0; g < groups; g++) {
+                    int64_t head = (int64_t)text * heads + g * shared;
+                    float *out = scores + head * positions + s + p;
+                    if (n == 64) meet(key + g * 64, bias + g * 64, shared, 64, half, c, d, q + head * 64, positions, out);
+                    else meet(key + g * n, bias + g * n, shared, n, half, c, d, q + head * n, positions, out);
+                }
+            }
+        }
+    }
+}

@@ -18,8 +18,8 @@ def cache_bytes(hf, ids):
 
 
 def allocated(cache):
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of a cache, with the room that its buffers have for tokens to come."""
+    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 class Greedy:

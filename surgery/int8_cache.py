@@ -24,7 +24,6 @@ from surgery.low_rank_modules import LatentAttention
 NAME = "int8_cache"
 AT_ONCE = 256  # positions by which the buffers grow
 LEVELS = 127
-WIDEST = 1024  # numbers of a head that the compiled loops take
 
 
 class Int8Layer(CacheLayerMixin):
@@ -91,7 +90,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     if not isinstance(key, Int8Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (B, H, T, n), layer = query.shape, key
-    if T > 1 or n > WIDEST or not by_kernels(query):
+    if T > 1 or n > kernels.WIDEST or not by_kernels(query):
         k, v = layer.read(layer.keys), layer.read(layer.values)
         return sdpa_attention_forward(module, query, k, v, attention_mask, scaling=scaling, **kwargs)
     shape, threads = (B, H, layer.groups, n, layer.length, layer.keys.shape[1]), torch.get_num_threads()

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from surgery import allocate
+from surgery import allocate, latent_cache, low_rank_modules
 from surgery.decoding_speed import cache_bytes
 from surgery.evaluator import Evaluator
 from surgery.heal import heal
@@ -83,6 +83,40 @@ def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
     ours, theirs = (m.generate(IDS, pad_token_id=0, **options) for m in (small, model))
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("make", [llama, neox, qwen2], ids=["llama", "neox", "qwen2"])
+@pytest.mark.parametrize(("mode", "rank"), [("shared_kv", 16), ("shared_kv", 9), ("separate", 6)])
+def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
+    """Through growing buffers, for beams, and with left padding: as torch does with the latents that are stored."""
+    _, small, _ = cut(make(), mode=mode, targets="k,v", rank=rank)
+    padding = torch.ones_like(IDS)
+    padding[0, :5] = 0
+    options = dict(attention_mask=padding, max_new_tokens=30, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
+    ours, beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
+    layer = ours.past_key_values.layers[1]
+    assert layer.keys.untyped_storage().nbytes() == layer.buffers[0].nbytes > layer.keys.nbytes  # a view of a longer one
+    assert (layer.form.reader.at < rank).sum() >= rank - 2  # latents that are keys; a poor pivot is left to a value
+    monkeypatch.setattr(low_rank_modules, "growing", lambda cache, i: None)
+    theirs, their_beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-3, rtol=1e-3)
+    assert torch.equal(ours.sequences, theirs.sequences) and torch.equal(beams.sequences, their_beams.sequences)
+
+
+def test_a_cache_keeps_the_form_that_it_began_with():
+    """Weights that change make another form for the next text, and none where gradients are asked for."""
+    _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
+    attn = small.model.layers[0].self_attn
+    with torch.no_grad():
+        past = small(IDS, use_cache=True).past_key_values
+        began = past.layers[0].form
+        attn.k_proj.up.weight.mul_(0.5)
+        assert small(IDS[:, :1], past_key_values=past).past_key_values.layers[0].form is began
+        new = small(IDS, use_cache=True).past_key_values.layers[0].form
+    assert new is not began and new.reader is not None
+    torch.testing.assert_close(new.k_up.weight @ new.turn, attn.k_proj.up.weight, atol=1e-5, rtol=1e-5)
+    assert small(IDS, use_cache=True).past_key_values.layers[0].form.reader is None
 
 
 def test_the_cache_holds_what_it_says():
