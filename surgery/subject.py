@@ -161,7 +161,7 @@ class Subject(nn.Module):
         x = torch.arange(2, 8)[None] % hf.config.vocab_size
         try:
             with torch.no_grad():
-                theirs, ours = hf(x.to(hf.device)).logits, self.logits(self.trunk(self.lookup(x)))
+                theirs, ours = hf(x.to(hf.device), use_cache=False).logits, self.logits(self.trunk(self.lookup(x)))
                 same = torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3)
         except (AttributeError, TypeError):  # no base model that reads rows and gives hidden states
             same = False
@@ -177,15 +177,28 @@ class Subject(nn.Module):
     def logits(self, h):
         return self.head(h)
 
-    def generate(self, ids, tokens, end, seed=None):
-        """Ids [T] -> up to `tokens` ids that follow them: the likeliest, or with a seed a sample."""
-        options = dict(do_sample=False) if seed is None else dict(do_sample=True, **SAMPLED)
-        if seed is not None:
-            torch.manual_seed(seed)
-        ids = ids[None].to(self.model.device)
-        options |= dict(attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=end or 0)
-        out = self.model.generate(ids, **options)
-        return out[0, ids.shape[1] :]
+    def hidden(self, ids, cache):
+        """Ids (B, T) after those in a cache of transformers -> (B, T, d)"""
+        return self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+
+    def generate(self, ids, tokens, end, seeds):
+        """Ids [T] -> ids (B, up to `tokens`) that follow them, for each of B seeds: a sample, or the likeliest for None."""
+        from transformers import DynamicCache
+
+        return side_by_side(self, ids.to(self.model.device), tokens, end, seeds, DynamicCache(config=self.model.config))
+
+
+def side_by_side(model, ids, steps, end, seeds, cache):
+    """Subject.generate() for what generation.generate() takes."""
+    choosers = []
+    for seed in seeds:
+        draw = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        choosers.append(generation.chooser(0) if seed is None else generation.chooser(**SAMPLED, generator=draw))
+
+    def choose(logits):
+        return torch.cat([choose(row[None]) for choose, row in zip(choosers, logits)])
+
+    return torch.stack([*generation.generate(model, ids.expand(len(seeds), -1), steps, choose, end, cache)], 1)
 
 
 def longest_of(hf):
@@ -210,14 +223,11 @@ class OwnSubject(nn.Module):
     def lookup(self, x):
         return self.table(x.to(self.table.weight.device))
 
-    def generate(self, ids, tokens, end, seed=None):
+    def generate(self, ids, tokens, end, seeds):
         """As Subject's; stops where block_size is full."""
-        ids = ids[None].to(self.table.weight.device)
-        steps = min(tokens, self.longest - ids.shape[1] + 1)  # the last token need not be read
-        draw = torch.Generator(ids.device).manual_seed(seed or 0)
-        choose = generation.chooser(0) if seed is None else generation.chooser(**SAMPLED, generator=draw)
-        cache = KVCache(self.model, 1, ids.shape[1] + steps - 1, "float32")
-        return torch.cat(list(generation.generate(self.model, ids, steps, choose, end, cache)))
+        steps = min(tokens, self.longest - len(ids) + 1)  # the last token need not be read
+        cache = KVCache(self.model, len(seeds), len(ids) + steps - 1, "float32")
+        return side_by_side(self.model, ids.to(self.table.weight.device), steps, end, seeds, cache)
 
 
 @dataclass

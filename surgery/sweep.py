@@ -12,7 +12,7 @@ from common.cli import fail
 from common.files import claim_folder, written_whole
 from common.run_folder import provenance
 from common.untrusted import read_json, read_json_lines
-from surgery.evaluator import answer
+from surgery.evaluator import answers
 from surgery.points import UNTOUCHED
 from surgery.surgeon import Cut, check_changes, fingerprint
 
@@ -101,6 +101,6 @@ def measure(args, point, cut, subject, evaluator, tokenizer):
     """The line of a point, whose cut is in place."""
     record = point.record() | evaluator.measure() | dict(parts=cut.facts)
     if args.answer_tokens:
-        for name, seed in (("answer", None), ("sampled", args.seed)):
-            record[name] = answer(subject, tokenizer, args.prompt, args.answer_tokens, seed)
+        both = answers(subject, tokenizer, args.prompt, args.answer_tokens, (None, args.seed))
+        record["answer"], record["sampled"] = both
     return record

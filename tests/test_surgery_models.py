@@ -13,7 +13,7 @@ from common.dataset import Dataset, write_dataset
 from common.evaluate import evaluate
 from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
-from surgery.evaluator import Evaluator, answer
+from surgery.evaluator import Evaluator, answers
 from surgery.layers import find_layers
 from surgery.low_rank_folder import save as save_small
 from surgery.low_rank_modules import shrink
@@ -189,10 +189,42 @@ def test_an_answer_is_what_the_model_finds_likeliest_up_to_block_size(own_clinic
         for step in range(4):
             likeliest = subject.model(ids[None])[0][0, -1].argmax()
             ids = torch.cat([ids, likeliest[None]])
-            assert subject.generate(ids[:61], step + 1, None)[-1] == likeliest
-    assert len(subject.generate(ids[:61], 50, None)) == 4  # 64 positions, and one after the last
-    first, again = (subject.generate(ids[:5], 20, None, seed=3) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first, subject.generate(ids[:5], 20, None, seed=4))
+            assert subject.generate(ids[:61], step + 1, None, (None,))[0, -1] == likeliest
+    assert subject.generate(ids[:61], 50, None, (None,)).shape == (1, 4)  # 64 positions, and one after the last
+    both, turned = (subject.generate(ids[:5], 20, None, seeds) for seeds in ((3, 4), (4, None, 3)))
+    assert torch.equal(both, turned[[2, 0]]) and not torch.equal(*both)
+
+
+@torch.no_grad()
+def test_the_same_head_is_measured_without_probabilities():
+    """KL by the hidden states is the one by the logits, for a head with a bias too; another head is found out."""
+    hf, x = redrawn(llama()), torch.arange(1, 40)[None]
+    hf.lm_head = torch.nn.Linear(32, 300)
+    subject = Subject(hf)
+    evaluator = Evaluator(subject, dict(text=[(x[:, :-1], x[:, 1:])]))
+    hf.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+    by_hidden = evaluator.measure()
+    assert len(evaluator.predictions) == 1
+    evaluator.head, evaluator.predictions = torch.nn.Sequential(evaluator.head), {}
+    by_logits = evaluator.measure()
+    assert not evaluator.predictions and by_logits["kl"] > 1e-4
+    for name in ("loss", "kl", "top1"):
+        assert by_hidden[name] == pytest.approx(by_logits[name], rel=1e-4, abs=1e-6)
+    evaluator.head = evaluator.head[0]
+    hf.lm_head.weight.mul_(1.01)
+    evaluator.measure()
+    assert not evaluator.predictions
+
+
+def test_answers_side_by_side_are_those_of_transformers():
+    """The likeliest tokens, up to the end of the text; a sample beside them does not matter."""
+    hf = redrawn(llama())
+    ids = torch.arange(1, 9)
+    theirs = hf.generate(ids[None], attention_mask=torch.ones(1, 8), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, 8:]
+    found = Subject(hf).generate(ids, 20, None, (None, 5))
+    assert torch.equal(found[0], theirs) and not torch.equal(*found)
+    end = theirs[4].item()
+    assert set(Subject(hf).generate(ids, 20, end, (None, 5))[0, theirs.tolist().index(end) :].tolist()) == {end}
 
 
 # -- a head of its own ------------------------------------------------------------------------------------------------
@@ -345,7 +377,7 @@ def test_whose_tokenizer_reads_for_our_checkpoint(own_clinic):
     loaded = [load_subject(own_clinic / name, tokenizer and str(tokenizer)) for name, tokenizer in choices]
     ids = [encode(tokenizer, TEXT[:999], 300, "TEXT").tolist() for _, tokenizer in loaded]
     assert ids[0] == ids[1] == ids[2] and len(ids[0]) < 900
-    words = [answer(subject, tokenizer, "7 is odd", 9, seed=5) for subject, tokenizer in loaded]
+    words = [answers(subject, tokenizer, "7 is odd", 9, (5,)) for subject, tokenizer in loaded]
     assert words[0] == words[1] == words[2] and words[0]
 
 
