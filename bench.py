@@ -72,6 +72,7 @@ def check_decode(args):
     for name, known in (("kv_dtypes", KV_DTYPES), ("dtypes", DTYPES)):
         check_names(args, name, known)
     check_out(args)
+    check_vs(args)
     if args.vs and not args.shape:
         fail("--vs is measured at a shape: give --shape gpt2 instead of --runs")
 
@@ -84,10 +85,13 @@ def check_names(args, flag_name, known):
 
 
 def check_out(args):
-    if getattr(args, "vs", ""):
-        check_checkout(args.vs, "--vs")
     if args.out and Path(args.out).is_dir():
         fail(f"--out {args.out} is a folder: give a file")
+
+
+def check_vs(args):
+    if args.vs:
+        check_checkout(args.vs, "--vs")
 
 
 def preset_shape(name):
@@ -277,6 +281,7 @@ def check_train(args):
     if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
         fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")
     check_out(args)
+    check_vs(args)
     shape = preset_shape(args.shape)
     if args.vs and (shape["rotary_pct"] or shape["parallel_residual"] or not shape["tie_head"]):
         fail(f"--vs: nanoGPT has no model of --shape {args.shape}: give --shape gpt2 or laptop")
