@@ -10,6 +10,7 @@ from trials import all_survive
 
 import reports.bytes as bytes_report
 import reports.surgery as report
+from common.hugging_face import parsed_gguf
 from reports.html import page
 from surgery.coded_folder import save as save_coded
 from surgery.layers import find_layers
@@ -140,6 +141,9 @@ def test_gguf_files(survives, tmp_path, tokenizer):
         subject, tokenizer = load_subject(str(folder / "toy.gguf"))
         used(subject.model, tokenizer)
 
+    parsed_gguf.cache_clear()
+    read(tmp_path / "gguf")
+    assert parsed_gguf.cache_info()[:2] == (3, 1)  # config, weights and tokenizer need its header, and one parses it
     survives("GGUF", tmp_path / "gguf", {"toy.gguf": "gguf"}, read)
 
 
