@@ -1,9 +1,9 @@
 """
 A cache of latents that a compiled loop reads in place, on a CPU in float32: nothing is copied, and few keys are restored.
 
-Latents can be turned so that most of them are keys themselves (decompose_matrix.skeleton). A latent of 192 for 192 keys and 192
-values needs no restoring then: it is the keys. The loop (common/kernels.c) restores what is left, rotates and multiplies, eight
-positions at a time. No key is written to memory. Buffers have room for tokens to come.
+Latents can be turned so that most of them are keys themselves, as in a skeleton (decompose_matrix.py). A latent of 192 for 192
+keys and 192 values needs no restoring then: it is the keys. The loop (common/kernels.c) restores what is left, rotates and
+multiplies, eight positions at a time. No key is written to memory. Buffers have room for tokens to come.
 
 Shapes: B texts, S positions in the cache, H heads, G heads of keys, n numbers a head, r latents.
 """
@@ -17,9 +17,10 @@ from transformers.cache_utils import DynamicLayer
 
 from common import kernels
 from common.modules import linear
-from util_factorization.decompose_matrix import skeleton
+from util_factorization.decompose_matrix import pivots
 
 PREFERENCE = 10  # how much better a value has to be as a pivot than a key
+LARGEST = 100  # number of a turned matrix; PREFERENCE makes 10 to 20 of it
 AT_ONCE = 256  # positions by which a buffer grows
 TILE = 16  # restored numbers that the compiled loop makes at once
 
@@ -87,21 +88,27 @@ def for_loop(k_up, v_up, r, shared):
     The Form of r latents of keys that the compiled loop reads. k_up: a Linear, or no module where latents are keys.
 
     Latents are turned so that as many as possible are keys, each in the key's own place: all where k_up has rank r. If values
-    share the latents, rounding one costs them up to PREFERENCE times as much: that is for float32.
+    share the latents, rounding one costs them up to PREFERENCE times as much: that is for float32. Latents that other layers
+    read too may depend on each other here: they stay as they are.
     """
     if not isinstance(k_up, nn.Module):
         return Form(k_up, v_up, reader=KeyReader(torch.eye(r), None))
     k, v = k_up.weight, v_up.weight if shared else k_up.weight[:0]
-    rows, _, _ = skeleton(torch.cat([PREFERENCE * k, v]), torch.eye(r))
+    rows, as_stored = pivots(torch.cat([PREFERENCE * k, v]))[:r], Form(k_up, v_up, reader=KeyReader(k, k_up.bias))
+    if len(rows) < r:
+        return as_stored
     stays = (rows < len(k)) & (rows < r)
     order = torch.full((r,), -1)
     order[rows[stays]] = rows[stays]
     order[order < 0] = rows[~stays]
     left = torch.cat([k, v]).double()
-    turned = torch.linalg.solve(left[order], left, left=False).float()
-    turned[order] = torch.eye(r)  # exactly
-    k, v = turned.tensor_split([len(k)])
-    return Form(linear(k, k_up.bias), linear(v, v_up.bias) if shared else v_up, left[order].float(), KeyReader(k, k_up.bias))
+    turned, singular = torch.linalg.solve_ex(left[order], left, left=False)
+    if singular or turned.abs().max() > LARGEST:
+        return as_stored
+    turned[order] = torch.eye(r, dtype=turned.dtype)  # exactly
+    k, v = turned.float().tensor_split([len(k)])
+    ups = linear(k, k_up.bias).requires_grad_(False), linear(v, v_up.bias).requires_grad_(False) if shared else v_up
+    return Form(*ups, left[order].float(), KeyReader(k, k_up.bias))
 
 
 class KeyReader:

@@ -8,6 +8,8 @@ layer share one latent, neighbouring layers share one set of components.
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, r a rank.
 """
 
+import zlib
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -88,7 +90,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n = attn.head_dim if hasattr(attn, "head_dim") else attn.head_size
         self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
-        self.made = None  # of the fastest Form: the weights' state, and the Form
+        self.made = None  # the weights' checksums, and the fastest Form for them
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n))  # (B, T, heads, n)
@@ -136,9 +138,10 @@ class LatentAttention(nn.Module):
         parameters = [p for up in ups for p in up.parameters()]
         if not plain or not loop_reads(c, self.n) or torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return None
-        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        state = [zlib.crc32(p.detach().numpy()) for p in parameters]
         if self.made is None or self.made[0] != state:
-            self.made = state, for_loop(self.k_proj.up, self.v_proj.up, c.shape[-1], shared)
+            with torch.inference_mode(False), torch.no_grad():  # a later training may read it too
+                self.made = state, for_loop(self.k_proj.up, self.v_proj.up, c.shape[-1], shared)
         return self.made[1]
 
     def late(self, form, scores, c, mask):

@@ -86,7 +86,7 @@ def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
 
 
 @pytest.mark.parametrize("make", [llama, neox, qwen2], ids=["llama", "neox", "qwen2"])
-@pytest.mark.parametrize(("mode", "rank"), [("shared_kv", 16), ("shared_kv", 9), ("separate", 6)])
+@pytest.mark.parametrize(("mode", "rank"), [("shared_kv", 16), ("shared_kv", 9), ("separate", 6), ("shared_layers", 20)])
 def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     """Through growing buffers, for beams, and with left padding: as torch does with the latents that are stored."""
     _, small, _ = cut(make(), mode=mode, targets="k,v", rank=rank)
@@ -97,7 +97,8 @@ def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     ours, beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     layer = ours.past_key_values.layers[1]
     assert layer.keys.untyped_storage().nbytes() == layer.buffers[0].nbytes > layer.keys.nbytes  # a view of a longer one
-    assert (layer.form.reader.at < rank).sum() >= rank - 2  # latents that are keys; a poor pivot is left to a value
+    if mode != "shared_layers":  # there other layers' keys are among them, or there are more of them than keys
+        assert (layer.form.reader.at < rank).sum() >= rank - 2  # latents that are keys; a poor pivot is left to a value
     monkeypatch.setattr(low_rank_modules, "growing", lambda cache, i: None)
     theirs, their_beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-3, rtol=1e-3)
@@ -111,7 +112,7 @@ def test_a_cache_keeps_the_form_that_it_began_with():
     with torch.no_grad():
         past = small(IDS, use_cache=True).past_key_values
         began = past.layers[0].form
-        attn.k_proj.up.weight.mul_(0.5)
+        attn.k_proj.up.weight.data.mul_(0.5)
         assert small(IDS[:, :1], past_key_values=past).past_key_values.layers[0].form is began
         new = small(IDS, use_cache=True).past_key_values.layers[0].form
     assert new is not began and new.reader is not None

@@ -111,11 +111,14 @@ def skeleton(left, right):
     The product stays the same and takes r (out - r) + r in numbers instead of r out + r in. right then gives r of the outputs.
     Returns (rows [r]: the unit vectors' places, LU's pivots; the other rows of left [out - r, r]; right [r,in]).
     """
-    pivots, r = torch.linalg.lu(left.double()).P.T, left.shape[1]
-    order = pivots.argmax(1)
-    rows, others = order[:r].sort().values, order[r:].sort().values
+    rows, others = (part.sort().values for part in pivots(left).tensor_split([left.shape[1]]))
     top, rest = left[rows].double(), left[others].double()
     return rows, torch.linalg.solve(top, rest, left=False).float(), (top @ right.double()).float()
+
+
+def pivots(left):
+    """The rows of left [out,r] as LU takes them: its first r are far from depending on each other."""
+    return torch.linalg.lu(left.double()).P.T.argmax(1)
 
 
 def from_skeleton(rows, rest):
