@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-WIDEST = 1024  # numbers of a head that its loops over a cache take
+WIDEST = 1024  # numbers of a head that its loops over a cache take, as there
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp-simd",
          "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # fmt: skip
 
@@ -39,19 +39,12 @@ def library():
             return None
 
 
-class Beginning:
-    """A tensor (B, S, ...) cut from a contiguous one (B, capacity, ...), whose rows are read at their distance there."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
 def bind(name, *first):
     """
     A function of library() with its first arguments given, or None where there is no library.
 
-    A tensor, contiguous, stands for the address of its numbers, as the Beginning of a longer one does; a list of tensors for an
-    array of addresses. None stands for null, in a list too; a number for an int.
+    A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of addresses. None stands for
+    null, in a list too; a number for an int.
     """
     if library() is None:
         return None
@@ -67,8 +60,6 @@ def as_c(value):
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous() and value.device.type == "cpu"
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, Beginning):
-        return ctypes.c_void_p(value.tensor.data_ptr())
     if isinstance(value, list):
         return (ctypes.c_void_p * len(value))(*(None if item is None else item.data_ptr() for item in value))
     return value

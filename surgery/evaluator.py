@@ -39,7 +39,8 @@ class Evaluator:
     Measures what a change costs on fixed windows of some texts: loss, perplexity, KL(untouched | changed), and how often both
     models find the same next token likeliest.
 
-    It keeps the untouched model's last hidden states and a copy of its head: V / d times smaller than its log-probabilities.
+    It keeps the untouched model's last hidden states, a copy of its head, and a Prediction, as large as the hidden states. Its
+    log-probabilities would take V / 2d times as much.
     """
 
     def __init__(self, model, windows):
@@ -90,17 +91,20 @@ class Prediction:
     measured beside it without its probabilities p. With A(h) = log sum exp(W h + b), whose gradient is E_p[W],
 
         KL(untouched | other) = A(h') - A(h) - E_p[W] (h' - h)
+
+    A token's KL is off by about 1e-6 times its largest logit, either way: on SmolLM2 by 2e-5, a mean over tokens by some 1e-7.
     """
 
     def __init__(self, hidden, labels, head):
         """hidden (T, d), labels (T,), head: a Linear"""
-        logits = head(hidden)
+        logits = head(hidden).float()
         self.hidden, self.total, self.likeliest = hidden, log_total(logits), logits.argmax(-1)
         self.loss = self.total - of_labels(logits, labels)
-        self.row = (logits - self.total[:, None].float()).exp_() @ head.weight
+        self.row = (logits - self.total[:, None].float()).exp_() @ head.weight.float()
 
     def beside(self, h, logits, labels):
         """The other model's last hidden states (T, d) and logits (T, V) -> Measured"""
+        logits = logits.float()
         total = log_total(logits)
         kl = total - self.total - (self.row.double() * (h - self.hidden)).sum(-1)
         return Measured(total - of_labels(logits, labels), self.loss, kl, logits.argmax(-1) == self.likeliest)
@@ -158,5 +162,10 @@ def prompt_ids(tokenizer, prompt):
 
 def answers(subject, tokenizer, prompt, tokens, seeds):
     """The model's answer to a prompt for each seed: greedy where it is None, else a sample."""
-    out = subject.generate(prompt_ids(tokenizer, prompt), tokens, tokenizer.eos_token_id, seeds)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out]
+    ends = {tokenizer.eos_token_id, *subject.ends} - {None}
+    out = subject.generate(prompt_ids(tokenizer, prompt), tokens, sorted(ends), seeds)
+    found = []
+    for ids in out:
+        over = torch.isin(ids.cpu(), torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+        found.append(tokenizer.decode(ids[: over[0, 0]] if len(over) else ids, skip_special_tokens=True).strip())
+    return found

@@ -6,7 +6,7 @@ Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer number
 
 import torch
 
-from surgery.low_rank_modules import install
+from surgery.low_rank_modules import LatentAttention, install
 from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.decompose_matrix import from_skeleton, skeleton
 
@@ -70,3 +70,10 @@ def fill(hf, plan, tensors):
     for p, name in own_names(hf, plan).items():
         if p.is_meta:
             put(p, tensors[name])
+
+
+def turn_to_keys(hf):
+    """Turn the latents of all layers that have one for keys and values: decoding on a CPU in float32 is faster then."""
+    for module in hf.modules():
+        if isinstance(module, LatentAttention):
+            module.turn_to_keys()

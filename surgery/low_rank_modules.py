@@ -8,8 +8,6 @@ layer share one latent, neighbouring layers share one set of components.
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, r a rank.
 """
 
-import zlib
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from common.cli import fail
 from common.modules import linear
 from model import rotate
-from surgery.latent_cache import Form, for_loop, growing, loop_reads
+from surgery.latent_cache import KeyReader, growing, loop_reads, turn_latents, turn_to_keys
 from surgery.layers import find_layers
 from value_cache.latent_attention import restore_sums
 
@@ -77,8 +75,8 @@ class Turns:
 class LatentAttention(nn.Module):
     """
     Attention that caches latents in place of keys and values: r numbers a token where k and v share a latent, r_k + r_v where
-    each has its own, instead of 2 G n. Keys are restored, as far as they are no latents, and rotated when they are read. Values
-    are restored for a prompt; for a single token the heads weigh the latents, and H sums are restored instead of S values.
+    each has its own, instead of 2 G n. Keys are restored and rotated when they are read. Values are restored for a prompt; for
+    a single token the heads weigh the latents, and H sums are restored instead of S values.
 
     Scores depend on distances alone. So positions are counted from the first in the cache, and left padding does no harm.
     """
@@ -90,7 +88,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n = attn.head_dim if hasattr(attn, "head_dim") else attn.head_size
         self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
-        self.made = None  # the weights' checksums, and the fastest Form for them
+        self.turn = None  # of turn_to_keys()
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n))  # (B, T, heads, n)
@@ -98,64 +96,82 @@ class LatentAttention(nn.Module):
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
         x, cache = hidden_states, layer_past if past_key_values is None else past_key_values
         q, c_k = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), self.k_proj.down(x)
-        shared, form = self.v_proj.down is self.k_proj.down, Form(self.k_proj.up, self.v_proj.up)
+        c_v = c_k[..., :0] if self.shared else self.v_proj.down(x)
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
-        if layer := growing(cache, self.layer_idx):
-            form = layer.form = layer.form if layer.get_seq_length() else self.fastest(c_k, shared) or form
-        c_k = c_k if form.turn is None else c_k @ form.turn.T
-        c_v = c_k[..., :0] if shared else self.v_proj.down(x)
+        layer = growing(cache, self.layer_idx)
+        if layer and not layer.get_seq_length():
+            layer.reader = self.reader(c_k)
         if cache is not None:
             c_k, c_v = (c[:, 0] for c in cache.update(c_k[:, None], c_v[:, None], self.layer_idx))  # (B, S, r)
-        c_v = c_k if shared else c_v
+        c_v = c_k if self.shared else c_v
         (T, S), (cos, sin) = (q.shape[2], c_k.shape[1]), self.turns(c_k.shape[1], x)
         q = rotate(q, cos[:, S - T :], sin[:, S - T :])
-        if T == 1 and isinstance(form.v_up, nn.Linear):
-            scores = self.scores(form, self.scaling * q[:, :, 0], c_k, cos, sin)
-            return self.o_proj(self.late(form, scores, c_v, attention_mask)), None
-        k, v = self.keys(form, c_k, cos, sin), self.heads(form.v_up(c_v)).transpose(1, 2)
+        if T == 1 and isinstance(self.v_proj.up, nn.Linear):
+            scores = self.scores(self.scaling * q[:, :, 0], c_k, cos, sin, layer and layer.reader)
+            return self.o_proj(self.late(scores, c_v, attention_mask)), None
+        k, v = self.keys(c_k, cos, sin), self.heads(self.v_proj.up(c_v)).transpose(1, 2)
         causal = attention_mask is None and T > 1
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).flatten(-2)), None  # (B, T, d)
 
-    def keys(self, form, c, cos, sin):
-        """Latents (B, S, r) -> keys, rotated (B, G, S, n)"""
-        return rotate(self.k_norm(self.heads(form.k_up(c))).transpose(1, 2), cos, sin)
+    @property
+    def shared(self):
+        """Whether keys and values have one latent."""
+        return self.v_proj.down is self.k_proj.down
 
-    def scores(self, form, q, c, cos, sin):
+    def keys(self, c, cos, sin):
+        """Latents (B, S, r) -> keys, rotated (B, G, S, n)"""
+        return rotate(self.k_norm(self.heads(self.k_proj.up(c))).transpose(1, 2), cos, sin)
+
+    def scores(self, q, c, cos, sin, reader):
         """One query, scaled and rotated (B, H, n), latents of the keys (B, S, r) -> (B, H, S)"""
-        if form.reader:
-            return form.reader.scores(q, c, cos, sin)
-        k = self.keys(form, c, cos, sin)
+        if reader and reader.reads(q, c):
+            return reader.scores(q, c, cos, sin)
+        k = self.keys(c, cos, sin)
         return (q.unflatten(1, (k.shape[1], -1)) @ k.transpose(-1, -2)).flatten(1, 2)  # (B, G, H/G, n) times (B, G, n, S)
 
-    def fastest(self, c, shared):
-        """The Form of new latents c that a compiled loop reads, made once for the weights as they are; None where none can."""
-        ups = [up for up in (self.k_proj.up, self.v_proj.up) if isinstance(up, nn.Module)]
-        plain = isinstance(self.k_norm, nn.Identity) and all(type(up) is nn.Linear for up in ups)  # PEFT's are not
-        parameters = [p for up in ups for p in up.parameters()]
-        if not plain or not loop_reads(c, self.n) or torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    def reader(self, c):
+        """The KeyReader of latents c for the weights as they are now, or None."""
+        if not loop_reads(c, self.n) or not isinstance(self.k_norm, nn.Identity):
             return None
-        state = [zlib.crc32(p.detach().numpy()) for p in parameters]
-        if self.made is None or self.made[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # a later training may read it too
-                self.made = state, for_loop(self.k_proj.up, self.v_proj.up, c.shape[-1], shared)
-        return self.made[1]
+        if isinstance(self.k_proj, Uncut):
+            return KeyReader(torch.eye(c.shape[-1]), None)
+        up = self.k_proj.up  # PEFT's adapted ones are of another type
+        return KeyReader(up.weight.detach(), up.bias) if type(up) is nn.Linear else None
 
-    def late(self, form, scores, c, mask):
+    def turn_to_keys(self):
+        """Turn the latents, if keys and values share them, for decoding on a CPU in float32 (latent_cache.py)."""
+        if self.shared and self.turn is None:
+            self.turn = turn_to_keys(*(linear.weight.data for linear in self.around_latents()))
+
+    def around_latents(self):
+        return self.k_proj.down, self.k_proj.up, self.v_proj.up
+
+    def _apply(self, fn, recurse=True):
+        """What .to() and the like call. Off the CPU, and in half precision, latents are the stored ones again."""
+        linears = [linear for linear in self.around_latents() if type(linear) is nn.Linear] if self.turn is not None else []
+        if len(linears) == 3:  # none is adapted by PEFT
+            moved = fn(torch.empty(0))
+            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+                turn_latents(torch.linalg.inv(self.turn), *(linear.weight.data for linear in linears))
+                self.turn = None
+        return super()._apply(fn, recurse)
+
+    def late(self, scores, c, mask):
         """
         Scores (B, H, S), latents of the values (B, S, r) -> (B, 1, H n)
 
         value_cache's LateAttention does this for our own models and our cache, and shares restore_sums(). Here the cache is
-        Hugging Face's, there are masks and grouped heads, and keys have been restored.
+        Hugging Face's, there are masks and grouped heads, and the scores are there.
         """
         if mask is not None:
             mask = mask[:, 0, -1:]  # (B, 1, S)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         sums = scores.softmax(-1) @ c  # (B, H, r)
-        up, bias = self.heads(form.v_up.weight.T).permute(1, 0, 2), form.v_up.bias  # (G, r, n)
+        up, bias = self.heads(self.v_proj.up.weight.T).permute(1, 0, 2), self.v_proj.up.bias  # (G, r, n)
         return restore_sums(sums, up, None if bias is None else self.heads(bias))
 
 

@@ -48,4 +48,7 @@ def load(folder, device="cpu", packed=True):
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)
         check_works(hf)
-    return hf.to(device), tokenizer
+    hf.to(device)
+    if hf.device.type == "cpu" and kind is low_rank_folder:
+        low_rank_folder.turn_to_keys(hf)
+    return hf, tokenizer

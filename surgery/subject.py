@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from common.cli import fail
 from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
+from model import NO_CACHE
 from surgery.model_folder import WEIGHTS
 from value_cache import generation
 from value_cache.kv_cache import KVCache
@@ -149,10 +151,13 @@ class Subject(nn.Module):
 
     tables   {"wte": Table}, and "head" where that is a matrix of its own; none where they are factorized
     longest  tokens that it reads at most
+    ends     ids that end a text, beside the tokenizer's
     """
 
     def __init__(self, hf):
         super().__init__()
+        found = getattr(hf.generation_config, "eos_token_id", None)
+        self.ends = found if isinstance(found, list) else [] if found is None else [found]
         self.model, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
         self.tables = tables_of(hf, self.table, self.head) if isinstance(self.table, nn.Embedding) else {}
         self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
@@ -178,27 +183,43 @@ class Subject(nn.Module):
         return self.head(h)
 
     def hidden(self, ids, cache):
-        """Ids (B, T) after those in a cache of transformers -> (B, T, d)"""
-        return self.model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        """Ids (B, T) after those in a cache of transformers, or whole -> (B, T, d)"""
+        options = dict(use_cache=False) if cache is NO_CACHE else dict(past_key_values=cache, use_cache=True)
+        return self.model.base_model(ids, **options).last_hidden_state
 
-    def generate(self, ids, tokens, end, seeds):
-        """Ids [T] -> ids (B, up to `tokens`) that follow them, for each of B seeds: a sample, or the likeliest for None."""
+    @cached_property
+    def reads_caches(self):
+        """Whether the model goes on from a DynamicCache. A recurrent one keeps a state of its own."""
         from transformers import DynamicCache
 
-        return side_by_side(self, ids.to(self.model.device), tokens, end, seeds, DynamicCache(config=self.model.config))
+        x, cache = torch.arange(2, 8)[None].to(self.model.device) % self.model.config.vocab_size, DynamicCache()
+        with torch.no_grad():
+            steps = torch.cat([self.hidden(part, cache) for part in x.split(3, 1)], 1)
+            return torch.allclose(steps, self.hidden(x, NO_CACHE), rtol=1e-3, atol=1e-3)
+
+    def generate(self, ids, tokens, ends, seeds):
+        """
+        Ids [T] -> ids (B, up to `tokens`) that follow them, for each of B seeds: a sample, or the likeliest for None.
+
+        ends: ids that end a text, which then repeats the first of them.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config) if self.reads_caches else NO_CACHE
+        return side_by_side(self, ids.to(self.model.device), tokens, ends, seeds, cache)
 
 
-def side_by_side(model, ids, steps, end, seeds, cache):
+def side_by_side(model, ids, steps, ends, seeds, cache):
     """Subject.generate() for what generation.generate() takes."""
     choosers = []
     for seed in seeds:
         draw = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         choosers.append(generation.chooser(0) if seed is None else generation.chooser(**SAMPLED, generator=draw))
 
-    def choose(logits):
+    def each_by_its_own(logits):
         return torch.cat([choose(row[None]) for choose, row in zip(choosers, logits)])
 
-    return torch.stack([*generation.generate(model, ids.expand(len(seeds), -1), steps, choose, end, cache)], 1)
+    return torch.stack([*generation.generate(model, ids.expand(len(seeds), -1), steps, each_by_its_own, ends, cache)], 1)
 
 
 def longest_of(hf):
@@ -212,6 +233,8 @@ class OwnSubject(nn.Module):
     q, k and v of its model can be cut.
     """
 
+    ends = ()
+
     def __init__(self, model):
         super().__init__()
         self.model, self.table, self.config = model, model.transformer.wte, model.config
@@ -223,11 +246,11 @@ class OwnSubject(nn.Module):
     def lookup(self, x):
         return self.table(x.to(self.table.weight.device))
 
-    def generate(self, ids, tokens, end, seeds):
+    def generate(self, ids, tokens, ends, seeds):
         """As Subject's; stops where block_size is full."""
         steps = min(tokens, self.longest - len(ids) + 1)  # the last token need not be read
         cache = KVCache(self.model, len(seeds), len(ids) + steps - 1, "float32")
-        return side_by_side(self.model, ids.to(self.table.weight.device), steps, end, seeds, cache)
+        return side_by_side(self.model, ids.to(self.table.weight.device), steps, ends, seeds, cache)
 
 
 @dataclass

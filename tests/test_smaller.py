@@ -11,7 +11,7 @@ from surgery.decoding_speed import cache_bytes
 from surgery.evaluator import Evaluator
 from surgery.heal import heal
 from surgery.layers import find_layers
-from surgery.low_rank_folder import save
+from surgery.low_rank_folder import save, turn_to_keys
 from surgery.low_rank_modules import FactorizedTable, LatentAttention, shrink
 from surgery.points import Point
 from surgery.reading import load
@@ -85,7 +85,12 @@ def test_factors_compute_what_the_cut_matrices_do(make, mode, targets):
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
-@pytest.mark.parametrize("make", [llama, neox, qwen2], ids=["llama", "neox", "qwen2"])
+def wide():
+    """Heads of 64 numbers, for which the compiled loop has its own branch."""
+    return llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("make", [llama, neox, qwen2, wide], ids=["llama", "neox", "qwen2", "wide"])
 @pytest.mark.parametrize(("mode", "rank"), [("shared_kv", 16), ("shared_kv", 9), ("separate", 6), ("shared_layers", 20)])
 def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     """Through growing buffers, for beams, and with left padding: as torch does with the latents that are stored."""
@@ -93,31 +98,84 @@ def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     padding = torch.ones_like(IDS)
     padding[0, :5] = 0
     options = dict(attention_mask=padding, max_new_tokens=30, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
-    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
-    ours, beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
-    layer = ours.past_key_values.layers[1]
-    assert layer.keys.untyped_storage().nbytes() == layer.buffers[0].nbytes > layer.keys.nbytes  # a view of a longer one
-    if mode != "shared_layers":  # there other layers' keys are among them, or there are more of them than keys
-        assert (layer.form.reader.at < rank).sum() >= rank - 2  # latents that are keys; a poor pivot is left to a value
     monkeypatch.setattr(low_rank_modules, "growing", lambda cache, i: None)
     theirs, their_beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
+    monkeypatch.undo()
+    turn_to_keys(small)
+    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
+    ours, beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-3, rtol=1e-3)
     assert torch.equal(ours.sequences, theirs.sequences) and torch.equal(beams.sequences, their_beams.sequences)
+    layer, attn = ours.past_key_values.layers[1], small.get_submodule(find_attention(small))
+    assert layer.keys.untyped_storage().nbytes() == layer.buffers[0].tensor.nbytes > layer.keys.nbytes  # a view of a longer one
+    if mode == "shared_kv":
+        assert (layer.reader.at < rank).sum() >= min(rank, len(layer.reader.at)) - 2  # a poor pivot is left to a value
+        before = small(IDS, use_cache=False).logits
+        small.to(torch.float64)  # the stored latents again
+        assert attn.turn is None and not (attn.k_proj.up.weight == 1).any()
+        torch.testing.assert_close(small(IDS, use_cache=False).logits.float(), before, atol=1e-3, rtol=1e-3)
 
 
-def test_a_cache_keeps_the_form_that_it_began_with():
-    """Weights that change make another form for the next text, and none where gradients are asked for."""
+def find_attention(small):
+    return next(name for name, module in small.named_modules() if isinstance(module, LatentAttention))
+
+
+def step(small, past, ids, **options):
+    return small(ids, past_key_values=past, use_cache=True, **options).logits
+
+
+@pytest.fixture
+def turned():
     _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
-    attn = small.model.layers[0].self_attn
+    turn_to_keys(small)
+    return small
+
+
+def test_caches_of_every_kind_go_on_as_a_whole_text_does(turned, monkeypatch):
+    """One that makes its layers late, one of another's pairs, shallow copies, after a crop, out of inference mode."""
+    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
+    more = torch.cat([IDS, IDS[:, :6]], 1)
+
+    def right(found, wanted):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
     with torch.no_grad():
-        past = small(IDS, use_cache=True).past_key_values
-        began = past.layers[0].form
-        attn.k_proj.up.weight.data.mul_(0.5)
-        assert small(IDS[:, :1], past_key_values=past).past_key_values.layers[0].form is began
-        new = small(IDS, use_cache=True).past_key_values.layers[0].form
-    assert new is not began and new.reader is not None
-    torch.testing.assert_close(new.k_up.weight @ new.turn, attn.k_proj.up.weight, atol=1e-5, rtol=1e-5)
-    assert small(IDS, use_cache=True).past_key_values.layers[0].form.reader is None
+        whole = turned(more, use_cache=False).logits
+        past = transformers.DynamicCache()
+        for start, end in ((0, 20), (20, 21), (21, 24)):
+            right(step(turned, past, more[:, start:end]), whole[:, start:end])
+        pairs = transformers.DynamicCache([(layer.keys, layer.values) for layer in past.layers])
+        right(step(turned, pairs, more[:, 24:25]), whole[:, 24:25])
+        twin = copy.copy(past)
+        twin.layers = [copy.copy(layer) for layer in past.layers]
+        right(step(turned, past, more[:, 24:25]), whole[:, 24:25])
+        step(turned, twin, IDS[:, 9:10])  # goes another way
+        right(step(turned, past, more[:, 25:26]), whole[:, 25:26])
+        past.crop(-4)
+        right(step(turned, past, more[:, 22:23]), whole[:, 22:23])
+    with torch.inference_mode():
+        past = turned(IDS, use_cache=True).past_key_values
+        right(step(turned, past, more[:, 20:21]), whole[:, 20:21])
+    with torch.no_grad():
+        right(step(turned, past, more[:, 21:22]), whole[:, 21:22])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert step(turned, past, more[:, 22:23]).isfinite().all()
+    for layer in past.layers:
+        layer.reset()
+        assert layer.buffers == [None, None] and layer.reader is None
+
+
+def test_a_single_token_has_gradients(turned):
+    """The compiled loop computes none, so it is left out where they are asked for."""
+    found = []
+    for use_cache in (True, False):
+        x = turned.get_input_embeddings()(IDS).detach()
+        with torch.no_grad():
+            past = turned(inputs_embeds=x[:, :-1], use_cache=True).past_key_values
+        x.requires_grad_(True)
+        out = turned(inputs_embeds=x[:, -1:], past_key_values=past) if use_cache else turned(inputs_embeds=x, use_cache=False)
+        found.append(torch.autograd.grad(out.logits[:, -1].square().sum(), x)[0][:, -1])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
 
 
 def test_the_cache_holds_what_it_says():

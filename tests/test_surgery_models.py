@@ -216,15 +216,40 @@ def test_the_same_head_is_measured_without_probabilities():
     assert not evaluator.predictions
 
 
-def test_answers_side_by_side_are_those_of_transformers():
-    """The likeliest tokens, up to the end of the text; a sample beside them does not matter."""
-    hf = redrawn(llama())
-    ids = torch.arange(1, 9)
-    theirs = hf.generate(ids[None], attention_mask=torch.ones(1, 8), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, 8:]
-    found = Subject(hf).generate(ids, 20, None, (None, 5))
+class Words:
+    """A tokenizer whose prompt is always the same."""
+
+    chat_template, eos_token_id = None, None
+
+    def __init__(self, prompt):
+        self.prompt = prompt
+
+    def __call__(self, text):
+        return dict(input_ids=self.prompt)
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids.tolist()))
+
+
+def mamba():
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [llama, mamba], ids=["llama", "mamba"])
+def test_answers_side_by_side_are_those_of_transformers(make):
+    """The likeliest tokens, up to one of the ends; a sample beside them does not matter. A state of another kind, too."""
+    hf = redrawn(make())
+    ids, options = torch.arange(1, 9), dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    theirs = hf.generate(ids[None], attention_mask=torch.ones(1, 8), **options)[0, 8:]
+    found = Subject(hf).generate(ids, 20, [], (None, 5))
     assert torch.equal(found[0], theirs) and not torch.equal(*found)
-    end = theirs[4].item()
-    assert set(Subject(hf).generate(ids, 20, end, (None, 5))[0, theirs.tolist().index(end) :].tolist()) == {end}
+    ends = theirs[[4, 9]].tolist()
+    over = min(map(theirs.tolist().index, ends))
+    found = Subject(hf).generate(ids, 20, ends, (None, 5))[0].tolist()
+    assert found[: over + 1] == theirs[: over + 1].tolist() and set(found[over + 1 :]) <= {ends[0]}
+    hf.generation_config.eos_token_id = ends
+    assert answers(Subject(hf), Words(ids.tolist()), "", 20, (None,)) == [" ".join(map(str, theirs[:over].tolist()))]
 
 
 # -- a head of its own ------------------------------------------------------------------------------------------------

@@ -35,15 +35,17 @@ def generate(model, idx, steps, choose, end_of_text=None, cache=NO_CACHE):
     """
     Yield the next token of every row of idx (B, T) as ids (B,), at most `steps` times.
 
-    A row that has ended repeats end_of_text; it is over when all rows have ended. With a KVCache each step reads the new token
-    alone, without one it reads the text again. model: a GPT, or a decoder() of one.
+    end_of_text: an id, a list of them, or None. A row that has ended repeats the first of them; it is over when all rows have
+    ended. With a KVCache each step reads the new token alone, without one it reads the text again. model: a GPT, or a decoder()
+    of one.
     """
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    ends = torch.tensor([] if end_of_text is None else end_of_text, dtype=torch.long, device=idx.device).flatten()
     for _ in range(steps):
         token = choose(model.logits(model.hidden(idx, cache)[:, -1]))
-        if end_of_text is not None:
-            token = token.masked_fill(ended, end_of_text)
-            ended |= token == end_of_text
+        if len(ends):
+            token = token.masked_fill(ended, ends[0])
+            ended |= torch.isin(token, ends)
         yield token
         if ended.all():
             return
