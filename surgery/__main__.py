@@ -46,7 +46,9 @@ class Args:
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")
     targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
     mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
-    method: str = flag("pca", "pca, svd, whiten, fisher; of wte those of pca_factorize_wte.py; comma-separated, a sweep")
+    method: str = flag(
+        "pca", "pca, svd, whiten, fisher, sequential; of wte those of pca_factorize_wte.py; comma-separated, a sweep"
+    )
     layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers", low=2)
     seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
     calib_text: str = flag(

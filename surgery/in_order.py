@@ -1,9 +1,9 @@
 """
-Coding a model's linear layers in the order in which they compute: each repairs what the ones before it have spoilt.
+Coding or cutting a model's linear layers in the order in which they compute: each repairs what the ones before it have spoilt.
 
-Coded all at once, a layer is rounded for the inputs x that it has in the untouched model. In the coded model it reads other
-inputs x', since the layers before it have errors. So the matrix that is rounded is the one whose outputs from x' are nearest to
-the untouched outputs W x, weighed by each token's gradient (LinearMoments):
+All at once, a layer is rounded or cut for the inputs x that it has in the untouched model. In the smaller model it reads other
+inputs x', since the layers before it have errors. So the matrix that is rounded or cut is the one whose outputs from x' are
+nearest to the untouched outputs W x, weighed by each token's gradient (LinearMoments) where that is known:
 
     W* = argmin sum_t |g_t|^2 |W x_t - W* x'_t|^2 + ridge |W* - W|^2
 
@@ -52,6 +52,22 @@ def code_in_order(subject, drafts, depths, codes, moments, windows):
                 put(cut, name, coded[name])
         _, spoilt = run(block, spoilt, {})
     return {name: coded[name] for name in drafts}
+
+
+def layers_in_order(whole, cut, windows, linears):
+    """
+    Yield (layer, x [N,in], x' [N,in]) block by block: what it reads in the untouched model, and in the one that is being cut.
+
+    whole, cut: Subjects. The caller cuts the layer in `cut` before it asks for the next one. linears: {layer: name of a Linear}
+    """
+    (before_blocks, _), (blocks, _) = (blocks_of(subject.model, linears.values()) for subject in (whole, cut))
+    untouched, spoilt = inputs_of(whole, before_blocks[0], windows), inputs_of(cut, blocks[0], windows)
+    for before, block in tqdm(list(zip(before_blocks, blocks)), "cutting in order", leave=False):
+        theirs = {whole.model.get_submodule(name): layer for layer, name in linears.items()}
+        seen, untouched = run(before, untouched, {module: theirs[module] for module in before.modules() if module in theirs})
+        for layer, x in seen.items():
+            yield layer, x, inputs_at(block, spoilt, cut.model.get_submodule(linears[layer]))
+        _, spoilt = run(block, spoilt, {})
 
 
 def blocks_of(model, names):

@@ -16,10 +16,12 @@ class Moments:
     """
     A context: while it is open it gathers, of every layer, C = sum x x^T of the input and, where gradients flow,
     G = sum g g^T of the loss's gradient at the outputs, all rows of q, k and v together; float32.
+
+    windows: of the calibration text, a list of (x, y).
     """
 
-    def __init__(self, layers):
-        self.layers, self.tokens = layers, 0
+    def __init__(self, layers, windows=()):
+        self.layers, self.windows, self.tokens = layers, windows, 0
         self.C, self.G = {}, {}
 
     def __enter__(self):
@@ -84,7 +86,7 @@ def calibration(args, points, subject, layers, texts, file):
         widest = max(widest, sum(heights([(layer, "k"), (layer, "v")])))
     count = -(-args.calib_tokens // args.window)
     windows, counts = texts.calibration_windows(count, 2 * widest)
-    moments, table = Moments(layers if matrix_needs else []), dict(counts=counts)
+    moments, table = Moments(layers if matrix_needs else [], windows), dict(counts=counts)
     if matrix_needs or table_needs & MOMENTS:
         gradients = "G" in matrix_needs or "lookup" in table_needs
         kept = read_moments(file, shapes_of(layers, subject)) if file.exists() else dict(C={}, head=None, lookup=None)

@@ -88,6 +88,8 @@ def make_points(args):
                 fail(f"--method {method}: for {choice} there are {', '.join(known)}")
             if of_table and args.budget:
                 fail("--budget is spent over layers, and wte is one matrix: give --rank")
+            if method == "sequential" and "shared_layers" in args.mode.split(","):
+                fail("--method sequential cuts one layer after the other, --mode shared_layers several at once: give another")
             modes = ["table"] if of_table else args.mode.split(",")
             points += [Point(method, mode, targets, *level) for mode in modes for level in levels]
     return list(dict.fromkeys(points))

@@ -2,6 +2,7 @@
 The operation: q, k and v or the token table replaced by low-rank versions, the change checked, and everything put back.
 """
 
+import copy
 import hashlib
 import json
 import zlib
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from common.cli import fail, rounded
 from surgery import allocate
+from surgery.in_order import layers_in_order, repaired
 from surgery.layers import heights, stacks
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS, decompose_matrix, decompose_table
 
@@ -82,16 +84,31 @@ class Surgeon:
         try:
             if point.of_table:
                 self.cut_tables(point, cut)
-            for stack, rank in zip(chosen, ranks):
-                self.cut_stack(point, stack, rank, cut)
+            if point.method == "sequential":
+                self.cut_in_order(point, chosen, ranks, cut)
+            else:
+                for stack, rank in zip(chosen, ranks):
+                    self.cut_stack(stack, self.decomposition(point.method, stack), self.factors(point, stack, rank), cut)
         except BaseException:
             cut.undo()
             raise
         return cut
 
-    def cut_stack(self, point, stack, rank, cut):
-        decomposition, factors = self.decomposition(point.method, stack), self.factors(point, stack, rank)
-        W, before = factors.matrix(), decomposition.W
+    def cut_in_order(self, point, chosen, ranks, cut):
+        """Each stack is fitted to what it reads once the layers before it are cut (in_order.py)."""
+        stacks_of, layers = {}, {stack[0][0].name: stack[0][0] for stack in chosen}
+        for stack, rank in zip(chosen, ranks):
+            stacks_of.setdefault(stack[0][0].name, []).append((stack, rank))
+        linears = {name: next(iter(layer.linears)) for name, layer in layers.items()}
+        for name, x, read in layers_in_order(copy.deepcopy(self.subject), self.subject, self.moments.windows, linears):
+            for stack, rank in stacks_of[name]:
+                W = torch.cat([layer.weight(target) for layer, target in stack])
+                W, C = repaired(W, x.cpu(), read.cpu(), torch.ones(len(x)))
+                decomposition = decompose_matrix.decompose(W, point.method, C, self.moments.of(stack)[1])
+                self.cut_stack(stack, decomposition, decomposition.factors(rank), cut)
+
+    def cut_stack(self, stack, decomposition, factors, cut):
+        before, W, rank = torch.cat([layer.weight(t) for layer, t in stack]), factors.matrix(), factors.left.shape[1]
         facts = dict(ranks=rank, full=decomposition.full, energies=rounded(decomposition.energy(rank)))
         facts |= dict(errors=rounded(decompose_matrix.relative_error(before, W)))
         if self.moments:

@@ -38,8 +38,8 @@ C, G = second_moment(1, IN), second_moment(3, OUT)
 def metric(A, method):
     """The error A as the method counts it."""
     A = A.double().numpy()
-    A = root(G.numpy()) @ A if method == "fisher" else A
-    return np.linalg.norm(A @ root(C.numpy()) if method in ("whiten", "fisher") else A)
+    A = root(G.numpy()) @ A if "G" in METHODS[method] else A
+    return np.linalg.norm(A @ root(C.numpy()) if "C" in METHODS[method] else A)
 
 
 # -- the mathematics --------------------------------------------------------------------------------------------------

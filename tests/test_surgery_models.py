@@ -119,7 +119,7 @@ FAMILIES = dict(Mistral={}, Qwen2={}, Qwen3=dict(head_dim=16), Gemma=dict(head_d
 
 def points(levels):
     """Every choice of targets, mode and method at each level."""
-    of_layers = [(mode, method) for mode in MODES for method in MATRIX_METHODS]
+    of_layers = [(mode, m) for mode in MODES for m in MATRIX_METHODS if (mode, m) != ("shared_layers", "sequential")]
     for mode, method in [*of_layers, *(("table", method) for method in TABLE_METHODS)]:
         for level in levels:
             yield Point(method, mode, ("wte",) if mode == "table" else ("q", "k", "v"), *level)
@@ -131,7 +131,7 @@ def test_everything_kept_is_the_identity_and_only_what_is_asked_for_changes(name
     subject = OwnSubject(own(name)) if name in OWN else Subject(sharpened(family(name, **FAMILIES[name])))
     model, layers = subject.model.requires_grad_(False), find_layers(subject.model)
     x = torch.randint(300, (20, 40), generator=torch.Generator().manual_seed(0))
-    with Moments(layers) as moments:
+    with Moments(layers, [(x, x.roll(-1, 1))]) as moments:
         head, lookup = calibrate(subject, [(x.numpy(), x.roll(-1, 1).numpy())], gradients=True)
     surgeon = Surgeon(subject, layers, 2, moments, dict(counts=x.flatten().bincount(minlength=300), head=head, lookup=lookup))
     evaluator, before = Evaluator(subject, dict(text=[(x[:1], x[1:2])])), fingerprint(model)
@@ -170,6 +170,33 @@ def test_an_imported_pythia_is_cut_as_the_hugging_face_one(operate):
         for name, part in a["parts"].items():
             assert part["errors"] == pytest.approx(b["parts"][name]["errors"], rel=1e-2)
     assert min(r["kl"] for r in ours.records[1:]) > 1e-4 and list(ours.records[-1]["parts"]) == ["wte", "head"]
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "gpt"])
+def test_cut_in_order_loses_less(name):
+    """On the text that it was fitted to, and not where a first layer alone is cut: nothing is spoilt before it."""
+    subject = OwnSubject(own(name)) if name in OWN else Subject(sharpened(getattr(toys, name)()))
+    subject.model.requires_grad_(False)
+    layers, x = find_layers(subject.model), torch.randint(300, (60, 40), generator=torch.Generator().manual_seed(0))
+    with Moments(layers, [(x, x.roll(-1, 1))]) as moments:
+        calibrate(subject, [(x.numpy(), x.roll(-1, 1).numpy())], gradients=True)
+    evaluator = Evaluator(subject, dict(text=[(row[None], row.roll(-1)[None]) for row in x]))
+    lost = []
+    for these in (layers, layers[:1]):
+        surgeon = Surgeon(subject, these, 2, moments)
+        for method in ("fisher", "sequential"):
+            with surgeon.cut(Point(method, "shared_kv", ("k", "v"), "rank", 4)) as cut:
+                lost.append(evaluator.measure()["kl"])
+                assert cut.facts["kv"]["ranks"] == [4] * len(these)
+    assert lost[1] < lost[0] and lost[3] == pytest.approx(lost[2], rel=1e-3)
+
+
+def test_what_cut_in_order_is_not_for(operate, assert_one_line_error):
+    assert_one_line_error(
+        operate("--method", "sequential", "--mode", "separate,shared_layers", "--rank", "5"),
+        "--method sequential",
+        "shared_layers",
+    )
 
 
 @pytest.mark.parametrize("kind", [*OWN, "pythia"])

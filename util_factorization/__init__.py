@@ -17,8 +17,8 @@ METHODS = dict(
 MOMENTS = {"head", "lookup"}  # what has to be measured on calibration text
 JOINT_LAMBDA = 0.3
 
-# Of a matrix, y = W x. C: of its input; G: of the loss's gradient at its output.
-MATRIX_METHODS = dict(pca=(), svd=(), whiten=("C",), fisher=("C", "G"))
+# Of a matrix, y = W x. C: of its input; G: of the loss's gradient at its output. sequential is fisher, layer by layer.
+MATRIX_METHODS = dict(pca=(), svd=(), whiten=("C",), fisher=("C", "G"), sequential=("C", "G"))
 
 
 def reads_text(method):

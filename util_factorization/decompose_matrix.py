@@ -9,6 +9,7 @@ W ~ left @ right (+ mean), left [out,r], right [r,in]. A method says what an err
     fisher  the same C, and G = E[g g^T] of the loss's gradient g at the output: twice the nats that the error costs, to second
             order, if x and g are independent (the two factors of K-FAC, arXiv:1503.05671). The loss is that of next
             tokens which the model draws itself: on SmolLM2-135M a sixth less is lost than with the text's own
+    sequential  the same; W and C are those of surgery/in_order.py, which knows what the layers before give once they are cut
 
 With G^(1/2) (W - mean) C^(1/2) = U S V^T, left is G^(-1/2) U_k and right is U_k^T G^(1/2) (W - mean): C is never inverted.
 
