@@ -93,7 +93,7 @@ def turn_to_keys(down, k_up, v_up):
     left, r = torch.cat([k_up, v_up]).double(), len(down)
     if r > LONGEST:
         return None
-    rows = pivots(torch.cat([PREFERENCE * k_up, v_up]))[:r]
+    rows = pivots(torch.cat([PREFERENCE * left[: len(k_up)], left[len(k_up) :]]))[:r]
     stays = (rows < len(k_up)) & (rows < r)
     order = torch.full((r,), -1)
     order[rows[stays]] = rows[stays]

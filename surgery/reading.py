@@ -47,8 +47,7 @@ def load(folder, device="cpu", packed=True):
         if len(tokenizer) > rows:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)
+        if kind is low_rank_folder:
+            low_rank_folder.turn_to_keys(hf)  # for the CPU; .to() of another device gives the stored latents back
         check_works(hf)
-    hf.to(device)
-    if hf.device.type == "cpu" and kind is low_rank_folder:
-        low_rank_folder.turn_to_keys(hf)
-    return hf, tokenizer
+    return hf.to(device), tokenizer
