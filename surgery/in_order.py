@@ -62,8 +62,8 @@ def layers_in_order(whole, cut, windows, linears):
     """
     (before_blocks, _), (blocks, _) = (blocks_of(subject.model, linears.values()) for subject in (whole, cut))
     untouched, spoilt = inputs_of(whole, before_blocks[0], windows), inputs_of(cut, blocks[0], windows)
+    theirs = {whole.model.get_submodule(name): layer for layer, name in linears.items()}
     for before, block in tqdm(list(zip(before_blocks, blocks)), "cutting in order", leave=False):
-        theirs = {whole.model.get_submodule(name): layer for layer, name in linears.items()}
         seen, untouched = run(before, untouched, {module: theirs[module] for module in before.modules() if module in theirs})
         for layer, x in seen.items():
             yield layer, x, inputs_at(block, spoilt, cut.model.get_submodule(linears[layer]))

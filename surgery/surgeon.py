@@ -163,9 +163,9 @@ class Surgeon:
 
     def ranks(self, point, chosen):
         """The rank of every stack: the point's own, or by its share of the energy, or by its budget."""
-        decompositions = [self.decomposition(point.method, stack) for stack in chosen]
         if point.level == "rank":
             return [point.value] * len(chosen)
+        decompositions = [self.decomposition(point.method, stack) for stack in chosen]
         if point.level == "variance":
             return [decomposition.rank_for(point.value) for decomposition in decompositions]
         least = allocate.prices(decompositions)[1]
