@@ -44,7 +44,7 @@ def bind(name, *first):
     A function of library() with its first arguments given, or None where there is no library.
 
     A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of addresses. None stands for
-    null, in a list too; a number for an int.
+    null, in a list too; a number for an int or a float.
     """
     if library() is None:
         return None
@@ -60,6 +60,8 @@ def as_c(value):
     if isinstance(value, torch.Tensor):
         assert value.is_contiguous() and value.device.type == "cpu"
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
     if isinstance(value, list):
         return (ctypes.c_void_p * len(value))(*(None if item is None else item.data_ptr() for item in value))
     return value

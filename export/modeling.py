@@ -78,5 +78,6 @@ def blank_matrix(parts, codes):
 
 
 def blank_layer_code(bits, parts):
-    """bits: how many components have 1 bit, 2 bits, ..."""
-    return LayerCode(bits=[b for b, count in enumerate(bits, 1) for _ in range(count)], **blank(parts))
+    """bits: for each stream, how many components have 1 bit, 2 bits, ..."""
+    bits = [[b for b, count in enumerate(stream, 1) for _ in range(count)] for stream in bits]
+    return LayerCode(bits=bits, **blank(parts))

@@ -43,6 +43,12 @@ class Args:
         above=0,
         high=1,
     )
+    cache_form: str = flag(
+        "fast",
+        "of --cache_bytes. fast: each layer is read where it lies; small: layers are forecast from those before, which loses "
+        "less and decodes slowly",
+        choices=("fast", "small"),
+    )
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")
     targets: str = flag("q,k,v", "q, k, v, any of them together, or wte; several choices with a slash between: k/v/k,v")
     mode: str = flag("separate", "separate, shared_kv (k over v, one basis), shared_layers; a comma-separated list sweeps them")
@@ -92,8 +98,8 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "targets", "mode", "method", "seed_faithful", "answer_tokens",
-         "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
+SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "seed_faithful",
+         "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
          "heal_dtype")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
@@ -123,6 +129,8 @@ def check(args, given, points):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
     if not args.heal_steps and (other := sorted({"heal_text", "heal_rank", "heal_lr", "heal_dtype"} & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
+    if "cache_form" in given and not args.cache_bytes:
+        fail("--cache_form is for --cache_bytes: give it too, or drop --cache_form")
     if not args.out:
         if args.heal_steps:
             fail("--heal_steps heals the model that --out writes: give --out FOLDER")
@@ -180,7 +188,7 @@ def pack(args):
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
     if args.cache_bytes:
-        check_cache(subject.model, args.cache_bytes, args.window)
+        check_cache(subject.model, args.cache_bytes, args.window, args.cache_form)
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _, *claims = prepare_folder(args, shared)
     claims.append(claim_new(args.out, "folder"))

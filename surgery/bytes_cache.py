@@ -6,11 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
-from surgery.coded_attention import cache_bits, coded_layers, gather, id_bytes, install_cache
+from surgery.coded_attention import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
 from surgery.evaluator import Evaluator
 from surgery.subject import Subject
 from util_factorization.rounding import in_groups
 from value_cache.coded_cache import WHOLE, fit
+
+FORMS = {"bits": "small", "bits read in place": "fast"}  # of a coded cache, by a row's name
 
 
 class CacheMeasurer:
@@ -53,14 +55,11 @@ class CacheMeasurer:
         if self.found is None:
             torch.manual_seed(self.seed)
             self.found = gather(self.subject, self.windows)
-        x, e, G = self.found
-        whole = WHOLE / self.window
-        codes = fit(
-            x, e, G, cache_bits(self.subject.model, len(x), x[0].shape[-1], row.given[0] - whole), forecasts=row.name == "bits"
-        )
-        hf = copy.deepcopy(self.subject.model)
+        hf, form, whole = self.subject.model, FORMS[row.name], WHOLE / self.window
+        codes = fit(*self.found, cache_bits(hf, row.given[0] - whole, form), blocks_for(hf, form))
+        hf = copy.deepcopy(hf)
         install_cache(hf, codes)
-        taken = sum(code.bytes_per_token for code in codes) + id_bytes(hf)
+        taken = sum(code.bytes_per_token for code in codes) + kept_of_id(hf, form)
         return Subject(hf), taken + whole * self.float16_bytes()
 
 

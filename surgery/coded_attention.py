@@ -8,15 +8,21 @@ reads the layers in order, all positions of a layer at once. Nothing that was re
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, D = 2 G n.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from common.cli import fail
 from model import rotate
+from surgery.latent_cache import growing
 from surgery.layers import find_layers
 from surgery.low_rank_modules import Turns, check_attention
-from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, fit, known_of, least_bits
+from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
+from value_cache.coded_reader import reader_of
+
+STREAMS = dict(fast=2, small=1)  # of a layer. Forms of a coded cache: read where it lies; with forecasts, which lose less
 
 
 class Step:
@@ -31,23 +37,55 @@ class Step:
     def note(self, module, inputs, output):
         self.ids = inputs[0]
 
-    def packed_ids(self, like):
-        """-> uint8 (B, T, 2 or 4)"""
+    def begin(self, like):
+        """Before layer 0 writes what is at hand, like (B, T, D)."""
         if self.ids is None or self.ids.shape != like.shape[:2]:
             raise ValueError("a coded cache keeps the tokens' ids: give the model input_ids, not inputs_embeds")
+        self.begin_with(self.ids)
+
+    def begin_with(self, ids):
+        self.e, self.read = rows_of(self.table, self.norm, ids), []
+
+    def attach(self, rows):
+        """Rows of layer 0 at hand, with the ids before them."""
         ids, self.ids = self.ids, None  # each is read once
-        return (ids[..., None] >> self.places(ids)).to(torch.uint8)
+        return torch.cat([(ids[..., None] >> self.places(ids)).to(torch.uint8), rows], -1)
+
+    def detach(self, rows):
+        """Rows of layer 0 of all positions, without the ids."""
+        ids, rows = rows.tensor_split([self.id_bytes], -1)
+        self.begin_with((ids.long() << self.places(ids)).sum(-1))
+        return rows
 
     def places(self, like):
         """The first bit of each byte of an id."""
         return 8 * torch.arange(self.id_bytes, device=like.device)
 
-    def begin(self, packed_ids):
-        ids = (packed_ids.long() << self.places(packed_ids)).sum(-1)
-        self.e, self.read = rows_of(self.table, self.norm, ids), []
+    def known(self, like, last=0):
+        """What is at hand of all positions, or of the last ones [N,P], in the dtype of `like`."""
+        return known_of(self.read, self.e.to(like.dtype))[:, -last:].flatten(0, 1)
 
-    def known(self, like):
-        return known_of(self.read, self.e.to(like.dtype))
+    def add(self, read):
+        self.read = [*self.read[1 - LAYERS_BEFORE :], read]
+
+
+class NoForecasts:
+    """Stands for Step where each layer is read alone: no ids are kept."""
+
+    def begin(self, like):
+        pass
+
+    def attach(self, rows):
+        return rows
+
+    def detach(self, rows):
+        return rows
+
+    def known(self, like, last=0):
+        return None
+
+    def add(self, read):
+        pass
 
 
 def id_bytes(hf):
@@ -78,53 +116,82 @@ class CodedAttention(nn.Module):
         return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **_):
-        x, T = hidden_states, hidden_states.shape[1]
-        if getattr(past_key_values, "is_compileable", False):
+        x, T, cache = hidden_states, hidden_states.shape[1], past_key_values
+        if getattr(cache, "is_compileable", False):
             raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
-        now = torch.cat([self.k_proj(x), self.v_proj(x)], -1)
+        now = torch.cat([self.k_proj(x), self.v_proj(x)], -1).to(self.code.mean.dtype)
+        layer = growing(cache, self.layer_idx)
+        if layer and not layer.get_seq_length() and isinstance(self.k_norm, nn.Identity):
+            layer.reader = reader_of(self.code, self.n)
         with torch.autocast(x.device.type, enabled=False):
-            read = self.through_cache(now.to(self.code.mean.dtype), attention_mask, past_key_values).to(now.dtype)
-        k, v = map(self.heads, read.chunk(2, -1))  # (B, G, S, n)
-        S = k.shape[2]
+            kept = self.append(now, attention_mask, cache)
+        q, S = self.q_norm(self.heads(self.q_proj(x))), kept.rows.shape[1]
+        if T == 1 and layer and layer.reader and q.dtype == torch.float32 and not (torch.is_grad_enabled() and q.requires_grad):
+            return self.o_proj(self.read_in_place(layer.reader, q[:, :, 0], kept, attention_mask)), None
         cos, sin = self.turns(S, x)
-        q, k = self.q_norm(self.heads(self.q_proj(x))), self.k_norm(k)
-        q, k = rotate(q, cos[:, S - T :], sin[:, S - T :]), rotate(k, cos, sin)
+        q = rotate(q, cos[:, S - T :], sin[:, S - T :])
+        with torch.autocast(x.device.type, enabled=False):
+            read = self.read_all(kept, now).to(x.dtype)
+        k, v = map(self.heads, read.chunk(2, -1))  # (B, G, S, n)
+        k = rotate(self.k_norm(k), cos, sin)
         causal = attention_mask is None and T > 1
         y = F.scaled_dot_product_attention(
             q, k, v.to(q.dtype), attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).flatten(-2)), None
 
-    def through_cache(self, now, mask, cache):
-        """Keys and values at hand (B, T, D) -> those of all positions, as read back (B, S, D)."""
-        (B, T, _), pads, step, first = now.shape, padding(mask, now), self.step, self.layer_idx == 0
+    def append(self, now, mask, cache):
+        """Keys and values at hand (B, T, D) -> a Kept of all positions."""
+        (B, T), pads, step, first = now.shape[:2], padding(mask), self.step, self.layer_idx == 0
         start = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        whole = now[:, : max(0, int(pads.max()) + WHOLE - start)].half()
-        ids = step.packed_ids(now) if first else now[..., :0].to(torch.uint8)
+        whole = now[:, : max(0, WHOLE + (0 if pads is None else int(pads.max())) - start)].half()
         if first:
-            step.begin(ids)
-        windows = self.code.encode(now.detach().flatten(0, 1), step.known(now)[:, -T:].flatten(0, 1))
-        packed = torch.cat([ids, self.code.pack(windows).unflatten(0, (B, T))], -1)
+            step.begin(now)
+        rows = self.code.write(now.detach().flatten(0, 1), step.known(now, last=T)).unflatten(0, (B, T))
+        rows = step.attach(rows) if first else rows
         if cache is not None:
-            packed, whole = (t[:, 0] for t in cache.update(packed[:, None], whole[:, None], self.layer_idx))
-        ids, packed = packed.tensor_split([ids.shape[-1]], -1)
-        if first:
-            step.begin(ids)  # of all positions now
-        known = step.known(now).flatten(0, 1)
-        read = self.code.decode(self.code.unpack(packed.flatten(0, 1)), known).unflatten(0, (B, -1))
-        place = torch.arange(whole.shape[1], device=now.device) - pads[:, None]
-        kept = ((place >= 0) & (place < WHOLE))[..., None]  # shorter texts of a batch begin later
-        read = torch.cat([torch.where(kept, whole.to(read.dtype), read[:, : whole.shape[1]]), read[:, whole.shape[1] :]], 1)
-        step.read = [*step.read[1 - LAYERS_BEFORE :], read]
-        return read + (now - now.detach()) if cache is None else read
+            rows, whole = (t[:, 0] for t in cache.update(rows[:, None], whole[:, None], self.layer_idx))
+        return Kept(step.detach(rows) if first else rows, whole, pads)
+
+    def read_all(self, kept, now):
+        """-> keys and values of all positions (B, S, D). now (B, T, D): those at hand, which have the gradients."""
+        (B, W), whole = kept.whole.shape[:2], kept.whole.to(now.dtype)
+        read = self.code.read(kept.rows.flatten(0, 1), self.step.known(whole)).unflatten(0, (B, -1))
+        read = torch.cat([torch.where(kept.counts()[..., None], whole, read[:, :W]), read[:, W:]], 1)
+        self.step.add(read)
+        return read + (now - now.detach()) if now.shape[1] == read.shape[1] else read
+
+    def read_in_place(self, reader, q, kept, mask):
+        """One query of each text, not yet rotated (B, H, n) -> what the heads give, side by side (B, 1, H n)."""
+        self.turns(kept.rows.shape[1], q)
+        held = (kept.rows, kept.pads, reader.first_positions(kept.whole, self.turns))
+        scores = reader.scores(q, *held, self.turns.columns, self.scaling)
+        if mask is not None:
+            mask = mask[:, 0, -1:]  # (B or 1, 1, S)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return reader.outputs(scores.softmax(-1), *held)
 
 
-def padding(mask, like):
-    """Padded positions on the left of each text, long [B], from an attention's mask (B or 1, 1, T, S) or None."""
-    if mask is None:
-        return torch.zeros(len(like), dtype=torch.long, device=like.device)
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    return allowed[:, 0, -1].int().argmax(-1).expand(len(like))
+@dataclass
+class Kept:
+    """
+    What a cache holds of a layer: rows uint8 (B, S, bytes); whole (B, W, D) float16, the first positions. pads: of padding().
+    """
+
+    rows: torch.Tensor
+    whole: torch.Tensor
+    pads: torch.Tensor | None
+
+    def counts(self):
+        """Which of `whole` are of the first WHOLE of a text (B or 1, W): shorter texts of a batch begin later."""
+        place = torch.arange(self.whole.shape[1], device=self.whole.device)[None]
+        place = place if self.pads is None else place - self.pads[:, None]
+        return (place >= 0) & (place < WHOLE)
+
+
+def padding(mask):
+    """Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one."""
+    return None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1].int().argmax(-1)
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -183,42 +250,58 @@ def install_cache(hf, codes, layers=None):
 
     codes: a LayerCode for each layer. layers: coded_layers() from before the weights were packed, where they are.
     """
-    step, turns = Step(hf), Turns(hf.base_model.rotary_emb)
+    step = Step(hf) if any(len(code.forecast) for code in codes) else NoForecasts()
+    turns = Turns(hf.base_model.rotary_emb)
     for layer, code in zip(layers or coded_layers(hf), codes, strict=True):
         parent, last = layer.name.rsplit(".", 1)
         attn = hf.get_submodule(layer.name)
         setattr(hf.get_submodule(parent), last, CodedAttention(attn, code.to(hf.device), turns, step))
 
 
-def code_cache(subject, windows, share):
+def code_cache(subject, windows, share, form):
     """
     Calibrate on windows and give the model, in place, a cache of at most this share of its float16 bytes -> the codes.
 
-    The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it.
+    The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it. form: of STREAMS.
     """
-    x, e, G = gather(subject, windows)
-    codes = fit(x, e, G, cache_bits(subject.model, len(x), x[0].shape[-1], share))
+    codes = fit(*gather(subject, windows), cache_bits(subject.model, share, form), blocks_for(subject.model, form))
     install_cache(subject.model, codes)
     return codes
 
 
-def cache_bits(hf, layers, numbers, share):
+def blocks_for(hf, form):
+    """What fit() takes."""
+    layer = coded_layers(hf)[0]
+    n = hf.get_submodule(layer.name).head_dim
+    return blocks_of(len(layer.rows["k"]) // n, n) if form == "fast" else None
+
+
+def numbers_of(hf):
+    """(layers, numbers of a token's keys and values in one of them)"""
+    layers = coded_layers(hf)
+    return len(layers), len(layers[0].rows["k"]) + len(layers[0].rows["v"])
+
+
+def cache_bits(hf, share, form):
     """
     Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes.
-
-    numbers: of a token's keys and values in one of the layers.
     """
-    ends = 7 * layers  # bits at most: a layer's bits fill whole bytes
-    return share * 16 * layers * numbers - 8 * id_bytes(hf) - ends
+    layers, numbers = numbers_of(hf)
+    ends = 7 * layers * STREAMS[form]  # bits at most: a stream's bits fill whole bytes
+    return share * 16 * layers * numbers - 8 * kept_of_id(hf, form) - ends
 
 
-def check_cache(hf, share, window):
+def kept_of_id(hf, form):
+    """Bytes of a token's id in the cache: forecasts need it."""
+    return id_bytes(hf) if form == "small" else 0
+
+
+def check_cache(hf, share, window, form):
     """Refuse a model, a --cache_bytes share or a --window that no cache can be made of, before anything is measured."""
-    layers = coded_layers(hf)
-    numbers, count = len(layers[0].rows["k"]) + len(layers[0].rows["v"]), len(layers)
-    least = least_bits(count)
-    if (found := cache_bits(hf, count, numbers, share)) < least:
-        lowest = share + (least - found) / (16 * count * numbers)
+    layers, numbers = numbers_of(hf)
+    least = least_bits(layers, STREAMS[form])
+    if (found := cache_bits(hf, share, form)) < least:
+        lowest = share + (least - found) / (16 * layers * numbers)
         fail(f"--cache_bytes {share} does not pay for a token's id, gains and a component: give {lowest + 0.0005:.3f} or more")
     if window <= WHOLE:
         fail(f"--window {window}: the first {WHOLE} positions of a coded cache are kept whole, give a longer one")

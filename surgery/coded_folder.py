@@ -1,7 +1,7 @@
 """
 A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
 float32, and of a coded cache the constants, in 16 bits. config.json's entry "surgery" is {"coded": [names of the matrices],
-"window": bits of the codes' windows, "cache": [bits of the components, for each layer]}.
+"window": bits of the codes' windows, "cache": [bits of the components, for each stream of each layer]}.
 """
 
 from surgery import coded_attention
@@ -77,12 +77,17 @@ def taken(tensors, start):
 
 def layer_code(i, bits, tensors, layers):
     """LayerCode of layer i of stored tensors. Raises ValueError where they do not fit the layers."""
-    K, D, d = len(bits), len(layers[i].rows["k"]) + len(layers[i].rows["v"]), layers[i].width
-    known = d + D * min(i, LAYERS_BEFORE)
-    shapes = dict(mean=(D,), forecast=(known, D), to_z=(D, K), from_z=(K, D), levels=(len(tensors["levels"]), 2**FAST_WINDOW))
+    bits = bits if bits and isinstance(bits[0], list) else [bits]  # of older folders: there was one stream
+    levels = tensors["levels"] if tensors["levels"].dim() == 3 else tensors["levels"][None]
+    K, D, d = sum(map(len, bits)), len(layers[i].rows["k"]) + len(layers[i].rows["v"]), layers[i].width
+    known = len(tensors["forecast"]) and d + D * min(i, LAYERS_BEFORE)
+    shapes = dict(mean=(D,), forecast=(known, D), to_z=(D, K), from_z=(K, D))
+    shapes["levels"] = (len(bits), levels.shape[1], 2**FAST_WINDOW)
+    tensors = tensors | dict(levels=levels)
     if any(tensors[name].shape != shape or not tensors[name].isfinite().all() for name, shape in shapes.items()):
         raise ValueError(f"layer {i} of the cache is damaged")
-    if bits != sorted(bits) or not all(type(b) is int and 0 < b < len(tensors["levels"]) for b in bits):
+    whole = all(type(b) is int and 0 < b < levels.shape[1] for stream in bits for b in stream)
+    if not whole or any(stream != sorted(stream) for stream in bits) or levels.shape[1] > FAST_WINDOW + 1:
         raise ValueError(f"layer {i} of the cache has damaged bits")
     return LayerCode(bits=bits, **tensors)
 

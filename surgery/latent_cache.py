@@ -45,20 +45,25 @@ class Buffer:
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer whose keys and values lie in Buffers. reader: what reads its latents of keys, a KeyReader or None."""
+    """A DynamicLayer whose keys and values lie in Buffers. reader: what reads them where they lie, a KeyReader or the like."""
 
     buffers, reader = [None, None], None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """(B, 1, T, r) twice -> those of all positions, (B, 1, S, r) twice"""
-        new, kept, start = (key_states, value_states), (self.keys, self.values), self.get_seq_length()
-        if not start or any(t.requires_grad for t in (*new, *kept)):
+        if not self.get_seq_length() or any(t.requires_grad for t in (key_states, value_states, self.keys, self.values)):
             return super().update(key_states, value_states, *args, **kwargs)
-        end = start + key_states.shape[2]
-        pairs = zip(self.buffers, kept)
-        self.buffers = [buffer if buffer and buffer.takes(part, end) else Buffer(part, end) for buffer, part in pairs]
-        self.keys, self.values = (buffer.append(part) for buffer, part in zip(self.buffers, new))
+        self.keys, self.values = self.grown(0, self.keys, key_states), self.grown(1, self.values, value_states)
         return self.keys, self.values
+
+    def grown(self, i, kept, new):
+        if not new.shape[2]:
+            return kept
+        end, buffer = kept.shape[2] + new.shape[2], self.buffers[i]
+        if not (buffer and buffer.takes(kept, end)):
+            buffer = Buffer(kept, end)
+            self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # a copy's stay as they are
+        return buffer.append(new)
 
     def reset(self):
         self.buffers, self.reader = [None, None], None

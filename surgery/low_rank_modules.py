@@ -59,6 +59,7 @@ class Turns:
 
     def __init__(self, rotary):
         self.rotary, self.cos, self.sin = rotary, torch.empty(1, 0, 0), None
+        self.columns = None  # the two as [D/2, capacity] each
 
     def __call__(self, S, like):
         """-> cos and sin (1, S, D/2), D rotated numbers a head; a model of learned positions rotates none."""
@@ -66,9 +67,10 @@ class Turns:
             return (like.new_empty(1, S, 0),) * 2
         if self.cos.shape[1] < S or self.cos.device != like.device or self.cos.dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():  # a later training may read them too
-                positions = torch.arange(max(64, 2 * S), device=like.device)[None]
+                positions = torch.arange(-(-S // 32) * 64, device=like.device)[None]  # whole LANES of coded_reader.py
                 both = self.rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
                 self.cos, self.sin = (t.chunk(2, -1)[0].contiguous() for t in both)  # the two halves are the same
+                self.columns = [t[0].T.contiguous() for t in (self.cos, self.sin)]
         return self.cos[:, :S], self.sin[:, :S]
 
 

@@ -37,7 +37,7 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
 
 STACK = dict(parts=[[str, ("q", "k", "v")]], rank=WHOLE)
 LOW_RANK = dict(stacks=[STACK], table=(dict(rank=WHOLE, mean=bool, head=(WHOLE, None)), None))
-CODED = {"coded": [str], "cache?": [[range(1, 17)]]}
+CODED = {"coded": [str], "cache?": [([[range(1, 17)]], [range(1, 17)])]}  # the latter: of one stream, as older folders have it
 
 
 def read_plan(folder, most):

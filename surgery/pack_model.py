@@ -77,7 +77,8 @@ def cache_of(args, hf, coded, texts):
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
     torch.manual_seed(args.seed)
     try:
-        return code_cache(Subject(decoded), tqdm(windows, "calibration of the cache", unit="window"), args.cache_bytes)
+        windows = tqdm(windows, "calibration of the cache", unit="window")
+        return code_cache(Subject(decoded), windows, args.cache_bytes, args.cache_form)
     except ValueError as error:
         fail(f"--cache_bytes {args.cache_bytes}: {error}")
 
@@ -122,7 +123,12 @@ def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subjec
         out=Path(args.out).name,
         targets=args.targets,
         bytes=dict(asked=args.bytes, coded=taken, on_disk=size, in_memory=memory),
-        cache=dict(asked=args.cache_bytes, tokens=prompt.shape[1], bytes_per_token=dict(zip(["untouched", "packed"], kept)))
+        cache=dict(
+            asked=args.cache_bytes,
+            form=args.cache_form,
+            tokens=prompt.shape[1],
+            bytes_per_token=dict(zip(["untouched", "packed"], kept)),
+        )
         | dict(constants=sum(2 * t.numel() for code in cache for t in code.tensors().values())),
         float16_bytes=total,
         stored=numbers,

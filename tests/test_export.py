@@ -228,13 +228,13 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_
 # -- by bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["matrices", "matrices and cache"])
+@pytest.fixture(scope="module", params=["matrices", "matrices and small cache", "matrices and fast cache"])
 def packed(request, spoken, tmp_path_factory):
     """(A compact folder of a model whose table, a layer and maybe the cache are kept by bits; surgery's folder)."""
     folder, tokenizer = tmp_path_factory.mktemp("packed"), transformers.AutoTokenizer.from_pretrained(spoken)
     hf, codes = toys.llama(num_hidden_layers=1), ()
     if "cache" in request.param:
-        hf, _, codes = test_coded_cache.coded(0.25)
+        hf, _, codes = test_coded_cache.coded(0.25, request.param.split()[2])
     save_coded(folder / "small", hf, tokenizer, coded_matrices(hf), codes)
     write_compact(folder)
     return folder / "out", folder / "small"

@@ -18,12 +18,17 @@ alike. So bits.spend() gives the bits of all layers at once.
 Rare words differ from their forecast most: their z is several times that of others. With the same levels for all tokens a few
 tokens in a hundred make most of the loss. So a token has a gain in each layer: the root mean square of z, in 16 steps.
 
-A token's components in a layer are one stream of bits: a trellis (trellis.py) whose step t adds bits[t] bits. At 2 bits it
-has two thirds of the error of single levels. A stream's first numbers have less choice, so those of the fewest bits come first.
-The levels are fitted to each layer. The gain stands at the end, in four bits.
+A token's components in a layer are one stream of bits (streams.py): a trellis, which at 2 bits has two thirds of the error of
+single levels. A stream's first numbers have less choice, so those of the fewest bits come first. The levels are fitted to each
+stream.
 
 The forecast is fitted to what will be read back. The rounding is simulated for that, by the test channel of a code of error c:
 z' = (1 - c) z + (c (1 - c))^(1/2) gain noise has the error c, uncorrelated with z'.
+
+**A form to be read where it lies.** Forecasts need all positions of all layers before at every step. Without them, and with
+bases of small blocks, a step restores little: sums of the values' z suffice, and each key needs the z of its block. A block of
+the keys has BLOCK neighbouring rotary frequencies of all heads: heads correlate most where they turn alike. The values are one
+block. Keys and values have a stream and a gain each: the keys of some tokens are large where their values are not.
 
 Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its components with bits, P known numbers.
 """
@@ -32,38 +37,35 @@ import torch
 import torch.nn as nn
 
 from util_factorization.bits import spend
-from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.spectrum import root
 from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
+from value_cache.streams import GAIN_BITS, GAINS, read_rows, size_of, windows_and_gain, write_rows
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads
 DAMPING = 1e-3  # of the metric's mean eigenvalue: directions without a gradient keep a little weight
 PASSES = 3  # of fit(): what a layer needs depends on the rounding of the layers before it
-AT_ONCE = 512  # tokens encoded together
-IMPOSSIBLE = 1e30  # a cost
 LLOYD_ROUNDS = 3
 SAMPLE = 4096  # tokens to which levels are fitted
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
-GAIN_BITS = 4
-GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
 LAYERS_BEFORE = 2  # that a forecast reads
+BLOCK = 8  # rotary frequencies
+LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, which the loops need
 
 
 class LayerCode(nn.Module):
     """
-    This is how a token's keys and values become bytes in one layer, and back. A layer without bits has no gain either.
+    This is how a token's keys and values become bytes in one layer, and back.
 
-    mean [D], forecast [P,D], to_z [D,K], from_z [K,D], bits: a list of K numbers above 0, rising; levels (most bits + 1,
-    2^FAST_WINDOW): the value of each window at each depth.
+    mean [D], forecast [P,D], to_z [D,K], from_z [K,D]; bits: a list for each stream, of numbers above 0, rising, K in all;
+    levels (streams, most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
     """
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
         super().__init__()
-        self.bits, self.stream = bits, bits + [GAIN_BITS] * bool(bits)
+        self.bits = bits
         for name, tensor in dict(mean=mean, forecast=forecast, to_z=to_z, from_z=from_z, levels=levels).items():
             self.register_buffer(name, tensor.float())
-        self.offsets = None
 
     def tensors(self):
         """What is stored, in 16 bits. to_z is as large as differences from the forecast are small: beyond float16, at times."""
@@ -71,75 +73,32 @@ class LayerCode(nn.Module):
         return stored | dict(to_z=self.to_z.bfloat16())
 
     def expected(self, known):
-        """known [N,P]: what is at hand when the layer is read -> forecast of x [N,D]. Without a forecast none is read."""
-        return torch.addmm(self.mean, known[:, : len(self.forecast)], self.forecast)
+        """known [N,P]: what is at hand when the layer is read, None without forecasts -> forecast of x [N,D] or [D]."""
+        return self.mean if known is None else torch.addmm(self.mean, known, self.forecast)
 
-    def encode(self, x, known):
-        """x [N,D] -> the windows of the trellis and the gain's number, together [N, K + 1]; [N,0] without bits."""
-        if not self.bits:
-            return torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-        z = (x - self.expected(known)) @ self.to_z
-        gain = nearest_gain(z)
-        parts = (z / GAINS.to(z)[gain, None]).split(AT_ONCE)
-        return torch.cat([torch.cat([encode_rows(part, self.bits, self.levels) for part in parts]), gain[:, None]], 1)
+    @property
+    def sizes(self):
+        """Bytes of each stream of a token."""
+        return [size_of(bits) for bits in self.bits]
 
-    def decode(self, windows, known):
-        """The inverse, to rounding: -> x [N,D]."""
-        if not self.bits:
-            return self.expected(known)
-        if self.offsets is None or self.offsets.device != windows.device:
-            self.offsets = torch.tensor(self.bits, dtype=torch.long, device=windows.device) * self.levels.shape[1]
-        gain = GAINS.to(self.levels)[windows[:, -1:].long() & 2**GAIN_BITS - 1]
-        z = self.levels.flatten()[windows[:, :-1] + self.offsets] * gain
-        return torch.addmm(self.expected(known), z, self.from_z)
+    def write(self, x, known):
+        """x [N,D] -> uint8 [N, bytes_per_token]"""
+        return write_rows((x - self.expected(known)) @ self.to_z, self.bits, self.levels)
 
-    def pack(self, windows):
-        """-> uint8 [N, bytes_per_token]"""
-        return pack_rows(windows, self.stream)
-
-    def unpack(self, packed):
-        return unpack_rows(packed, self.stream, FAST_WINDOW)
+    def read(self, rows, known):
+        """The inverse, to rounding."""
+        z = [read_rows(*stream) for stream in zip(rows.split(self.sizes, 1), self.bits, self.levels)]
+        return self.expected(known) + torch.cat(z, 1) @ self.from_z
 
     @property
     def bytes_per_token(self):
-        return row_bytes(self.stream)
-
-
-def nearest_gain(z):
-    """z [N,K] -> the number of the gain next to each row's root mean square [N]."""
-    size = z.square().mean(1, keepdim=True).sqrt()
-    return (size.clamp(min=1e-9).log() - GAINS.to(z).log()).abs().argmin(1)
-
-
-def encode_rows(z, bits, levels):
-    """
-    z [N,K] of variance 1 -> the windows [N,K] of least squared error in each row (see trellis.viterbi).
-
-    Here each number has a depth of its own, and the stream before the first number is 0.
-    """
-    (N, K), L, z, levels = z.shape, FAST_WINDOW, z.float().T.contiguous(), levels.float()
-    cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []
-    cost[0] = 0
-    for t, b in enumerate(bits):
-        high, kept = 2**b, 2 ** (L - b)
-        names = torch.arange(high, dtype=torch.int32, device=z.device).view(-1, 1, 1)
-        named = cost.view(torch.int32).view(high, kept, N).bitwise_and_(-high).bitwise_or_(names)
-        best = named.view(torch.float32).amin(0)
-        oldest.append((best.view(torch.int32) & high - 1).to(torch.uint8))
-        best = best - best.amin(0)  # costs keep their precision
-        cost = (z[t] - levels[b].view(kept, high, 1)).square_().add_(best[:, None]).flatten(0, 1)
-    windows, window = torch.empty(K, N, dtype=torch.long, device=z.device), cost.argmin(0)
-    for t in range(K - 1, -1, -1):
-        windows[t] = window
-        shared = window >> bits[t]
-        window = oldest[t].gather(0, shared[None])[0].long() << (L - bits[t]) | shared
-    return windows.T
+        return sum(self.sizes)
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def fit(x, e, G, budget, forecasts=True):
+def fit(x, e, G, budget, blocks=None):
     """
     Calibration text -> a LayerCode for each layer.
 
@@ -147,27 +106,32 @@ def fit(x, e, G, budget, forecasts=True):
     e           (B, T, d), normalised rows of the table
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
     budget      bits of a token, over all layers, the gains' too
-    forecasts   false: x_l = mean_l + A_l z, for comparison
+    blocks      for each stream of a layer a list of blocks, the numbers that have a basis of their own, and no forecasts;
+                left out, one stream, one basis, and forecasts
     Raises ValueError where no component is paid for, or worth anything, or the texts are not longer than what is kept whole.
     """
-    if budget < least_bits(len(x)):
-        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least_bits(len(x))} or more")
+    streams = len(blocks or [0])
+    if budget < (least := least_bits(len(x), streams)):
+        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least} or more")
     if e.shape[1] <= WHOLE:
         raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
     codes, draw = gaussian_codes(FAST_WINDOW), torch.Generator().manual_seed(0)
     errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
     steps, level = -errors.diff(), 0.0  # level: what the last bit that is paid for is worth
-    for _ in range(PASSES if forecasts else 1):
+    for _ in range(1 if blocks else PASSES):
         found, read = [], []
         for now, metric in zip(x, G):
-            known = known_of(read, e) if forecasts else e[..., :0]
-            layer = Fitted(coded(now), coded(known), metric)
+            known = e[..., :0] if blocks else known_of(read, e)
+            layer = Fitted(coded(now), coded(known), metric, blocks or [[torch.arange(now.shape[-1])]])
             error = errors[(layer.variances[:, None] * steps >= level).sum(1)]  # least at the first pass
             as_read = layer.as_read(coded(now), coded(known), error, draw).unflatten(0, (len(now), -1))
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        bits = spend(variances.view(1, -1), torch.ones(1), budget - GAIN_BITS * len(x), distortion(codes)).view_as(variances)
+        left = budget - GAIN_BITS * streams * len(x)
+        bits = spend(variances.view(1, -1), torch.ones(1), left, distortion(codes)).view_as(variances)
+        for layer, b in zip(found, bits):
+            layer.drop_short(b)
         if not bits.any():
             raise ValueError("the loss does not depend on keys and values, no component is worth a bit: give another model")
         level = (variances * steps[bits - 1])[bits > 0].min().item()
@@ -175,9 +139,15 @@ def fit(x, e, G, budget, forecasts=True):
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
 
 
-def least_bits(layers):
-    """Of a budget: the gains, and a bit."""
-    return GAIN_BITS * layers + 1
+def least_bits(layers, streams=1):
+    """Of a budget: the gains, and what a stream has at least beside its own."""
+    return GAIN_BITS * layers * streams + LEAST
+
+
+def blocks_of(groups, n):
+    """The blocks of a layer with so many heads of keys, of n numbers each, and as many of values; a stream for each of them."""
+    key, frequency = torch.arange(groups * n), (torch.arange(n) % -(-n // 2) // BLOCK).repeat(groups)
+    return [[key[frequency == f] for f in frequency.unique()], [groups * n + key]]
 
 
 def coded(x):
@@ -194,20 +164,22 @@ class Fitted:
     """
     A layer's forecast and coordinates, fitted to x [N,D], known [N,P] and the metric G [D,D].
 
-    variances [D], falling, of the coordinates (x - forecast) @ to_z; from_z: the inverse of to_z; sample: some coordinates.
+    variances [D] of the coordinates (x - forecast) @ to_z, falling within a stream; stream [D]; from_z: the inverse of to_z;
+    sample: some coordinates.
     """
 
-    def __init__(self, x, known, G):
+    def __init__(self, x, known, G, blocks):
         centre, centre_known = x.mean(0), known.mean(0)
         self.forecast = least_squares(known - centre_known, x - centre)
         self.mean = centre - centre_known @ self.forecast
         left = x - self.expected(known)
-        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
-        half = root(G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64))
         S = (left.T @ left).double() / len(x)
-        variances, V = torch.linalg.eigh(half @ S @ half)
-        self.variances, V = variances.clamp(min=0).flip(0), V.flip(1)
-        self.to_z, self.from_z = half @ V, V.T @ torch.linalg.inv(half)
+        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
+        metric = G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64)
+        parts = [coordinates(S, metric, stream) for stream in blocks]
+        self.variances, to_z, self.from_z = (torch.cat([part[i] for part in parts]) for i in range(3))
+        self.stream = torch.cat([torch.full((len(part[0]),), i) for i, part in enumerate(parts)])
+        self.to_z = to_z.T
         self.sample = left[:: -(-len(x) // SAMPLE)] @ self.to_z.float()
 
     def expected(self, known):
@@ -222,20 +194,46 @@ class Fitted:
             noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
 
+    def drop_short(self, bits):
+        """Set the bits [D] of streams that are too short to 0, in place."""
+        total = torch.zeros(self.stream[-1] + 1, dtype=bits.dtype).scatter_add_(0, self.stream, bits)
+        bits[(total < LEAST)[self.stream]] = 0
+
     def code(self, bits, levels):
-        order = bits.argsort(stable=True)[(bits == 0).sum() :]  # of the components that have bits
-        std, bits = self.variances[order].sqrt(), bits[order].tolist()
-        levels = fit_levels((self.sample[:, order] / std).float(), bits, levels) if bits else levels
+        """bits [D] -> LayerCode"""
+        order = (bits + self.stream * (bits.max() + 1)).argsort(stable=True)  # each stream's by bits
+        order = order[bits[order] > 0]
+        std, stream = self.variances[order].sqrt(), self.stream[order]
+        z = (self.sample[:, order] / std).float()
+        parts = [stream == i for i in range(self.stream[-1] + 1)]
+        bits = [bits[order][part].tolist() for part in parts]
+        levels = torch.stack([fit_levels(z[:, part], b, levels) if b else levels for part, b in zip(parts, bits)])
         return LayerCode(self.mean, self.forecast, self.to_z[:, order] / std, std[:, None] * self.from_z[order], bits, levels)
+
+
+def coordinates(S, metric, blocks):
+    """
+    The bases of blocks of numbers -> (variances [k], falling; directions [k,D] of the coordinates, and of their inverse [k,D]).
+    """
+    found = []
+    for block in blocks:
+        half = root(metric[block][:, block])
+        variances, V = torch.linalg.eigh(half @ S[block][:, block] @ half)
+        directions = S.new_zeros(2, len(block), len(S))
+        directions[:, :, block] = torch.stack([V.T @ half, V.T @ torch.linalg.inv(half)])
+        found.append((variances.clamp(min=0), *directions))
+    variances, to_z, from_z = (torch.cat(parts) for parts in zip(*found))
+    order = variances.argsort(descending=True)
+    return variances[order], to_z[order], from_z[order]
 
 
 def fit_levels(z, bits, levels):
     """Lloyd's algorithm for the levels of numbers z [N,K], each row over its gain, from the levels for Gaussian ones."""
-    z = z / GAINS[nearest_gain(z), None]
     offsets = torch.tensor(bits, dtype=torch.long) * levels.shape[1]
     for _ in range(LLOYD_ROUNDS):
-        chosen = torch.cat([encode_rows(part, bits, levels) for part in z.split(AT_ONCE)]).add_(offsets).flatten()
-        sums = torch.zeros(levels.numel()).scatter_add_(0, chosen, z.flatten())
+        windows, gain = windows_and_gain(write_rows(z, [bits], levels[None]), bits)
+        chosen, now = (windows + offsets).flatten(), (z / GAINS[gain, None]).flatten()
+        sums = torch.zeros(levels.numel()).scatter_add_(0, chosen, now)
         counts = torch.bincount(chosen, minlength=levels.numel()).view_as(levels)
         levels = (sums.view_as(levels) + PRIOR * levels) / (counts + PRIOR)
     return levels.half().float()  # as they are stored

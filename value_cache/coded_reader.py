@@ -1,0 +1,98 @@
+"""
+Attention of one query over a cache kept by bits, read where it lies, by compiled loops (common/streams.c), on a CPU in float32.
+
+A key is mean + gain sum_i z_i a_i over the numbers of its block. Scores need each key once, rotated; it is never written to
+memory. A head's output is the mean, and the sum of the weights times gain times z, restored: one sum a head instead of S
+values.
+
+Shapes: B texts, S positions in the cache, H heads, G heads of keys and values, n numbers a head, K numbers of the values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from common.kernels import bind
+from model import rotate
+from value_cache.streams import GAINS, compiled, layout
+
+KEYS = 8  # numbers of keys that are restored together, as in streams.c
+LANES = 16  # positions side by side, as there
+
+
+@dataclass
+class First:
+    """The first positions, which are kept whole: keys, rotated, and values over their mean (B, G, W, n)."""
+
+    whole: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class CodedReader:
+    """The loops' view of a LayerCode without forecasts, with numbers in both of its streams; its heads have n numbers."""
+
+    def __init__(self, code, n):
+        K = len(code.bits[0])
+        keys, values = code.from_z[:K].chunk(2, 1)[0], code.from_z[K:].chunk(2, 1)[1]
+        k_mean, v_mean = (mean.contiguous() for mean in code.mean.chunk(2))
+        order = (keys != 0).int().argmax(1).argsort(stable=True)  # by their first columns: a block's stand together
+        tiles = F.pad(keys[order], (0, -keys.shape[1] % KEYS)).unflatten(1, (-1, KEYS)).transpose(0, 1)  # (tiles, K, KEYS)
+        used = [(tile != 0).any(1).nonzero()[:, 0].tolist() for tile in tiles]
+        ranges = [(numbers[0], numbers[-1] + 1) if numbers else (0, 0) for numbers in used]
+        weights = torch.cat([tile[start:end].flatten() for tile, (start, end) in zip(tiles, ranges)])
+        up = values.unflatten(1, (-1, n)).transpose(0, 1).contiguous()  # (G, K, n)
+        restored = ((torch.tensor(ranges, dtype=torch.int32), weights, k_mean), (up, v_mean))
+        self.loops, self.starts = [], (0, code.sizes[0])
+        names, numbers = ("stream_scores", "stream_outputs"), (order, slice(None))
+        for name, bits, levels, some, around in zip(names, code.bits, code.levels, numbers, restored):
+            count, _, gain_shift, places = layout(bits, some)
+            self.loops.append(bind(name, count, code.bytes_per_token, gain_shift, places, levels, GAINS, *around))
+        self.v_mean, self.n, self.first = v_mean.view(-1, 1, n), n, None
+
+    def first_positions(self, whole, turns):
+        """
+        whole (B, W, D), as the cache keeps them -> First. turns(W, like): cosines and sines. A cache has the same at each step.
+        """
+        if self.first is None or self.first.whole.data_ptr() != whole.data_ptr() or self.first.whole.shape != whole.shape:
+            k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
+            keys = rotate(k, *turns(whole.shape[1], k))
+            values = (v - self.v_mean).contiguous()  # the mean is in the outputs, for all positions
+            self.first = First(whole, keys.contiguous(), values)
+        return self.first
+
+    def scores(self, q, rows, pads, first, columns, scale):
+        """
+        One query of each text over all positions, its own too: q (B, H, n), before its rotation -> (B, H, S).
+
+        rows (B, S, bytes), all or the beginning of a buffer; pads, long [B or 1], positions before each text, or None; columns:
+        cosines and sines [D/2, capacity], of all positions and up to LANES - 1 more
+        """
+        scores = q.new_empty(*q.shape[:2], rows.shape[1])
+        batch, rows = self.batch(0, q.shape[1], rows, pads, first)
+        threads = torch.get_num_threads()
+        self.loops[0](*batch, *columns[0].shape, *columns, scale, q.contiguous(), first.keys, rows, scores, threads)
+        return scores
+
+    def outputs(self, weights, rows, pads, first):
+        """weights (B, H, S) that sum to 1 -> what the heads give, side by side (B, 1, H n). As scores() otherwise."""
+        B, H, _ = weights.shape
+        out = weights.new_empty(B, 1, H * self.n)
+        batch, rows = self.batch(1, H, rows, pads, first)
+        self.loops[1](*batch, weights.contiguous(), first.values, rows, out, torch.get_num_threads())
+        return out
+
+    def batch(self, i, heads, rows, pads, first):
+        """-> (what the loops take of a Batch, where stream i begins in the first row)"""
+        B, S, size = rows.shape
+        rows = rows if rows.stride()[1:] == (size, 1) else rows.contiguous()
+        pads = None if pads is None else pads.expand(B).contiguous()
+        shape = (B, heads, len(self.v_mean), self.n, S, rows.stride(0) // size, first.keys.shape[2])
+        return (*shape, pads), rows[0, 0, self.starts[i] :]
+
+
+def reader_of(code, n):
+    """A CodedReader, or None where no loop serves the code."""
+    served = all(code.bits) and not len(code.forecast) and compiled("stream_scores", code.levels) is not None
+    return CodedReader(code, n) if served else None

@@ -1,0 +1,130 @@
+"""
+A row of bytes for the numbers of a token: their stream of bits, and the gain by which all of them are divided.
+
+A stream is a trellis (trellis.py) whose step t adds bits[t] bits. A number's value is read from a window: its own bits and
+those before it, FAST_WINDOW in all. Before the first number the bits are 0. The gain's number follows in four bits. A row is
+the bytes of this stream from last to first, so that a processor reads two neighbours as one number.
+
+Compiled loops (common/streams.c) read and write rows on a CPU in float32; torch does it elsewhere.
+
+Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+from common.kernels import bind
+from util_factorization.packing import pack_rows, row_bytes, unpack_rows
+from util_factorization.trellis import FAST_WINDOW
+
+ROWS_AT_ONCE = 512  # tokens encoded together
+IMPOSSIBLE = 1e30  # a cost
+GAIN_BITS = 4
+GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
+
+
+def size_of(bits):
+    """Bytes of a row; 0 without numbers."""
+    return max(2, row_bytes([*bits, GAIN_BITS])) if bits else 0  # the loops read two at once
+
+
+def compiled(name, like):
+    """A loop of streams.c, or None where it does not serve numbers like these."""
+    return bind(name) if like.device.type == "cpu" and like.dtype == torch.float32 else None
+
+
+def write_rows(z, streams, levels):
+    """
+    z [N,K], with the numbers of several streams side by side -> uint8 [N, bytes of all].
+
+    streams: for each its bits, a list; levels (streams, most bits + 1, 2^FAST_WINDOW)
+    """
+    sizes = [size_of(bits) for bits in streams]
+    if any(sizes) and (loop := compiled("stream_write", z)):
+        rows = torch.empty(len(z), sum(sizes), dtype=torch.uint8)
+        counts, bits = [len(bits) for bits in streams], [b for bits in streams for b in bits]
+        shape = (len(z), len(streams), levels.shape[1], z.shape[1], sum(sizes))
+        loop(*shape, *map(as_int32, (counts, sizes, bits)), levels, GAINS, z.contiguous(), rows, torch.get_num_threads())
+        return rows
+    parts = z.split([len(bits) for bits in streams], 1)
+    return torch.cat([written(*stream) for stream in zip(parts, streams, levels)], 1)
+
+
+def written(z, bits, levels):
+    """write_rows() of one stream, in torch."""
+    if not bits:
+        return torch.empty(len(z), 0, dtype=torch.uint8, device=z.device)
+    gain = nearest_gain(z)
+    parts = (z / GAINS.to(z)[gain, None]).split(ROWS_AT_ONCE)
+    windows = torch.cat([torch.cat([best_windows(part, bits, levels) for part in parts]), gain[:, None]], 1)
+    stream = pack_rows(windows, [*bits, GAIN_BITS])
+    return F.pad(stream, (0, size_of(bits) - stream.shape[1])).flip(-1)
+
+
+def read_rows(rows, bits, levels):
+    """Of one stream the inverse, to rounding: uint8 [N, size_of(bits)] -> [N,K]"""
+    if bits and (loop := compiled("stream_read", levels)):
+        z = torch.empty(len(rows), len(bits))
+        loop(*layout(bits), levels, GAINS, len(rows), rows.contiguous(), z, torch.get_num_threads())
+        return z
+    if not bits:
+        return levels.new_empty(len(rows), 0)
+    windows, gain = windows_and_gain(rows, bits)
+    return levels.flatten()[windows + as_int32(bits, rows.device) * levels.shape[1]] * GAINS.to(levels)[gain, None]
+
+
+def windows_and_gain(rows, bits):
+    """uint8 [N, size_of(bits)] -> (windows [N,K], int32; the number of each row's gain [N])"""
+    windows = unpack_rows(rows.flip(-1), [*bits, GAIN_BITS], FAST_WINDOW)
+    return windows[:, :-1], windows[:, -1].long() & 2**GAIN_BITS - 1
+
+
+def layout(bits, numbers=slice(None)):
+    """What the loops that read some of a row's numbers take first: their count, a row's bytes, the gain's bit, the places."""
+    size, ends = size_of(bits), as_int32(bits).cumsum(0)
+    below = 8 * size - ends  # bits of the row that lie below a number's window
+    byte = (below >> 3).clamp(max=size - 2)
+    places = torch.stack([byte, below - 8 * byte, as_int32(bits) * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
+    return len(places), size, 8 * size - ends[-1].item() - GAIN_BITS, places
+
+
+def as_int32(bits, device="cpu"):
+    return int32(tuple(bits), device)
+
+
+@lru_cache(1024)
+def int32(bits, device):
+    return torch.tensor(bits, dtype=torch.int32, device=device)
+
+
+def nearest_gain(z):
+    """z [N,K] -> the number of the gain next to each row's root mean square [N]."""
+    size = z.square().mean(1, keepdim=True).sqrt()
+    return (size.clamp(min=1e-9).log() - GAINS.to(z).log()).abs().argmin(1)
+
+
+def best_windows(z, bits, levels):
+    """
+    z [N,K] of variance 1 -> the windows [N,K] of least squared error in each row (see trellis.viterbi).
+
+    Here each number has a depth of its own, and the stream before the first number is 0.
+    """
+    (N, K), L, z, levels = z.shape, FAST_WINDOW, z.float().T.contiguous(), levels.float()
+    cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []
+    cost[0] = 0
+    for t, b in enumerate(bits):
+        high, kept = 2**b, 2 ** (L - b)
+        names = torch.arange(high, dtype=torch.int32, device=z.device).view(-1, 1, 1)
+        named = cost.view(torch.int32).view(high, kept, N).bitwise_and_(-high).bitwise_or_(names)
+        best = named.view(torch.float32).amin(0)
+        oldest.append((best.view(torch.int32) & high - 1).to(torch.uint8))
+        best = best - best.amin(0)  # costs keep their precision
+        cost = (z[t] - levels[b].view(kept, high, 1)).square_().add_(best[:, None]).flatten(0, 1)
+    windows, window = torch.empty(K, N, dtype=torch.long, device=z.device), cost.argmin(0)
+    for t in range(K - 1, -1, -1):
+        windows[t] = window
+        shared = window >> bits[t]
+        window = oldest[t].gather(0, shared[None])[0].long() << (L - bits[t]) | shared
+    return windows.T
