@@ -13,7 +13,7 @@ from surgery.subject import Subject
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import FAST_WINDOW, gaussian_codes
 from value_cache.coded_cache import WHOLE, fit, fit_levels, known_of
-from value_cache.streams import GAIN_BITS, best_windows, read_rows, size_of, windows_and_gain, write_rows
+from value_cache.streams import GAIN_BITS, Streams, best_windows, read_stream, size_of, windows_and_gain
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 modules = pytest.importorskip("surgery.coded_attention")
@@ -56,11 +56,11 @@ def test_the_loops_write_and_read_what_torch_does(bits, rows):
     bits, draw = sorted(bits), torch.Generator().manual_seed(rows)
     z = torch.randn(rows, len(bits), generator=draw) * 20 ** (torch.rand(rows, 1, generator=draw) * 2 - 1)
     table = levels()
-    by_torch, found = (write_rows(t, [bits], table[None].to(t)) for t in (z.double(), z))
+    by_torch, found = (Streams([bits]).write(t, table[None].to(t)) for t in (z.double(), z))
     assert found.shape == by_torch.shape == (rows, size_of(bits))
     assert torch.equal(windows_and_gain(found, bits)[1], windows_and_gain(by_torch, bits)[1])  # the gains
-    torch.testing.assert_close(read_rows(found, bits, table), read_rows(found, bits, table.double()).float())
-    errors = [(z - read_rows(packed, bits, table)).square().sum(1) for packed in (found, by_torch)]
+    torch.testing.assert_close(read_stream(found, bits, table), read_stream(found, bits, table.double()).float())
+    errors = [(z - read_stream(packed, bits, table)).square().sum(1) for packed in (found, by_torch)]
     torch.testing.assert_close(*errors)  # of two equally good streams either may be found
 
 
@@ -88,7 +88,9 @@ def test_levels_are_fitted_to_the_tails():
     z = torch.distributions.Laplace(0, 0.5**0.5).sample((2000, 12))
     bits = [1] * 4 + [3] * 8
     fitted, z = fit_levels(z[1000:], bits, levels()), z[:1000]
-    errors = [(z - read_rows(write_rows(z, [bits], table[None]), bits, table)).square().mean() for table in (levels(), fitted)]
+    errors = [
+        (z - read_stream(Streams([bits]).write(z, table[None]), bits, table)).square().mean() for table in (levels(), fitted)
+    ]
     assert errors[1] < 0.95 * errors[0]
 
 

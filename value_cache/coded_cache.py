@@ -39,7 +39,7 @@ import torch.nn as nn
 from util_factorization.bits import spend
 from util_factorization.spectrum import root
 from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
-from value_cache.streams import GAIN_BITS, GAINS, read_rows, size_of, windows_and_gain, write_rows
+from value_cache.streams import GAIN_BITS, GAINS, Streams, windows_and_gain
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads
@@ -63,7 +63,7 @@ class LayerCode(nn.Module):
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
         super().__init__()
-        self.bits = bits
+        self.bits, self.streams = bits, Streams(bits)
         for name, tensor in dict(mean=mean, forecast=forecast, to_z=to_z, from_z=from_z, levels=levels).items():
             self.register_buffer(name, tensor.float())
 
@@ -76,23 +76,17 @@ class LayerCode(nn.Module):
         """known [N,P]: what is at hand when the layer is read, None without forecasts -> forecast of x [N,D] or [D]."""
         return self.mean if known is None else torch.addmm(self.mean, known, self.forecast)
 
-    @property
-    def sizes(self):
-        """Bytes of each stream of a token."""
-        return [size_of(bits) for bits in self.bits]
-
     def write(self, x, known):
         """x [N,D] -> uint8 [N, bytes_per_token]"""
-        return write_rows((x - self.expected(known)) @ self.to_z, self.bits, self.levels)
+        return self.streams.write((x - self.expected(known)) @ self.to_z, self.levels)
 
     def read(self, rows, known):
         """The inverse, to rounding."""
-        z = [read_rows(*stream) for stream in zip(rows.split(self.sizes, 1), self.bits, self.levels)]
-        return self.expected(known) + torch.cat(z, 1) @ self.from_z
+        return self.expected(known) + self.streams.read(rows, self.levels) @ self.from_z
 
     @property
     def bytes_per_token(self):
-        return sum(self.sizes)
+        return self.streams.size
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------
@@ -231,7 +225,7 @@ def fit_levels(z, bits, levels):
     """Lloyd's algorithm for the levels of numbers z [N,K], each row over its gain, from the levels for Gaussian ones."""
     offsets = torch.tensor(bits, dtype=torch.long) * levels.shape[1]
     for _ in range(LLOYD_ROUNDS):
-        windows, gain = windows_and_gain(write_rows(z, [bits], levels[None]), bits)
+        windows, gain = windows_and_gain(Streams([bits]).write(z, levels[None]), bits)
         chosen, now = (windows + offsets).flatten(), (z / GAINS[gain, None]).flatten()
         sums = torch.zeros(levels.numel()).scatter_add_(0, chosen, now)
         counts = torch.bincount(chosen, minlength=levels.numel()).view_as(levels)

@@ -44,7 +44,7 @@ class CodedReader:
         weights = torch.cat([tile[start:end].flatten() for tile, (start, end) in zip(tiles, ranges)])
         up = values.unflatten(1, (-1, n)).transpose(0, 1).contiguous()  # (G, K, n)
         restored = ((torch.tensor(ranges, dtype=torch.int32), weights, k_mean), (up, v_mean))
-        self.loops, self.starts = [], (0, code.sizes[0])
+        self.loops, self.starts = [], (0, code.streams.sizes[0])
         names, numbers = ("stream_scores", "stream_outputs"), (order, slice(None))
         for name, bits, levels, some, around in zip(names, code.bits, code.levels, numbers, restored):
             count, _, gain_shift, places = layout(bits, some)

@@ -10,8 +10,6 @@ Compiled loops (common/streams.c) read and write rows on a CPU in float32; torch
 Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
 """
 
-from functools import lru_cache
-
 import torch
 from torch.nn import functional as F
 
@@ -25,8 +23,31 @@ GAIN_BITS = 4
 GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
 
 
+class Streams:
+    """The streams of a row, side by side. bits: for each a list, of its numbers."""
+
+    def __init__(self, bits):
+        self.bits, self.counts, self.sizes = bits, list(map(len, bits)), list(map(size_of, bits))
+        self.size, self.count = sum(self.sizes), sum(self.counts)
+        every = [b for stream in bits for b in stream]
+        self.shape = [torch.tensor(part, dtype=torch.int32) for part in (self.counts, self.sizes, every)]
+
+    def write(self, z, levels):
+        """z [N, count], levels (streams, most bits + 1, 2^FAST_WINDOW) -> uint8 [N, size]"""
+        if self.size and (loop := compiled("stream_write", z)):
+            rows = torch.empty(len(z), self.size, dtype=torch.uint8)
+            shape = (len(z), len(self.bits), levels.shape[1], self.count, self.size, *self.shape)
+            loop(*shape, levels, GAINS, z.contiguous(), rows, torch.get_num_threads())
+            return rows
+        return torch.cat([write_stream(*stream) for stream in zip(z.split(self.counts, 1), self.bits, levels)], 1)
+
+    def read(self, rows, levels):
+        """The inverse, to rounding: uint8 [N, size] -> [N, count]"""
+        return torch.cat([read_stream(*stream) for stream in zip(rows.split(self.sizes, 1), self.bits, levels)], 1)
+
+
 def size_of(bits):
-    """Bytes of a row; 0 without numbers."""
+    """Bytes of a stream; 0 without numbers."""
     return max(2, row_bytes([*bits, GAIN_BITS])) if bits else 0  # the loops read two at once
 
 
@@ -35,25 +56,8 @@ def compiled(name, like):
     return bind(name) if like.device.type == "cpu" and like.dtype == torch.float32 else None
 
 
-def write_rows(z, streams, levels):
-    """
-    z [N,K], with the numbers of several streams side by side -> uint8 [N, bytes of all].
-
-    streams: for each its bits, a list; levels (streams, most bits + 1, 2^FAST_WINDOW)
-    """
-    sizes = [size_of(bits) for bits in streams]
-    if any(sizes) and (loop := compiled("stream_write", z)):
-        rows = torch.empty(len(z), sum(sizes), dtype=torch.uint8)
-        counts, bits = [len(bits) for bits in streams], [b for bits in streams for b in bits]
-        shape = (len(z), len(streams), levels.shape[1], z.shape[1], sum(sizes))
-        loop(*shape, *map(as_int32, (counts, sizes, bits)), levels, GAINS, z.contiguous(), rows, torch.get_num_threads())
-        return rows
-    parts = z.split([len(bits) for bits in streams], 1)
-    return torch.cat([written(*stream) for stream in zip(parts, streams, levels)], 1)
-
-
-def written(z, bits, levels):
-    """write_rows() of one stream, in torch."""
+def write_stream(z, bits, levels):
+    """z [N,K] -> uint8 [N, size_of(bits)], in torch."""
     if not bits:
         return torch.empty(len(z), 0, dtype=torch.uint8, device=z.device)
     gain = nearest_gain(z)
@@ -63,16 +67,16 @@ def written(z, bits, levels):
     return F.pad(stream, (0, size_of(bits) - stream.shape[1])).flip(-1)
 
 
-def read_rows(rows, bits, levels):
-    """Of one stream the inverse, to rounding: uint8 [N, size_of(bits)] -> [N,K]"""
-    if bits and (loop := compiled("stream_read", levels)):
+def read_stream(rows, bits, levels):
+    if not bits:
+        return levels.new_empty(len(rows), 0)
+    if loop := compiled("stream_read", levels):
         z = torch.empty(len(rows), len(bits))
         loop(*layout(bits), levels, GAINS, len(rows), rows.contiguous(), z, torch.get_num_threads())
         return z
-    if not bits:
-        return levels.new_empty(len(rows), 0)
     windows, gain = windows_and_gain(rows, bits)
-    return levels.flatten()[windows + as_int32(bits, rows.device) * levels.shape[1]] * GAINS.to(levels)[gain, None]
+    offsets = torch.tensor(bits, device=rows.device) * levels.shape[1]
+    return levels.flatten()[windows + offsets] * GAINS.to(levels)[gain, None]
 
 
 def windows_and_gain(rows, bits):
@@ -82,21 +86,13 @@ def windows_and_gain(rows, bits):
 
 
 def layout(bits, numbers=slice(None)):
-    """What the loops that read some of a row's numbers take first: their count, a row's bytes, the gain's bit, the places."""
-    size, ends = size_of(bits), as_int32(bits).cumsum(0)
+    """What the loops that read some of a stream's numbers take first: their count, its bytes, the gain's bit, the places."""
+    size, bits = size_of(bits), torch.tensor(bits)
+    ends = bits.cumsum(0)
     below = 8 * size - ends  # bits of the row that lie below a number's window
     byte = (below >> 3).clamp(max=size - 2)
-    places = torch.stack([byte, below - 8 * byte, as_int32(bits) * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
+    places = torch.stack([byte, below - 8 * byte, bits * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
     return len(places), size, 8 * size - ends[-1].item() - GAIN_BITS, places
-
-
-def as_int32(bits, device="cpu"):
-    return int32(tuple(bits), device)
-
-
-@lru_cache(1024)
-def int32(bits, device):
-    return torch.tensor(bits, dtype=torch.int32, device=device)
 
 
 def nearest_gain(z):
