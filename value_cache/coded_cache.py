@@ -39,14 +39,15 @@ import torch.nn as nn
 from util_factorization.bits import spend
 from util_factorization.spectrum import root
 from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
-from value_cache.streams import GAIN_BITS, GAINS, Streams, windows_and_gain
+from value_cache.streams import GAIN_BITS, GAINS, Streams, nearest_gain, windows_and_gain
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads
 DAMPING = 1e-3  # of the metric's mean eigenvalue: directions without a gradient keep a little weight
 PASSES = 3  # of fit(): what a layer needs depends on the rounding of the layers before it
 LLOYD_ROUNDS = 3
-SAMPLE = 4096  # tokens to which levels are fitted
+SAMPLE = 8192  # tokens to which levels are fitted
+WHOLE_RANGE = 5  # bits from which on no number of a component is clipped
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
 LAYERS_BEFORE = 2  # that a forecast reads
 BLOCK = 8  # rotary frequencies
@@ -197,12 +198,17 @@ class Fitted:
         """bits [D] -> LayerCode"""
         order = (bits + self.stream * (bits.max() + 1)).argsort(stable=True)  # each stream's by bits
         order = order[bits[order] > 0]
-        std, stream = self.variances[order].sqrt(), self.stream[order]
-        z = (self.sample[:, order] / std).float()
+        scale, stream = self.variances[order].sqrt().float(), self.stream[order]
         parts = [stream == i for i in range(self.stream[-1] + 1)]
         bits = [bits[order][part].tolist() for part in parts]
-        levels = torch.stack([fit_levels(z[:, part], b, levels) if b else levels for part, b in zip(parts, bits)])
-        return LayerCode(self.mean, self.forecast, self.to_z[:, order] / std, std[:, None] * self.from_z[order], bits, levels)
+        fitted = []
+        for part, b in zip(parts, bits):
+            z = self.sample[:, order[part]] / scale[part]
+            wider = beyond(z, b, levels) if b else 1
+            scale[part] *= wider
+            fitted.append(fit_levels(z / wider, b, levels) if b else levels)
+        to_z, from_z = self.to_z[:, order] / scale, scale[:, None] * self.from_z[order]
+        return LayerCode(self.mean, self.forecast, to_z, from_z, bits, torch.stack(fitted))
 
 
 def coordinates(S, metric, blocks):
@@ -219,6 +225,16 @@ def coordinates(S, metric, blocks):
     variances, to_z, from_z = (torch.cat(parts) for parts in zip(*found))
     order = variances.argsort(descending=True)
     return variances[order], to_z[order], from_z[order]
+
+
+def beyond(z, bits, levels):
+    """
+    How far the numbers z [N,K] of components with many bits lie beyond the levels [K], 1 at least.
+
+    These components have so many bits because their errors are dear. Clipped, a token in a hundred made half of a layer's error.
+    """
+    size = (z / GAINS[nearest_gain(z), None]).abs().amax(0) / levels[bits].amax(1)
+    return torch.where(torch.tensor(bits) >= WHOLE_RANGE, size.clamp(min=1), 1)
 
 
 def fit_levels(z, bits, levels):
