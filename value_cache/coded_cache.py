@@ -231,7 +231,7 @@ def beyond(z, bits, levels):
     """
     How far the numbers z [N,K] of components with many bits lie beyond the levels [K], 1 at least.
 
-    These components have so many bits because their errors are dear. Clipped, a token in a hundred made half of a layer's error.
+    They have so many bits because their errors are dear. Clipped, a token in a hundred made half of a layer's error.
     """
     size = (z / GAINS[nearest_gain(z), None]).abs().amax(0) / levels[bits].amax(1)
     return torch.where(torch.tensor(bits) >= WHOLE_RANGE, size.clamp(min=1), 1)
