@@ -45,8 +45,8 @@ class Args:
     )
     cache_form: str = flag(
         "fast",
-        "of --cache_bytes. fast: each layer is read where it lies; small: layers are forecast from those before, which loses "
-        "less and decodes slowly",
+        "of --cache_bytes. fast: each layer is read where it lies; small: layers are forecast from those before, so the same "
+        "bytes lose less, and decoding is slow",
         choices=("fast", "small"),
     )
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")

@@ -2,8 +2,11 @@
 Attention whose cache is kept by bits (value_cache/coded_cache.py), for a Llama-type model of Hugging Face.
 
 The model's own cache object keeps uint8 bytes in place of a layer's keys; in place of its values it keeps the first positions
-whole, in float16. Layer 0 also keeps each token's id, in 2 or 4 bytes: all layers forecast from the token's row. Each step
-reads the layers in order, all positions of a layer at once. Nothing that was read stays in float.
+whole, in float16. Nothing that was read stays in float. There are two forms:
+
+    fast    a single token reads each layer where it lies, by compiled loops (value_cache/coded_reader.py)
+    small   layers are forecast from those before and from the tokens' rows, so the same bytes lose less. Layer 0 keeps each
+            token's id too, in 2 or 4 bytes. Each step reads all positions of all layers, in order: it decodes slowly.
 
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, D = 2 G n.
 """
@@ -22,7 +25,7 @@ from surgery.low_rank_modules import Turns, check_attention
 from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
 from value_cache.coded_reader import reader_of
 
-STREAMS = dict(fast=2, small=1)  # of a layer. Forms of a coded cache: read where it lies; with forecasts, which lose less
+STREAMS = dict(fast=2, small=1)  # of a layer, in each form
 
 
 class Step:
