@@ -1,4 +1,4 @@
-// Loops over a cache kept by bits (value_cache/streams.py and surgery/coded_reader.py). kernels.c includes them.
+// Loops over a cache kept by bits (value_cache/streams.py and coded_reader.py). kernels.c includes them.
 
 #include <stdlib.h>
 
@@ -106,7 +106,7 @@ static inline Lanes find_lanes(const Stream *stream, const uint8_t *packed, int 
     Lanes gain;
     for (int p = 0; p < LANES; p++) {
         rows[p] = packed + (int64_t)least(first + p, positions - 1) * stream->stride;
-        gain[p] = stream->gains[two_bytes(rows[p]) >> stream->gain_shift & (GAINS - 1)];
+        gain[p] = stream->count ? stream->gains[two_bytes(rows[p]) >> stream->gain_shift & (GAINS - 1)] : 0;
     }
     return gain;
 }
@@ -146,6 +146,18 @@ static inline void turn_lanes(Lanes *keys, int half, int capacity, const float *
     }
 }
 
+// q [heads][n] -> out, scaled and turned by cos and sin [half][capacity] of one position.
+static inline void turn_queries(int heads, int n, int half, int capacity, const float *cos, const float *sin, float scale,
+                                const float *q, float *out) {
+    for (int i = 0; i < heads * n; i++) out[i] = q[i] * scale;
+    for (int h = 0; h < heads; h++, out += n)
+        for (int i = 0; i < half; i++) {
+            float a = out[i], b = out[i + half], c = cos[(int64_t)i * capacity], d = sin[(int64_t)i * capacity];
+            out[i] = a * c - b * d;
+            out[i + half] = b * c + a * d;
+        }
+}
+
 // A head's keys [n] meet the `shared` queries -> scores [shared][positions], of LANES positions or less.
 static inline void meet_lanes(const Lanes *keys, int shared, int n, const float *q, int here, int64_t positions,
                               float *scores) {
@@ -160,22 +172,20 @@ static inline void meet_lanes(const Lanes *keys, int shared, int n, const float 
 
 typedef struct {  // one query for each text, over packed [texts][room][stride], of which the first `positions` are read
     int texts, heads, groups, n, positions, room;
-    // Of the first positions, which are kept whole: `whole` of them are at hand, WHOLE from pads[text] on count. pads: or null
-    int whole;
-    const int64_t *pads;
+    const int64_t *pads;  // [texts]: each text begins after so many positions; or null. Its first WHOLE are kept whole
 } Batch;
 
-#define BATCH int texts, int heads, int groups, int n, int positions, int room, int whole, const int64_t *pads
-#define AS_BATCH {texts, heads, groups, n, positions, room, whole, pads}
+#define BATCH int texts, int heads, int groups, int n, int positions, int room, const int64_t *pads
+#define AS_BATCH {texts, heads, groups, n, positions, room, pads}
 enum { WHOLE = 4 };
 
-static inline int first_whole(const Batch *batch, int text) { return batch->pads ? batch->pads[text] : 0; }
-static inline int last_whole(const Batch *batch, int text) { return least(first_whole(batch, text) + WHOLE, batch->whole); }
+static inline int begin_of(const Batch *batch, int text) { return batch->pads ? batch->pads[text] : 0; }
+static inline int end_of_whole(const Batch *batch, int text) { return least(begin_of(batch, text) + WHOLE, batch->positions); }
 
 // q [texts][heads][n], the last of `positions`, before its rotation -> scores [texts][heads][positions]. The numbers of the
 // stream are those of the keys, by blocks: KEYS numbers of all keys [groups n] at a time are products of z from ranges[2 t] to
 // ranges[2 t + 1] with the next weights; mean [groups n] is added. cos and sin [half][capacity] hold whole LANES. exact
-// [texts][groups][whole][n]: the first keys, rotated.
+// [texts][groups][WHOLE][n]: a text's first keys, rotated.
 void stream_scores(STREAM, const int32_t *ranges, const float *weights, const float *mean, BATCH, int half, int capacity,
                    const float *cos, const float *sin, float scale, const float *q, const float *exact, const uint8_t *packed,
                    float *scores, int threads) {
@@ -183,18 +193,12 @@ void stream_scores(STREAM, const int32_t *ranges, const float *weights, const fl
     Batch batch = AS_BATCH;
     int blocks = (positions + BLOCK - 1) / BLOCK, width = groups * n, shared = heads / groups;
     int tiles = (width + KEYS - 1) / KEYS;
-    float turned[texts * heads * n];
-    for (int i = 0; i < texts * heads * n; i++) turned[i] = q[i] * scale;
-    for (float *head = turned; head < turned + texts * heads * n; head += n)
-        for (int i = 0; i < half; i++) {
-            float a = head[i], b = head[i + half], c = cos[i * capacity + positions - 1], d = sin[i * capacity + positions - 1];
-            head[i] = a * c - b * d;
-            head[i + half] = b * c + a * d;
-        }
     #pragma omp parallel for num_threads(threads)
     for (int task = 0; task < texts * blocks; task++) {
         int text = task / blocks, first = task % blocks * BLOCK, end = least(positions, first + BLOCK);
-        const float *query = turned + text * heads * n;
+        float query[heads * n];
+        const float *c = cos + positions - 1, *d = sin + positions - 1;
+        turn_queries(heads, n, half, capacity, c, d, scale, q + (int64_t)text * heads * n, query);
         float *out = scores + (int64_t)text * heads * positions;
         Lanes z[count + 1], keys[tiles * KEYS];
         for (int s = first; s < end; s += LANES) {
@@ -211,9 +215,9 @@ void stream_scores(STREAM, const int32_t *ranges, const float *weights, const fl
                            out + g * shared * (int64_t)positions + s);
             }
         }
-        for (int s = first_whole(&batch, text); s < last_whole(&batch, text); s++)
+        for (int s = begin_of(&batch, text), w = 0; s < end_of_whole(&batch, text); s++, w++)
             for (int h = 0; h < heads && first <= s && s < end; h++) {
-                const float *key = exact + (((int64_t)text * groups + h / shared) * whole + s) * n;
+                const float *key = exact + (((int64_t)text * groups + h / shared) * WHOLE + w) * n;
                 float sum = 0;
                 for (int i = 0; i < n; i++) sum += query[h * n + i] * key[i];
                 out[(int64_t)h * positions + s] = sum;
@@ -225,7 +229,7 @@ void stream_scores(STREAM, const int32_t *ranges, const float *weights, const fl
 // that are not kept whole. wide: count, rounded up to LANES.
 static void sum_lanes(const Stream *stream, const Batch *batch, int text, int first, int end, const uint8_t *packed,
                       const float *weights, int wide, float *sums) {
-    int heads = batch->heads, from = first_whole(batch, text), to = last_whole(batch, text);
+    int heads = batch->heads, from = begin_of(batch, text), to = end_of_whole(batch, text);
     float weight[heads * LANES];
     Lanes rows[wide + 1];
     memset(rows, 0, sizeof rows);
@@ -243,14 +247,14 @@ static void sum_lanes(const Stream *stream, const Batch *batch, int text, int fi
             for (int h = 0; h < heads; h++) {
                 Lanes sum;
                 memcpy(&sum, sums + h * wide + i * LANES, sizeof sum);
-                for (int p = 0; p < LANES; p++) sum += rows[p * wide / LANES + i] * weight[h * LANES + p];
+                for (int p = 0; p < LANES; p++) sum += rows[p * (wide / LANES) + i] * weight[h * LANES + p];
                 memcpy(sums + h * wide + i * LANES, &sum, sizeof sum);
             }
     }
 }
 
 // weights [texts][heads][positions], which sum to 1 -> out [texts][heads][n]: the mean [groups n], the sums of the stream's
-// numbers times up [groups][count][n], and of the first positions exact [texts][groups][whole][n], values over the mean.
+// numbers times up [groups][count][n], and of a text's first positions exact [texts][groups][WHOLE][n], values over the mean.
 void stream_outputs(STREAM, const float *up, const float *mean, BATCH, const float *weights, const float *exact,
                     const uint8_t *packed, float *out, int threads) {
     Stream stream = AS_STREAM;
@@ -276,9 +280,9 @@ void stream_outputs(STREAM, const float *up, const float *mean, BATCH, const flo
                 for (int part = 0; part < parts; part++) sum += sums[(((int64_t)text * parts + part) * heads + h) * wide + k];
                 for (int i = 0; i < n; i++) y[i] += sum * up[((int64_t)g * count + k) * n + i];
             }
-            for (int s = first_whole(&batch, text); s < last_whole(&batch, text); s++)
+            for (int s = begin_of(&batch, text), w = 0; s < end_of_whole(&batch, text); s++, w++)
                 for (int i = 0; i < n; i++)
-                    y[i] += weights[(int64_t)head * positions + s] * exact[(((int64_t)text * groups + g) * whole + s) * n + i];
+                    y[i] += weights[(int64_t)head * positions + s] * exact[(((int64_t)text * groups + g) * WHOLE + w) * n + i];
         }
     }
     free(sums);

@@ -24,7 +24,8 @@ def packed_table(record):
 def cache_line(cache):
     """Bytes of a token, its share of float16, and from how many tokens on the cache saves more than its constants take."""
     float16, packed = cache["bytes_per_token"]["untouched"] / 2, cache["bytes_per_token"]["packed"]  # measured in float32
-    line = f"Cache: {packed:,.0f} bytes a token at {cache['tokens']} tokens, float16 {float16:,.0f}"
+    form = f" ({cache['form']})" if cache["asked"] else ""
+    line = f"Cache{form}: {packed:,.0f} bytes a token at {cache['tokens']} tokens, float16 {float16:,.0f}"
     if not cache["asked"]:
         return line + "."
     constants = cache["constants"]

@@ -45,8 +45,8 @@ class Args:
     )
     cache_form: str = flag(
         "fast",
-        "of --cache_bytes. fast: each layer is read where it lies; small: layers are forecast from those before, so the same "
-        "bytes lose less, and decoding is slow",
+        "of --cache_bytes. fast: a token reads each layer where it lies, on a CPU in float32 and where keys have no norm; "
+        "small: layers are forecast from those before, so the same bytes lose less, and decoding is slow",
         choices=("fast", "small"),
     )
     budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides the ranks by layer")

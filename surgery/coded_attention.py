@@ -110,10 +110,12 @@ class CodedAttention(nn.Module):
 
     def __init__(self, attn, code, turns, step):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
+        self.q_proj, self.k_proj, self.v_proj = attn.q_proj, attn.k_proj, attn.v_proj
+        self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense") if hasattr(attn, name))
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n, self.scaling, self.layer_idx = attn.head_dim, attn.scaling, attn.layer_idx
         self.code, self.turns, self.step = code, turns, step
+        self.reader = None  # a CodedReader; False where there is none
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
@@ -124,13 +126,11 @@ class CodedAttention(nn.Module):
             raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
         now = torch.cat([self.k_proj(x), self.v_proj(x)], -1).to(self.code.mean.dtype)
         layer = growing(cache, self.layer_idx)
-        if layer and not layer.get_seq_length() and isinstance(self.k_norm, nn.Identity):
-            layer.reader = reader_of(self.code, self.n)
         with torch.autocast(x.device.type, enabled=False):
             kept = self.append(now, attention_mask, cache)
         q, S = self.q_norm(self.heads(self.q_proj(x))), kept.rows.shape[1]
-        if T == 1 and layer and layer.reader and q.dtype == torch.float32 and not (torch.is_grad_enabled() and q.requires_grad):
-            return self.o_proj(self.read_in_place(layer.reader, q[:, :, 0], kept, attention_mask)), None
+        if T == 1 and layer and self.reads_in_place(q):
+            return self.o_proj(self.read_in_place(q[:, :, 0], kept, layer, attention_mask)), None
         cos, sin = self.turns(S, x)
         q = rotate(q, cos[:, S - T :], sin[:, S - T :])
         with torch.autocast(x.device.type, enabled=False):
@@ -164,15 +164,33 @@ class CodedAttention(nn.Module):
         self.step.add(read)
         return read + (now - now.detach()) if now.shape[1] == read.shape[1] else read
 
-    def read_in_place(self, reader, q, kept, mask):
+    def reads_in_place(self, q):
+        """Whether the loops can take queries q (B, H, T, n): they compute in float32, no gradients, and keys without a norm."""
+        if (
+            q.dtype != torch.float32
+            or (torch.is_grad_enabled() and q.requires_grad)
+            or not isinstance(self.k_norm, nn.Identity)
+        ):
+            return False
+        if self.reader is None:
+            self.reader = reader_of(self.code, self.n) or False
+        return bool(self.reader)
+
+    def read_in_place(self, q, kept, layer, mask):
         """One query of each text, not yet rotated (B, H, n) -> what the heads give, side by side (B, 1, H n)."""
-        self.turns(kept.rows.shape[1], q)
-        held = (kept.rows, kept.pads, reader.first_positions(kept.whole, self.turns))
-        scores = reader.scores(q, *held, self.turns.columns, self.scaling)
+        reader = self.reader
+        if layer.first is None or not layer.first.is_of(kept.whole, kept.pads):
+            layer.first = reader.first_positions(kept.whole, kept.pads, self.turns)
+        scores = reader.scores(q, kept.rows, layer.first, self.turns.columns(kept.rows.shape[1], q), self.scaling)
         if mask is not None:
             mask = mask[:, 0, -1:]  # (B or 1, 1, S)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return reader.outputs(scores.softmax(-1), *held)
+        return reader.outputs(scores.softmax(-1), kept.rows, layer.first)
+
+    def _apply(self, fn, recurse=True):
+        """What .to() and the like call: the reader is made anew."""
+        self.reader = None
+        return super()._apply(fn, recurse)
 
 
 @dataclass
@@ -305,6 +323,6 @@ def check_cache(hf, share, window, form):
     least = least_bits(layers, STREAMS[form])
     if (found := cache_bits(hf, share, form)) < least:
         lowest = share + (least - found) / (16 * layers * numbers)
-        fail(f"--cache_bytes {share} does not pay for a token's id, gains and a component: give {lowest + 0.0005:.3f} or more")
+        fail(f"--cache_bytes {share} does not pay for the gains and a component: give {lowest + 0.0005:.3f} or more")
     if window <= WHOLE:
         fail(f"--window {window}: the first {WHOLE} positions of a coded cache are kept whole, give a longer one")

@@ -89,7 +89,15 @@ def layer_code(i, bits, tensors, layers):
     whole = all(type(b) is int and 0 < b < levels.shape[1] for stream in bits for b in stream)
     if not whole or any(stream != sorted(stream) for stream in bits) or levels.shape[1] > FAST_WINDOW + 1:
         raise ValueError(f"layer {i} of the cache has damaged bits")
+    if len(bits) != (1 if known else 2) or (len(bits) == 2 and mixed(len(bits[0]), tensors["from_z"])):
+        raise ValueError(f"layer {i} of the cache has damaged streams")
     return LayerCode(bits=bits, **tensors)
+
+
+def mixed(K, from_z):
+    """Whether the first K numbers give more than keys, or the others more than values."""
+    D = from_z.shape[1]
+    return bool(from_z[:K, D // 2 :].any() or from_z[K:, : D // 2].any())
 
 
 def ends_of(hf):

@@ -45,9 +45,14 @@ class Buffer:
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer whose keys and values lie in Buffers. reader: what reads them where they lie, a KeyReader or the like."""
+    """
+    A DynamicLayer whose keys and values lie in Buffers.
 
-    buffers, reader = [None, None], None
+    reader: what reads its latents of keys, a KeyReader or None. first: of a coded cache, a First or None. A coded cache has its
+    first positions alone in place of the values.
+    """
+
+    buffers, reader, first = [None, None], None, None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """(B, 1, T, r) twice -> those of all positions, (B, 1, S, r) twice"""
@@ -65,8 +70,14 @@ class GrowingLayer(DynamicLayer):
             self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # a copy's stay as they are
         return buffer.append(new)
 
+    def crop(self, tokens_to_remove):
+        values = self.values
+        super().crop(tokens_to_remove)
+        if values is not None:
+            self.values = values[:, :, : self.keys.shape[2]]
+
     def reset(self):
-        self.buffers, self.reader = [None, None], None
+        self.buffers, self.reader, self.first = [None, None], None, None
         super().reset()
 
     def offload(self):

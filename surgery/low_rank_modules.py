@@ -8,6 +8,8 @@ layer share one latent, neighbouring layers share one set of components.
 Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, r a rank.
 """
 
+import sys
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -58,20 +60,32 @@ class Turns:
     """The model's own cosines and sines of all positions so far; kept, since every layer reads them at every step."""
 
     def __init__(self, rotary):
-        self.rotary, self.cos, self.sin = rotary, torch.empty(1, 0, 0), None
-        self.columns = None  # the two as [D/2, capacity] each
+        self.rotary, self.made = rotary, (torch.empty(1, 0, 0),) * 2
+        self.across = None, None  # what columns() was made of, and made
 
     def __call__(self, S, like):
         """-> cos and sin (1, S, D/2), D rotated numbers a head; a model of learned positions rotates none."""
         if self.rotary is None:
             return (like.new_empty(1, S, 0),) * 2
-        if self.cos.shape[1] < S or self.cos.device != like.device or self.cos.dtype != like.dtype:
+        return [t[:, :S] for t in self.up_to(S, like)]
+
+    def up_to(self, S, like):
+        """-> cos and sin (1, S or more, D/2)"""
+        made = self.made  # read once: another thread may make more
+        if made[0].shape[1] < S or made[0].device != like.device or made[0].dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():  # a later training may read them too
                 positions = torch.arange(-(-S // 32) * 64, device=like.device)[None]  # whole LANES of coded_reader.py
                 both = self.rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
-                self.cos, self.sin = (t.chunk(2, -1)[0].contiguous() for t in both)  # the two halves are the same
-                self.columns = [t[0].T.contiguous() for t in (self.cos, self.sin)]
-        return self.cos[:, :S], self.sin[:, :S]
+                made = self.made = [t.chunk(2, -1)[0].contiguous() for t in both]  # the two halves are the same
+        return made
+
+    def columns(self, S, like):
+        """-> cos and sin [D/2, S or more]"""
+        made, (source, columns) = self.up_to(S, like), self.across
+        if source is not made:
+            columns = [t[0].T.contiguous() for t in made]
+            self.across = made, columns
+        return columns
 
 
 class LatentAttention(nn.Module):
@@ -240,7 +254,10 @@ def check_attention(hf, layers):
         by_head = all(
             norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
         )
-        if not (known and by_head and getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb")):
+        turn = getattr(sys.modules[type(attn).__module__], "rotate_half", None)  # some turn neighbours in place of halves
+        halves = turn is None or turn(torch.arange(4)).tolist() == [-2, -3, 0, 1]
+        rotary = getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb") and halves
+        if not (known and by_head and rotary):
             fail(f"--out: {type(attn).__name__} attends otherwise than a Llama: give a Llama, Mistral, Qwen or NeoX")
 
 

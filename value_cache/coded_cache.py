@@ -51,7 +51,7 @@ WHOLE_RANGE = 5  # bits from which on no number of a component is clipped
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
 LAYERS_BEFORE = 2  # that a forecast reads
 BLOCK = 8  # rotary frequencies
-LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, which the loops need
+LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, and two are what it takes
 
 
 class LayerCode(nn.Module):
@@ -123,15 +123,26 @@ def fit(x, e, G, budget, blocks=None):
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
             found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
-        left = budget - GAIN_BITS * streams * len(x)
-        bits = spend(variances.view(1, -1), torch.ones(1), left, distortion(codes)).view_as(variances)
-        for layer, b in zip(found, bits):
-            layer.drop_short(b)
+        stream = torch.stack([streams * i + layer.stream for i, layer in enumerate(found)])
+        bits = spend_on_streams(variances, stream, budget - GAIN_BITS * streams * len(x), distortion(codes))
         if not bits.any():
-            raise ValueError("the loss does not depend on keys and values, no component is worth a bit: give another model")
+            raise ValueError("no component of the keys and values is worth a bit: give more bytes, or another model")
         level = (variances * steps[bits - 1])[bits > 0].min().item()
     levels = torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
+
+
+def spend_on_streams(variances, stream, budget, distortion):
+    """spend() on components [layers, D], each of a stream: the one that is worth least of those under LEAST bits gets none."""
+    worth = variances.clone()
+    while True:
+        bits = spend(worth.view(1, -1), torch.ones(1), budget, distortion).view_as(worth)
+        total = torch.zeros(stream.max() + 1, dtype=bits.dtype).scatter_add_(0, stream.flatten(), bits.flatten())
+        short = ((total > 0) & (total < LEAST)).nonzero()[:, 0]
+        if not len(short):
+            return bits
+        left = torch.zeros(len(total), dtype=worth.dtype).scatter_add_(0, stream.flatten(), (worth * (bits > 0)).flatten())
+        worth[stream == short[left[short].argmin()]] = 0
 
 
 def least_bits(layers, streams=1):
@@ -188,11 +199,6 @@ class Fitted:
         if (kept := (error < 1) & (self.variances > 0)).any():
             noise *= (z[:, kept].square() / self.variances[kept].float()).mean(1, keepdim=True).sqrt()
         return torch.addmm(expected, (1 - error.float()) * z + noise, self.from_z.float())
-
-    def drop_short(self, bits):
-        """Set the bits [D] of streams that are too short to 0, in place."""
-        total = torch.zeros(self.stream[-1] + 1, dtype=bits.dtype).scatter_add_(0, self.stream, bits)
-        bits[(total < LEAST)[self.stream]] = 0
 
     def code(self, bits, levels):
         """bits [D] -> LayerCode"""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common.kernels import bind
 from model import rotate
+from value_cache.coded_cache import WHOLE
 from value_cache.streams import GAINS, compiled, layout
 
 KEYS = 8  # numbers of keys that are restored together, as in streams.c
@@ -23,15 +24,22 @@ LANES = 16  # positions side by side, as there
 
 @dataclass
 class First:
-    """The first positions, which are kept whole: keys, rotated, and values over their mean (B, G, W, n)."""
+    """Of the first positions of each text, which are kept whole: keys, rotated, and values over their mean (B, G, WHOLE, n)."""
 
     whole: torch.Tensor
+    pads: torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
 
+    def is_of(self, whole, pads):
+        same = self.whole.data_ptr() == whole.data_ptr() and self.whole.shape == whole.shape
+        if pads is None or self.pads is None:
+            return same and pads is self.pads
+        return same and torch.equal(pads, self.pads)
+
 
 class CodedReader:
-    """The loops' view of a LayerCode without forecasts, with numbers in both of its streams; its heads have n numbers."""
+    """The loops' view of a LayerCode without forecasts; its heads have n numbers."""
 
     def __init__(self, code, n):
         K = len(code.bits[0])
@@ -44,55 +52,56 @@ class CodedReader:
         weights = torch.cat([tile[start:end].flatten() for tile, (start, end) in zip(tiles, ranges)])
         up = values.unflatten(1, (-1, n)).transpose(0, 1).contiguous()  # (G, K, n)
         restored = ((torch.tensor(ranges, dtype=torch.int32), weights, k_mean), (up, v_mean))
-        self.loops, self.starts = [], (0, code.streams.sizes[0])
-        names, numbers = ("stream_scores", "stream_outputs"), (order, slice(None))
-        for name, bits, levels, some, around in zip(names, code.bits, code.levels, numbers, restored):
+        self.streams, self.starts = [], (0, code.streams.sizes[0])
+        for bits, levels, some, around in zip(code.bits, code.levels, (order, slice(None)), restored):
             count, _, gain_shift, places = layout(bits, some)
-            self.loops.append(bind(name, count, code.bytes_per_token, gain_shift, places, levels, GAINS, *around))
-        self.v_mean, self.n, self.first = v_mean.view(-1, 1, n), n, None
+            self.streams.append((count, code.bytes_per_token, gain_shift, places, levels, GAINS, *around))
+        self.v_mean, self.n = v_mean.view(-1, 1, n), n
 
-    def first_positions(self, whole, turns):
+    def first_positions(self, whole, pads, turns):
         """
-        whole (B, W, D), as the cache keeps them -> First. turns(W, like): cosines and sines. A cache has the same at each step.
+        whole (B, W, D), as the cache keeps them; pads, long [B or 1], positions before each text, or None; turns: a Turns
         """
-        if self.first is None or self.first.whole.data_ptr() != whole.data_ptr() or self.first.whole.shape != whole.shape:
-            k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
-            keys = rotate(k, *turns(whole.shape[1], k))
-            values = (v - self.v_mean).contiguous()  # the mean is in the outputs, for all positions
-            self.first = First(whole, keys.contiguous(), values)
-        return self.first
+        cos, sin = turns(whole.shape[1], self.v_mean)
+        k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
+        begin = torch.zeros(1, dtype=torch.long) if pads is None else pads
+        places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)[
+            :, None, :, None
+        ]  # what is not there is not read
+        keys, values = (t.gather(2, places.expand(len(t), *t.shape[1:2], -1, self.n)) for t in (rotate(k, cos, sin), v))
+        return First(whole, pads, keys.contiguous(), (values - self.v_mean).contiguous())  # the mean is in the outputs
 
-    def scores(self, q, rows, pads, first, columns, scale):
+    def scores(self, q, rows, first, columns, scale):
         """
         One query of each text over all positions, its own too: q (B, H, n), before its rotation -> (B, H, S).
 
-        rows (B, S, bytes), all or the beginning of a buffer; pads, long [B or 1], positions before each text, or None; columns:
-        cosines and sines [D/2, capacity], of all positions and up to LANES - 1 more
+        rows (B, S, bytes), all or the beginning of a buffer; columns: cosines and sines [D/2, capacity], of all positions and
+        up to LANES - 1 more
         """
         scores = q.new_empty(*q.shape[:2], rows.shape[1])
-        batch, rows = self.batch(0, q.shape[1], rows, pads, first)
-        threads = torch.get_num_threads()
-        self.loops[0](*batch, *columns[0].shape, *columns, scale, q.contiguous(), first.keys, rows, scores, threads)
+        batch, rows = self.batch(0, q.shape[1], rows, first.pads)
+        loop, threads = bind("stream_scores", *self.streams[0]), torch.get_num_threads()
+        loop(*batch, *columns[0].shape, *columns, float(scale), q.contiguous(), first.keys, rows, scores, threads)
         return scores
 
-    def outputs(self, weights, rows, pads, first):
+    def outputs(self, weights, rows, first):
         """weights (B, H, S) that sum to 1 -> what the heads give, side by side (B, 1, H n). As scores() otherwise."""
         B, H, _ = weights.shape
         out = weights.new_empty(B, 1, H * self.n)
-        batch, rows = self.batch(1, H, rows, pads, first)
-        self.loops[1](*batch, weights.contiguous(), first.values, rows, out, torch.get_num_threads())
+        batch, rows = self.batch(1, H, rows, first.pads)
+        loop = bind("stream_outputs", *self.streams[1])
+        loop(*batch, weights.contiguous(), first.values, rows, out, torch.get_num_threads())
         return out
 
-    def batch(self, i, heads, rows, pads, first):
+    def batch(self, i, heads, rows, pads):
         """-> (what the loops take of a Batch, where stream i begins in the first row)"""
         B, S, size = rows.shape
         rows = rows if rows.stride()[1:] == (size, 1) else rows.contiguous()
         pads = None if pads is None else pads.expand(B).contiguous()
-        shape = (B, heads, len(self.v_mean), self.n, S, rows.stride(0) // size, first.keys.shape[2])
-        return (*shape, pads), rows[0, 0, self.starts[i] :]
+        return (B, heads, len(self.v_mean), self.n, S, rows.stride(0) // size, pads), rows[0, 0, self.starts[i] :]
 
 
 def reader_of(code, n):
     """A CodedReader, or None where no loop serves the code."""
-    served = all(code.bits) and not len(code.forecast) and compiled("stream_scores", code.levels) is not None
+    served = len(code.bits) == 2 and not len(code.forecast) and compiled("stream_scores", code.levels) is not None
     return CodedReader(code, n) if served else None

@@ -24,26 +24,29 @@ GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
 
 
 class Streams:
-    """The streams of a row, side by side. bits: for each a list, of its numbers."""
+    """The streams of a row, side by side. bits: for each a list, of its numbers. A row without numbers has a byte too."""
 
     def __init__(self, bits):
         self.bits, self.counts, self.sizes = bits, list(map(len, bits)), list(map(size_of, bits))
-        self.size, self.count = sum(self.sizes), sum(self.counts)
+        self.size, self.count = max(1, sum(self.sizes)), sum(self.counts)
         every = [b for stream in bits for b in stream]
         self.shape = [torch.tensor(part, dtype=torch.int32) for part in (self.counts, self.sizes, every)]
+        self.layouts = list(map(layout, bits))
 
     def write(self, z, levels):
         """z [N, count], levels (streams, most bits + 1, 2^FAST_WINDOW) -> uint8 [N, size]"""
-        if self.size and (loop := compiled("stream_write", z)):
+        if self.count and (loop := compiled("stream_write", z)):
             rows = torch.empty(len(z), self.size, dtype=torch.uint8)
             shape = (len(z), len(self.bits), levels.shape[1], self.count, self.size, *self.shape)
             loop(*shape, levels, GAINS, z.contiguous(), rows, torch.get_num_threads())
             return rows
-        return torch.cat([write_stream(*stream) for stream in zip(z.split(self.counts, 1), self.bits, levels)], 1)
+        rows = torch.cat([write_stream(*stream) for stream in zip(z.split(self.counts, 1), self.bits, levels)], 1)
+        return rows if self.count else F.pad(rows, (0, 1))
 
     def read(self, rows, levels):
         """The inverse, to rounding: uint8 [N, size] -> [N, count]"""
-        return torch.cat([read_stream(*stream) for stream in zip(rows.split(self.sizes, 1), self.bits, levels)], 1)
+        rows = rows[:, : sum(self.sizes)].split(self.sizes, 1)
+        return torch.cat([read_stream(*stream) for stream in zip(rows, self.bits, levels, self.layouts)], 1)
 
 
 def size_of(bits):
@@ -67,12 +70,13 @@ def write_stream(z, bits, levels):
     return F.pad(stream, (0, size_of(bits) - stream.shape[1])).flip(-1)
 
 
-def read_stream(rows, bits, levels):
+def read_stream(rows, bits, levels, where):
+    """uint8 [N, size_of(bits)] -> [N,K]. where: of layout()"""
     if not bits:
         return levels.new_empty(len(rows), 0)
     if loop := compiled("stream_read", levels):
         z = torch.empty(len(rows), len(bits))
-        loop(*layout(bits), levels, GAINS, len(rows), rows.contiguous(), z, torch.get_num_threads())
+        loop(*where, levels, GAINS, len(rows), rows.contiguous(), z, torch.get_num_threads())
         return z
     windows, gain = windows_and_gain(rows, bits)
     offsets = torch.tensor(bits, device=rows.device) * levels.shape[1]
@@ -87,12 +91,11 @@ def windows_and_gain(rows, bits):
 
 def layout(bits, numbers=slice(None)):
     """What the loops that read some of a stream's numbers take first: their count, its bytes, the gain's bit, the places."""
-    size, bits = size_of(bits), torch.tensor(bits)
-    ends = bits.cumsum(0)
-    below = 8 * size - ends  # bits of the row that lie below a number's window
+    size, bits = size_of(bits), torch.tensor(bits, dtype=torch.long)
+    below = 8 * size - bits.cumsum(0)  # bits of the stream that lie below a number's window
     byte = (below >> 3).clamp(max=size - 2)
     places = torch.stack([byte, below - 8 * byte, bits * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
-    return len(places), size, 8 * size - ends[-1].item() - GAIN_BITS, places
+    return len(places), size, 8 * size - bits.sum().item() - GAIN_BITS, places
 
 
 def nearest_gain(z):
