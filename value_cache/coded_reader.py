@@ -65,10 +65,9 @@ class CodedReader:
         cos, sin = turns(whole.shape[1], self.v_mean)
         k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
         begin = torch.zeros(1, dtype=torch.long) if pads is None else pads
-        places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)[
-            :, None, :, None
-        ]  # what is not there is not read
-        keys, values = (t.gather(2, places.expand(len(t), *t.shape[1:2], -1, self.n)) for t in (rotate(k, cos, sin), v))
+        places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)  # the loops do not read what is not there
+        places = places[:, None, :, None].expand(len(k), k.shape[1], -1, self.n)
+        keys, values = rotate(k, cos, sin).gather(2, places), v.gather(2, places)
         return First(whole, pads, keys.contiguous(), (values - self.v_mean).contiguous())  # the mean is in the outputs
 
     def scores(self, q, rows, first, columns, scale):
