@@ -255,7 +255,7 @@ def check_attention(hf, layers):
             norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
         )
         turn = getattr(sys.modules[type(attn).__module__], "rotate_half", None)  # some turn neighbours in place of halves
-        halves = turn is None or turn(torch.arange(4)).tolist() == [-2, -3, 0, 1]
+        halves = turn is None or turn(torch.arange(4, device="cpu")).tolist() == [-2, -3, 0, 1]
         rotary = getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb") and halves
         if not (known and by_head and rotary):
             fail(f"--out: {type(attn).__name__} attends otherwise than a Llama: give a Llama, Mistral, Qwen or NeoX")

@@ -215,7 +215,7 @@ def test_the_code_beside_the_weights_needs_torch_and_transformers_alone(compact,
     for folder in (compact[0], packed[0]):
         text = (folder / "modeling_nanopca.py").read_text()
         found = {part.split()[1].split(".")[0] for part in text.splitlines() if part.lstrip().startswith(("import ", "from "))}
-        assert {"torch", "transformers"} <= found <= {"torch", "transformers", "math", "dataclasses", "functools"}
+        assert {"torch", "transformers"} <= found <= {"torch", "transformers", "math", "dataclasses", "functools", "sys"}
 
 
 def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_path, assert_one_line_error):

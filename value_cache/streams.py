@@ -30,7 +30,7 @@ class Streams:
         self.bits, self.counts, self.sizes = bits, list(map(len, bits)), list(map(size_of, bits))
         self.size, self.count = max(1, sum(self.sizes)), sum(self.counts)
         every = [b for stream in bits for b in stream]
-        self.shape = [torch.tensor(part, dtype=torch.int32) for part in (self.counts, self.sizes, every)]
+        self.shape = [torch.tensor(part, dtype=torch.int32, device="cpu") for part in (self.counts, self.sizes, every)]
         self.layouts = list(map(layout, bits))
 
     def write(self, z, levels):
@@ -91,7 +91,7 @@ def windows_and_gain(rows, bits):
 
 def layout(bits, numbers=slice(None)):
     """What the loops that read some of a stream's numbers take first: their count, its bytes, the gain's bit, the places."""
-    size, bits = size_of(bits), torch.tensor(bits, dtype=torch.long)
+    size, bits = size_of(bits), torch.tensor(bits, dtype=torch.long, device="cpu")  # a model may be made without memory
     below = 8 * size - bits.cumsum(0)  # bits of the stream that lie below a number's window
     byte = (below >> 3).clamp(max=size - 2)
     places = torch.stack([byte, below - 8 * byte, bits * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
