@@ -74,7 +74,7 @@ class Turns:
         made = self.made  # read once: another thread may make more
         if made[0].shape[1] < S or made[0].device != like.device or made[0].dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():  # a later training may read them too
-                positions = torch.arange(-(-S // 32) * 64, device=like.device)[None]  # whole LANES of coded_reader.py
+                positions = torch.arange(-(-S // 32) * 64, device=like.device)[None]  # whole LANES of streams.c
                 both = self.rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
                 made = self.made = [t.chunk(2, -1)[0].contiguous() for t in both]  # the two halves are the same
         return made

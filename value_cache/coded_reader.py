@@ -19,7 +19,6 @@ from value_cache.coded_cache import WHOLE
 from value_cache.streams import GAINS, compiled, layout
 
 KEYS = 8  # numbers of keys that are restored together, as in streams.c
-LANES = 16  # positions side by side, as there
 
 
 @dataclass
@@ -74,8 +73,8 @@ class CodedReader:
         """
         One query of each text over all positions, its own too: q (B, H, n), before its rotation -> (B, H, S).
 
-        rows (B, S, bytes), all or the beginning of a buffer; columns: cosines and sines [D/2, capacity], of all positions and
-        up to LANES - 1 more
+        rows (B, S, bytes), all or the beginning of a buffer; columns: cosines and sines [D/2, capacity], of all positions,
+        in whole LANES of streams.c
         """
         scores = q.new_empty(*q.shape[:2], rows.shape[1])
         batch, rows = self.batch(0, q.shape[1], rows, first.pads)
