@@ -2,7 +2,7 @@
 Attention whose cache is kept by bits (value_cache/coded_cache.py), for a Llama-type model of Hugging Face.
 
 The model's own cache object keeps uint8 bytes in place of a layer's keys; in place of its values it keeps the first positions
-whole, in float16. Nothing that was read stays in float. There are two forms:
+whole, in float16. Of what was read, those alone stay in float. There are two forms:
 
     fast    a single token reads each layer where it lies, by compiled loops (value_cache/coded_reader.py)
     small   layers are forecast from those before and from the tokens' rows, so the same bytes lose less. Layer 0 keeps each

@@ -101,8 +101,8 @@ def fit(x, e, G, budget, blocks=None):
     e           (B, T, d), normalised rows of the table
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
     budget      bits of a token, over all layers, the gains' too
-    blocks      for each stream of a layer a list of blocks, the numbers that have a basis of their own, and no forecasts;
-                left out, one stream, one basis, and forecasts
+    blocks      a list for each stream of a layer. It has blocks, lists of numbers; each block gets its own basis. Nothing is
+                forecast then. Left out, a layer has one stream, one basis and a forecast
     Raises ValueError where no component is paid for, or worth anything, or the texts are not longer than what is kept whole.
     """
     streams = len(blocks or [0])
@@ -118,10 +118,12 @@ def fit(x, e, G, budget, blocks=None):
         for now, metric in zip(x, G):
             known = e[..., :0] if blocks else known_of(read, e)
             layer = Fitted(coded(now), coded(known), metric, blocks or [[torch.arange(now.shape[-1])]])
+            found.append(layer)
+            if blocks:
+                continue  # no other layer needs what this one reads
             error = errors[(layer.variances[:, None] * steps >= level).sum(1)]  # least at the first pass
             as_read = layer.as_read(coded(now), coded(known), error, draw).unflatten(0, (len(now), -1))
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
-            found.append(layer)
         variances = torch.stack([layer.variances for layer in found])
         stream = torch.stack([streams * i + layer.stream for i, layer in enumerate(found)])
         bits = spend_on_streams(variances, stream, budget - GAIN_BITS * streams * len(x), distortion(codes))
