@@ -292,4 +292,5 @@ void latent_scores(int texts, int heads, int groups, int n, int positions, int c
     }
 }
 
+#include "trellis.c"
 #include "streams.c"  // a cache kept by bits

@@ -1,45 +1,21 @@
 // Loops over a cache kept by bits (value_cache/streams.py and coded_reader.py). kernels.c includes them.
 
-#include <stdlib.h>
-
-enum { STATES = 256, GAINS = 16, GAIN_BITS = 4 };  // windows of 8 bits, as there
-
-// What each window costs once a number has chosen it: cost, in place. oldest [STATES >> b]: the high bits of the window before.
-static inline void extend(int b, float number, const float *levels, float *cost, uint8_t *oldest) {
-    int kept = STATES >> b;
-    float best[STATES], before[STATES];
-    int32_t from[STATES];
-    for (int k = 0; k < kept; k++) {  // so that the processor holds both in registers
-        float lowest = cost[k];
-        int32_t chosen = 0;
-        for (int high = 1; high < 1 << b; high++) {
-            int better = cost[high * kept + k] < lowest;
-            chosen = better ? high : chosen;
-            lowest = better ? cost[high * kept + k] : lowest;
-        }
-        best[k] = lowest, from[k] = chosen;
-    }
-    for (int k = 0; k < kept; k++) oldest[k] = from[k];
-    for (int k = 0; k < kept; k++)
-        for (int i = 0; i < 1 << b; i++) before[(k << b) + i] = best[k];
-    for (int w = 0; w < STATES; w++) cost[w] = before[w] + (number - levels[w]) * (number - levels[w]);
-}
+enum { CACHE_WINDOW = 8, STATES = 256, GAINS = 16, GAIN_BITS = 4 };  // as there
 
 // Numbers [count] with bits [count], levels [depth][STATES] -> a row [size]: the stream of least squared error, and the gain at
 // its end. The row is the stream's bytes from last to first, so that two of them in a row are a number. oldest: memory for it.
 static void write_row(int count, int size, const int32_t *bits, const float *levels, const float *gains, const float *numbers,
                       uint8_t *oldest, uint8_t *row) {
-    int gain = 0, end = GAIN_BITS, window = 0;
-    float sum = 0, cost[STATES];
+    int gain = 0, end = GAIN_BITS;
+    float sum = 0, cost[STATES + LANES];
     for (int i = 0; i < count; i++) sum += numbers[i] * numbers[i], end += bits[i];
     while (gain < GAINS - 1 && sum / count > gains[gain] * gains[gain + 1]) gain++;
     for (int w = 0; w < STATES; w++) cost[w] = w ? 1e30f : 0;
     for (int i = 0; i < count; i++) {
-        const float *level = levels + bits[i] * STATES;
-#define BITS(b) case b: extend(b, numbers[i] / gains[gain], level, cost, oldest + (int64_t)i * STATES); break;
-        switch (bits[i]) { BITS(1) BITS(2) BITS(3) BITS(4) BITS(5) BITS(6) BITS(7) BITS(8) }  // the compiler knows b
+        float number = numbers[i] / gains[gain];
+        extend_by(CACHE_WINDOW, bits[i], 1, &number, levels + bits[i] * STATES, cost, oldest + (int64_t)i * STATES);
     }
-    for (int w = 1; w < STATES; w++) window = cost[w] < cost[window] ? w : window;
+    int window = cheapest(CACHE_WINDOW, cost);
     memset(row, 0, size);
     for (int i = count, b = GAIN_BITS, value = gain;; value = window & ((1 << b) - 1)) {
         int byte = (end - 1) / 8, placed = value << (8 * byte + 8 - end);
@@ -53,28 +29,22 @@ static void write_row(int count, int size, const int32_t *bits, const float *lev
 }
 
 // numbers [rows][total] -> packed [rows][stride]: both have the streams side by side, of counts [streams] numbers and sizes
-// [streams] bytes. bits [total]; levels [streams][depths][STATES].
+// [streams] bytes. bits [total]; levels [streams][depths][STATES]; oldest [threads][total STATES + LANES]: memory for it.
 void stream_write(int rows, int streams, int depths, int total, int stride, const int32_t *counts, const int32_t *sizes,
-                  const int32_t *bits, const float *levels, const float *gains, const float *numbers, uint8_t *packed,
-                  int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        uint8_t *oldest = malloc((size_t)total * STATES);
-        #pragma omp for
-        for (int task = 0; task < rows * streams; task++) {
+                  const int32_t *bits, const float *levels, const float *gains, const float *numbers, uint8_t *oldest,
+                  uint8_t *packed, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (int part = 0; part < threads; part++)
+        for (int task = part; task < rows * streams; task += threads) {
             int stream = task % streams, number = 0, byte = 0;
             int64_t row = task / streams;
             for (int i = 0; i < stream; i++) number += counts[i], byte += sizes[i];
             if (counts[stream])
                 write_row(counts[stream], sizes[stream], bits + number, levels + (int64_t)stream * depths * STATES, gains,
-                          numbers + row * total + number, oldest, packed + row * stride + byte);
+                          numbers + row * total + number, oldest + part * ((int64_t)total * STATES + LANES),
+                          packed + row * stride + byte);
         }
-        free(oldest);
-    }
 }
-
-enum { LANES = 16 };  // positions side by side
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
 typedef struct {  // how numbers lie in a row; stride: bytes from one row to the next
     int count, stride, gain_shift;
@@ -255,12 +225,12 @@ static void sum_lanes(const Stream *stream, const Batch *batch, int text, int fi
 
 // weights [texts][heads][positions], which sum to 1 -> out [texts][heads][n]: the mean [groups n], the sums of the stream's
 // numbers times up [groups][count][n], and of a text's first positions exact [texts][groups][WHOLE][n], values over the mean.
+// sums [texts + threads][heads][count, in whole LANES]: memory for it.
 void stream_outputs(STREAM, const float *up, const float *mean, BATCH, const float *weights, const float *exact,
-                    const uint8_t *packed, float *out, int threads) {
+                    const uint8_t *packed, float *sums, float *out, int threads) {
     Stream stream = AS_STREAM;
     Batch batch = AS_BATCH;
     int wide = (count + LANES - 1) / LANES * LANES, shared = heads / groups, parts = (threads + texts - 1) / texts;
-    float *sums = malloc(sizeof(float) * texts * parts * heads * wide);
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for
@@ -285,5 +255,4 @@ void stream_outputs(STREAM, const float *up, const float *mean, BATCH, const flo
                     y[i] += weights[(int64_t)head * positions + s] * exact[(((int64_t)text * groups + g) * WHOLE + w) * n + i];
         }
     }
-    free(sums);
 }

@@ -294,8 +294,15 @@ def test_groups_that_do_not_fit_the_width_are_refused(table):
         in_groups(table, 4, 7)
 
 
-def test_the_streams_that_are_encoded_at_once_do_not_matter(monkeypatch):
-    x, code = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)), gaussian_code(2, FAST_WINDOW)
-    found = encode(x, code)
-    monkeypatch.setattr(trellis, "COSTS_AT_ONCE", 2**9)
-    assert torch.equal(encode(x, code), found)
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("window", [WINDOW, FAST_WINDOW])
+def test_the_compiled_encoder_finds_the_same_streams(window, monkeypatch):
+    """As torch, whose number of streams that are encoded at once does not matter."""
+    x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
+    found = [(each, encode(x, each)) for each in gaussian_codes(window)]
+    monkeypatch.setattr(trellis, "bind", lambda name: None)
+    monkeypatch.setattr(trellis, "COSTS_AT_ONCE", 2 ** (window + 1))
+    for each, windows in found:
+        errors = [(x - each.levels[w].flatten(1)).square().sum(1) for w in (windows, encode(x, each))]
+        torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-6)
+        assert torch.equal(windows[:, :-1] % 2 ** (window - each.bits), windows[:, 1:] >> each.bits)

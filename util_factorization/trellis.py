@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode
+from common.kernels import LANES, bind
+
+WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode (common/trellis.c knows both)
 FAST_WINDOW = 8  # of what is encoded again and again: a cache, a table in training
 MOST_BITS = 8  # of a number
 PAIRS = (1, 3, 5, 7)  # bits for two numbers, of the codes between
@@ -132,6 +134,13 @@ def encode(x, code):
     if code.window == code.bits:
         levels = code.levels.flatten()
         return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
+    if code.window in (WINDOW, FAST_WINDOW) and x.device.type == "cpu" and (loop := bind("trellis_write")):
+        n, threads = x.shape[1] // code.numbers, torch.get_num_threads()
+        windows = torch.empty(len(x), n, dtype=torch.long)
+        memory = torch.empty(threads, (n << (code.window - code.bits)) + LANES, dtype=torch.uint8)
+        given = x.float().contiguous(), code.levels.T.contiguous(), memory, windows, threads
+        loop(len(x), n, code.window, code.bits, code.numbers, *given)
+        return windows
     at_once = max(1, COSTS_AT_ONCE >> code.window)
     parts = x.unflatten(1, (-1, code.numbers)).split(at_once)
     return torch.cat([viterbi(part.permute(1, 2, 0).contiguous(), code).T for part in parts])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from common.kernels import bind
+from common.kernels import LANES, bind
 from model import rotate
 from value_cache.coded_cache import WHOLE
 from value_cache.streams import GAINS, compiled, layout
@@ -87,8 +87,9 @@ class CodedReader:
         B, H, _ = weights.shape
         out = weights.new_empty(B, 1, H * self.n)
         batch, rows = self.batch(1, H, rows, first.pads)
-        loop = bind("stream_outputs", *self.streams[1])
-        loop(*batch, weights.contiguous(), first.values, rows, out, torch.get_num_threads())
+        loop, threads = bind("stream_outputs", *self.streams[1]), torch.get_num_threads()
+        sums = weights.new_empty(B + threads, H, self.streams[1][0] + LANES)
+        loop(*batch, weights.contiguous(), first.values, rows, sums, out, threads)
         return out
 
     def batch(self, i, heads, rows, pads):

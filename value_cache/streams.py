@@ -13,7 +13,7 @@ Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDO
 import torch
 from torch.nn import functional as F
 
-from common.kernels import bind
+from common.kernels import LANES, bind
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import FAST_WINDOW
 
@@ -36,9 +36,10 @@ class Streams:
     def write(self, z, levels):
         """z [N, count], levels (streams, most bits + 1, 2^FAST_WINDOW) -> uint8 [N, size]"""
         if self.count and (loop := compiled("stream_write", z)):
-            rows = torch.empty(len(z), self.size, dtype=torch.uint8)
+            rows, threads = torch.empty(len(z), self.size, dtype=torch.uint8), torch.get_num_threads()
+            memory = torch.empty(threads, self.count * 2**FAST_WINDOW + LANES, dtype=torch.uint8)
             shape = (len(z), len(self.bits), levels.shape[1], self.count, self.size, *self.shape)
-            loop(*shape, levels, GAINS, z.contiguous(), rows, torch.get_num_threads())
+            loop(*shape, levels, GAINS, z.contiguous(), memory, rows, threads)
             return rows
         rows = torch.cat([write_stream(*stream) for stream in zip(z.split(self.counts, 1), self.bits, levels)], 1)
         return rows if self.count else F.pad(rows, (0, 1))
