@@ -37,7 +37,7 @@ class Measurer:
         if row.name == "untouched":
             yield 2 * self.numbers
         elif row.name.startswith("bits"):
-            coded, size = self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name != "bits all at once")
+            coded, size = self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name == "bits in order")
             with coded_in(self.matrices, coded.values()):
                 yield size
         else:
@@ -51,13 +51,15 @@ class Measurer:
 
     def drafts_without(self, name):
         """{name: Draft} of the table with one part of the method left out; None for the whole method."""
-        if name in ("bits", "bits all at once"):
+        if name in ("bits", "bits in order"):
             return None
         weights, found = self.moments.weights, {}
         for table, metric in self.metrics.items():
             W = self.matrices[table].weight.data.float()
             if name == "bits in one group":
                 found[table] = draft_table(W, weights, metric, [weights.argsort(descending=True)])
+            elif name == "bits without parents":
+                found[table] = draft_table(W, weights, metric, parents=False)
             else:  # no rotation
                 found[table] = draft_layer(W, metric, weights, groups_by_weight(weights))
         return found
@@ -86,7 +88,7 @@ class Measurer:
         numbers: of the basis, the means and the coordinates together. A component is kept whole or not at all: a rank is the
         case of bits.spend() whose one step takes the whole error away.
         """
-        draft = draft_table(W, self.moments.weights, self.metrics[name])
+        draft = draft_table(W, self.moments.weights, self.metrics[name], parents=False)
         around = draft.P.numel() + draft.mean.numel() + draft.means.numel()
         kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around, ([0, 1], [1, 0])).view_as(draft.worth)
         back, P = torch.empty_like(W), draft.P.half().float()

@@ -61,8 +61,8 @@ def rows_of(system, shares):
         return [Row("untouched"), *plain, *coded, *(Row("bits read in place", (share,)) for share in fast)]
     if system == "weights":
         plain = (Row("error-aware", b) for b in ((7, 32), (4, 32), (3, 32), (2, 32)))
-        return [Row("untouched"), *coded, *plain, *(Row("bits all at once", row.given) for row in coded[2:])]
-    ablations = [Row(name, (small,)) for name in ("bits in one group", "bits without a basis")]
+        return [Row("untouched"), *coded, *plain, *(Row("bits in order", row.given) for row in coded[2:3])]
+    ablations = [Row(name, (small,)) for name in ("bits without parents", "bits in one group", "bits without a basis")]
     plain = [Row("to nearest", b) for b in ((8, "row"), (4, 32), (3, 64))]
     plain += [Row("error-aware", b) for b in ((4, 32), (4, 64), (3, 64), (2, 32))]
     ranks = [Row(name, (r,)) for name in ("rank", "ranks by frequency") for r in RANKS]

@@ -15,6 +15,7 @@ from model import merge_adapters
 from surgery.coded import TABLES
 from surgery.heal import adapters_of, distil
 from util_factorization.coding import to_int8
+from util_factorization.parents import factors_and_gains
 
 RATE = 3.0  # of the numbers around the codes, each relative to its size, over that of the adapters
 
@@ -45,11 +46,17 @@ class TrainableCodes(nn.Module):
 
     def weight(self):
         """The matrix [V,d]."""
-        n, rows = self.numbers(), self.units.split(self.sizes)
-        Z = [part.float() * scales for part, scales in zip(rows, n["scales"])]
+        n, parts, start = self.numbers(), [], 0
+        for units, scales in zip(self.units.split(self.sizes), n["scales"]):
+            rows = slice(start, start := start + len(units))
+            parts.append(units.float() * scales)
+            if self.coded.parent is not None:
+                factor, gain = (part[:, None] for part in factors_and_gains(self.coded.relation[rows]))
+                before = torch.cat(parts)[self.coded.parents(rows)] if factor.any() else 0
+                parts[-1] = parts[-1] * gain + factor * before
         if "P" in n:
-            Z = [torch.addmm(n["mean"], part + means, n["P"]) for part, means in zip(Z, n["means"])]
-        return torch.cat(Z)[self.places]
+            parts = [torch.addmm(n["mean"], part + means, n["P"]) for part, means in zip(parts, n["means"])]
+        return torch.cat(parts)[self.places]
 
     @torch.no_grad()
     def healed(self):

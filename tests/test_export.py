@@ -114,10 +114,10 @@ def greedy(hf, x, tokens):
 
 
 @torch.no_grad()
-def assert_same(models, before, x, tokens=0):
+def assert_same(models, before, x, tokens=0, atol=1e-4):
     logits, said = before(x).logits, greedy(before, x, tokens) if tokens else None
     for hf in models:
-        torch.testing.assert_close(hf(x).logits, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(hf(x).logits, logits, atol=atol, rtol=1e-4)
         assert not tokens or torch.equal(greedy(hf, x, tokens), said)
 
 
@@ -242,7 +242,9 @@ def packed(request, spoken, tmp_path_factory):
 
 def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
     before, hf = load(packed[1])[0], opened(packed[0], trust_remote_code=True)
-    assert_same([hf], before, ids(300, B=1), tokens=3)
+    # torch writes the exported cache, and a number on the edge of two codes may fall to either side
+    cached = bool(json.loads((packed[1] / "config.json").read_text())["surgery"]["cache"])
+    assert_same([hf], before, ids(300, B=1), tokens=3, atol=5e-3 if cached else 1e-4)
     assert cache_bytes(hf, ids(300)[0]) == cache_bytes(before, ids(300)[0])
     held = [sum(t.nbytes for t in [*m.parameters(), *m.buffers()]) for m in (hf, before)]
     levels = 2 * 16 * 2**12

@@ -5,7 +5,8 @@ A matrix kept by bits: each column of each group of rows has the bits that it is
     W ~ Z                               a linear layer: no basis and no means, columns are the layer's inputs
 
 Rows lie in groups. A column j of group g has a depth (half bits of a number), a scale, and a stream of codes over the group's
-rows (trellis.py). The means m_g are those of the group's coordinates.
+rows (trellis.py). The means m_g are those of the group's coordinates. Where rows have parents (parents.py), the streams hold
+(Z_i - f_i Z_parent(i)) / gain_i, and the parent's row lies in a group before.
 
 **Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
 streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
@@ -20,14 +21,17 @@ import torch
 
 from common.kernels import bind
 from util_factorization.packing import stream_bytes, unpack, unpack_all
+from util_factorization.parents import factors_and_gains
 from util_factorization.trellis import MOST_BITS, WINDOW
 
 SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
 TOKENS_AT_ONCE = 32  # at most, that are multiplied as the codes are read; for more, blocks are decoded and shared by all
-DTYPES = dict(place=(torch.int16, torch.int32), sizes=(torch.int32,), depths=(torch.uint8,), P=(torch.int8,))
+PLACES = (torch.int16, torch.int32)
+BYTES = (torch.uint8,)
+DTYPES = dict(place=PLACES, parent=PLACES, relation=BYTES, sizes=(torch.int32,), depths=BYTES, P=(torch.int8,))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
-OPTIONAL = ("P", "P_scale", "mean", "means")  # a linear layer has none of them
+OPTIONAL = ("P", "P_scale", "mean", "means", "parent", "relation")  # a linear layer has none of them
 
 
 @dataclass
@@ -44,6 +48,8 @@ class CodedMatrix:
     P_scale: torch.Tensor | None = None  # float16 [k]
     mean: torch.Tensor | None = None  # float16 [d]: mu
     means: torch.Tensor | None = None  # float16 [G,k]: m_g
+    parent: torch.Tensor | None = None  # int16 or int32 [V]: by place, the place of the row's parent
+    relation: torch.Tensor | None = None  # uint8 [V]: by place, factor and gain; the factor is 0 for a row without a parent
 
     def tensors(self):
         """{name: tensor} of all that is kept."""
@@ -68,6 +74,7 @@ class CodedMatrix:
         """Raises ValueError where the tensors do not fit one another."""
         (G, k), d = self.depths.shape, self.shape[1]
         shapes = dict(sizes=(G,), scales=(G, k), means=(G, k), P=(k, d), P_scale=(k,), mean=(d,))
+        shapes |= dict(parent=self.place.shape, relation=self.place.shape)
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
@@ -75,13 +82,19 @@ class CodedMatrix:
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} has a number that is not finite")
         for name, tensor in self.tensors().items():
-            known = DTYPES.get(name, (torch.uint8,) if name.startswith("streams.") else FLOATS)
+            known = DTYPES.get(name, BYTES if name.startswith("streams.") else FLOATS)
             if tensor.dtype not in known:
                 raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
             raise ValueError("the groups do not have all rows")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
             raise ValueError("two rows lie at one place")
+        if (self.parent is None) != (self.relation is None):
+            raise ValueError("of parent and relation one is missing")
+        if self.parent is not None:
+            starts = self.starts().repeat_interleave(self.sizes.long())
+            if (self.parents() >= starts)[factors_and_gains(self.relation)[0] > 0].any():
+                raise ValueError("a row's parent does not lie in a group before its own")
         if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
             raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1] / 2:g} bits")
         for g, rows in enumerate(self.sizes.tolist()):
@@ -130,19 +143,51 @@ class CodedMatrix:
         return self.P.float() * self.P_scale.float()[:, None]
 
     def places(self, ids):
-        return self.place[ids].long() & (0xFFFF if self.place.dtype == torch.int16 else -1)
+        return whole_numbers(self.place[ids])
+
+    def parents(self, places=slice(None)):
+        return whole_numbers(self.parent[places])
+
+    def starts(self):
+        """The first place of each group [G]."""
+        sizes = self.sizes.long()
+        return sizes.cumsum(0) - sizes
 
     def lookup(self, ids):
         """ids, long of any shape -> their rows [..., d]."""
-        places, ends = self.places(ids.flatten()), self.sizes.long().cumsum(0)
-        group = torch.searchsorted(ends, places, right=True)
-        Z = self.units(group, places - ends[group] + self.sizes[group]) * self.scales[group].float()
+        places = self.places(ids.flatten())
+        Z, group = self.rests(places)
+        if self.parent is not None:
+            carried, at = torch.ones(len(Z)), places
+            while (some := (carried := carried * self.factors(at)).nonzero()[:, 0]).numel():
+                at = self.parents(at)
+                Z[some] += carried[some, None] * self.rests(at[some])[0]
         Z = Z if self.means is None else Z + self.means[group].float()
         Z = Z if self.P is None else torch.addmm(self.mean.float(), Z * self.P_scale.float(), self.P.float())
         return Z.unflatten(0, ids.shape)
 
+    def rests(self, places):
+        """Places [m] -> (what the streams hold of these rows [m,k], their groups [m])."""
+        starts = self.starts()
+        group = torch.searchsorted(starts, places, right=True) - 1
+        Z = self.units(group, places - starts[group]) * self.scales[group].float()
+        return Z if self.relation is None else Z * factors_and_gains(self.relation[places])[1][:, None], group
+
+    def factors(self, places):
+        return factors_and_gains(self.relation[places])[0]
+
+    def add_parents(self, Z):
+        """Z [..., V], as rows lie, of the streams alone, or linear in it: gains and what parents tell, in place."""
+        if self.parent is not None:
+            (factor, gain), parent = factors_and_gains(self.relation), self.parents()
+            Z *= gain
+            for start, size in zip(self.starts().tolist(), self.sizes.tolist()):
+                rows = slice(start, start + size)
+                Z[..., rows] += Z.index_select(-1, parent[rows]) * factor[rows]
+        return Z
+
     def blocks(self):
-        """(places of some rows, a slice; their coordinates Z + m_g, transposed [k,rows]), through all rows."""
+        """(places of some rows, a slice; what the streams hold, transposed [k,rows]), through all rows."""
         start, kernel = 0, self.kernel("coded_columns")
         for g, size in enumerate(self.sizes.tolist()):
             count, length = segments(size)
@@ -155,7 +200,7 @@ class CodedMatrix:
                     self.read_columns(g, first, last, Z)
                 Z *= self.scales[g].float()[:, None]
                 rows = slice(start, start + Z.shape[1])
-                yield rows, Z if self.means is None else Z.add_(self.means[g].float()[:, None])
+                yield rows, Z
                 start = rows.stop
 
     def read_columns(self, g, first, last, Z):
@@ -175,21 +220,18 @@ class CodedMatrix:
         narrow = narrow.reshape(-1, self.depths.shape[1])
         by_kernel = len(narrow) <= TOKENS_AT_ONCE and not narrow.requires_grad
         if by_kernel and (kernel := self.kernel("coded_product")):
-            out = self.product_with_means(narrow)
+            out = torch.zeros(len(narrow), len(self.place))
             scaled = narrow.contiguous()[:, None] * self.scales.float()  # (tokens, G, k)
             kernel(len(narrow), scaled, out, torch.get_num_threads())
         else:
             out = torch.empty(len(narrow), len(self.place))
             for rows, Z in self.blocks():
                 out[:, rows] = narrow @ Z
+        self.add_parents(out)
+        if self.means is not None:
+            out += (narrow @ self.means.float().T).repeat_interleave(self.sizes, 1, output_size=len(self.place))
         out = out.index_select(1, self.places(slice(None))).view(*x.shape[:-1], -1)
         return out if self.mean is None else out + (x @ self.mean.float())[..., None]
-
-    def product_with_means(self, narrow):
-        """narrow [tokens,k] -> its product with m_g, for all rows of each group, as they lie [tokens,V]."""
-        if self.means is None:
-            return torch.zeros(len(narrow), len(self.place))
-        return (narrow @ self.means.float().T).repeat_interleave(self.sizes, 1, output_size=len(self.place))
 
     def kernel(self, name):
         """A function of kernels.c for this matrix, its first arguments given; None where it cannot read it."""
@@ -215,8 +257,16 @@ class CodedMatrix:
 
     def matrix(self):
         """The whole matrix [V,d], float32."""
-        Z = torch.cat([Z for _, Z in self.blocks()], 1).T[self.places(torch.arange(len(self.place)))]
+        Z = self.add_parents(torch.cat([Z for _, Z in self.blocks()], 1))
+        if self.means is not None:
+            Z += self.means.float().T.repeat_interleave(self.sizes.long(), 1)
+        Z = Z.T[self.places(slice(None))]
         return Z if self.P is None else torch.addmm(self.mean.float(), Z, self.basis())
+
+
+def whole_numbers(places):
+    """Places as they are stored -> long."""
+    return places.long() & (0xFFFF if places.dtype == torch.int16 else -1)
 
 
 def segments(rows):

@@ -25,10 +25,11 @@ from util_factorization.bits import gains, spend
 from util_factorization.coded_matrix import CodedMatrix, segments, stream_size
 from util_factorization.decompose_table import decompose
 from util_factorization.packing import pack
+from util_factorization.parents import ROW_GAINS, find_parents, gains_of, pays, relation, spread, told_by_parents
 from util_factorization.trellis import distortion, encode, gaussian_codes
 
-GROUPS = 10  # of a token table's rows
-GROWTH = 2**0.9  # each group has so many times the rows of the one before it
+FIRST = 40  # rows, about, of a token table's first group
+GROWTH = 2**0.5  # each group has so many times the rows of the one before it
 LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
 LEAST_ROWS = 192  # of such a group
 COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
@@ -51,11 +52,11 @@ def row_weights(counts):
     return p / p.sum()
 
 
-def groups_by_weight(weights, groups=GROUPS, growth=GROWTH):
+def groups_by_weight(weights, first=FIRST):
     """Row indices of each group, the heaviest rows first. Every group has a row at least."""
     order, V = weights.argsort(descending=True, stable=True), len(weights)
-    groups = min(groups, V)
-    sizes = torch.tensor([growth**g for g in range(groups)], dtype=torch.float64)
+    groups = min(V, max(1, round(math.log(1 + V / first * (GROWTH - 1), GROWTH))))
+    sizes = torch.tensor([GROWTH**g for g in range(groups)], dtype=torch.float64)
     ends = (sizes.cumsum(0) / sizes.sum() * V).round().long()
     ends = torch.maximum(ends, torch.arange(1, groups + 1)).tolist()
     return [order[start:end] for start, end in zip([0, *ends], ends)]
@@ -72,6 +73,7 @@ class Draft:
     P: torch.Tensor | None = None  # [k,d]
     mean: torch.Tensor | None = None  # [d]
     means: torch.Tensor | None = None  # [G,k]
+    parents: torch.Tensor | None = None  # [V]: the row that each is told from, -1 for none (parents.py)
 
     @property
     def sizes(self):
@@ -91,6 +93,8 @@ class Draft:
         if self.P is not None:
             d = self.P.shape[1]
             total += k * (d + 2) + 2 * d + 2 * k * len(self.groups)
+        if self.parents is not None:
+            total += len(self.Z) * (place_type(len(self.Z)).itemsize + 1)
         return total
 
 
@@ -99,21 +103,43 @@ def decompose_by(table, weights, metric):
     return decompose(table, "fisher", weights * TOKENS, head=metric, lookup=torch.zeros_like(metric))
 
 
-def draft_table(table, weights, metric, groups=None):
+def draft_table(table, weights, metric, groups=None, parents=True):
     """
     A token table [V,d] -> Draft.
 
     weights [V]   what an error of each row weighs
     metric [d,d]  C + G, as far as the table has these uses
     groups        row indices of each group; left out, groups_by_weight()
+    parents       whether rows may be told from other rows, where it pays
     """
     decomposition, groups = decompose_by(table, weights, metric), groups or groups_by_weight(weights)
     Z, P, mean = decomposition.factors(decomposition.full)
+    means = take_means(Z, weights, groups)
+    found, saved = find_parents(Z, groups) if parents else (None, 0)
+    if not pays(saved, len(Z)):
+        worth = torch.stack([(weights[rows, None] * Z[rows].double().square()).sum(0) for rows in groups])
+        return Draft(Z, groups, worth, P=P, mean=mean, means=means)
+    sizes, by = torch.empty(len(Z)), spread(Z)
+    for rows in groups:
+        sizes[rows] = (told_by_parents(Z, Z, found, rows, spread(Z[rows]))[1] / by).square().mean(1)
+    for rows, m in zip(groups, means):
+        Z[rows] += m
+    groups = groups_by_weight(weights * sizes)
+    means, worth = take_means(Z, weights, groups), []
+    found, _ = find_parents(Z, groups)
+    for rows in groups:
+        _, rest, _ = told_by_parents(Z, Z, found, rows, spread(Z[rows]))
+        gain = ROW_GAINS[gains_of(rest, spread(rest))].double()
+        worth.append((weights[rows] * gain.square()).sum() * (rest.double() / gain[:, None]).square().mean(0))
+    return Draft(Z, groups, torch.stack(worth), P=P, mean=mean, means=means, parents=found)
+
+
+def take_means(Z, weights, groups):
+    """Take each group's mean off the rows of Z [V,k], in place -> the means [G,k]. weights [V]: of rows."""
     means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
     for rows, m in zip(groups, means):
         Z[rows] -= m
-    worth = torch.stack([(weights[rows, None] * Z[rows].double().square()).sum(0) for rows in groups])
-    return Draft(Z, groups, worth, P=P, mean=mean, means=means)
+    return means
 
 
 def draft_layer(W, C, weights, groups=None):
@@ -187,14 +213,19 @@ def spend_over(drafts, budget, codes):
 def code(draft, depths, codes):
     """Round a Draft with half bits [G,k] -> CodedMatrix."""
     by_depth = {code.half_bits: code for code in codes}
-    scales, streams = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
     used = depths.any(0) if draft.P is not None else torch.ones(depths.shape[1], dtype=torch.bool)
     place = torch.empty(len(draft.Z), dtype=torch.long)
     place[torch.cat(draft.groups)] = torch.arange(len(draft.Z))
-    basis = {}
+    around, means = {}, draft.means
+    if draft.parents is None:
+        scales, streams, _ = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
+    else:
+        scales, streams, means, relations = code_rests(draft, depths, by_depth)
+        parent = place[draft.parents[torch.cat(draft.groups)].clamp(min=0)]
+        around = dict(parent=parent.to(place_type(len(place))), relation=torch.cat(relations))
     if draft.P is not None:
         P, P_scale = to_int8(draft.P[used])
-        basis = dict(P=P, P_scale=P_scale, mean=draft.mean.half(), means=draft.means[:, used].half())
+        around |= dict(P=P, P_scale=P_scale, mean=draft.mean.half(), means=means[:, used].half())
     return CodedMatrix(
         place=place.to(place_type(len(place))),
         sizes=draft.sizes.int(),
@@ -202,8 +233,30 @@ def code(draft, depths, codes):
         scales=scales[:, used].half(),
         streams=streams,
         codes=by_depth,
-        **basis,
+        **around,
     )
+
+
+def code_rests(draft, depths, codes):
+    """
+    Code what parents do not tell, group by group, so that parents are read as they will be -> (scales [G,k], {(g, half bits):
+    stream}, means [G,k], of each group's rows relation()).
+    """
+    read, streams, relations = torch.zeros_like(draft.Z), {}, []
+    scales, means = torch.ones(depths.shape), draft.means.clone()
+    for g, rows in enumerate(draft.groups):
+        some, by = depths[g] > 0, spread(draft.Z[rows])
+        told, rest, factor = told_by_parents(draft.Z, read, draft.parents, rows, by.where(some, torch.inf))
+        shift = rest.mean(0)
+        rest -= shift
+        means[g] += shift
+        gain = gains_of(rest[:, some], spread(rest[:, some]))
+        aim = rest / ROW_GAINS[gain, None]
+        scales[g : g + 1], found, errors = code_groups(aim, [torch.arange(len(rows))], depths[g : g + 1], None, codes)
+        streams |= {(g, b): stream for (_, b), stream in found.items()}
+        read[rows] = told + ROW_GAINS[gain, None] * (aim - errors[0])
+        relations.append(relation(factor, gain))
+    return scales, streams, means, relations
 
 
 def place_type(V):
@@ -234,7 +287,10 @@ def feedback(M, columns=None):
 
 
 def code_groups(Z, groups, depths, U, codes):
-    """Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream})."""
+    """
+    Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream}, errors of
+    each group's rows, a list of [rows,k]).
+    """
     parts, scales = [Z[rows] for rows in groups], torch.ones(depths.shape)
     errors, found = [torch.zeros_like(part) for part in parts], defaultdict(list)
     step = COLUMNS if U is not None else Z.shape[1]
@@ -253,7 +309,8 @@ def code_groups(Z, groups, depths, U, codes):
                 found[g, b].append(w)
         for z, e, q in zip(parts, errors, read):
             e[:, block] = z[:, block] - q
-    return scales, {(g, b): pack(torch.cat(w), codes[b].bits, codes[b].window) for (g, b), w in found.items()}
+    streams = {(g, b): pack(torch.cat(w), codes[b].bits, codes[b].window) for (g, b), w in found.items()}
+    return scales, streams, errors
 
 
 def scale_of(x, code):

@@ -68,7 +68,7 @@ class StraightThrough:
     @torch.no_grad()
     def code(self, step):
         table = self.parameter.detach().float().cpu()
-        draft = draft_table(table, self.weights, self.metric)
+        draft = draft_table(table, self.weights, self.metric, parents=False)  # sought again at each coding, they cost too much
         (depths,), codes = fit([draft], self.budget, gaussian_codes(FAST_WINDOW))
         coded = code(draft, depths, codes)
         self.size, self.coded_at = coded.bytes(), step
