@@ -239,11 +239,17 @@ static void restore(float *rows, int r, int more, const float *weights) {
     }
 }
 
-// scores [shared][positions] of one position: a head's key is turned, and meets the `shared` queries.
-static inline void meet(const float *row, const float *bias, int shared, int n, int half, const float *cos, const float *sin,
-                        const float *q, int64_t positions, float *scores) {
+// scores [shared][positions] of one position: a head's key is normed where there is a norm [n], is turned, and meets the
+// `shared` queries.
+static inline void meet(const float *row, const float *bias, int shared, int n, int half, const float *norm, float eps,
+                        const float *cos, const float *sin, const float *q, int64_t positions, float *scores) {
     float key[WIDEST];
     for (int i = 0; i < n; i++) key[i] = row[i] + bias[i];
+    if (norm) {
+        float squares = 0;
+        for (int i = 0; i < n; i++) squares += key[i] * key[i];
+        for (int i = 0; i < n; i++) key[i] *= norm[i] / sqrtf(squares / n + eps);
+    }
     for (int i = 0; i < half; i++) {
         float a = key[i], b = key[i + half];
         key[i] = a * cos[i] - b * sin[i];
@@ -259,11 +265,11 @@ static inline void meet(const float *row, const float *bias, int shared, int n, 
 
 // One query of each text, q [texts][heads][n], and latents [texts][capacity][r], the first `positions` -> scores
 // [texts][heads][positions]. A row has the latents and then `more` numbers, products of them with weights [r][more]. Number i of
-// all keys is number at[i] of the row, plus bias[i], [groups n]; then the first 2 half numbers of a head turn by cos and sin
-// [positions][half]. Most at[i] are i: a key is a row, and few numbers are moved.
+// all keys is number at[i] of the row, plus bias[i], [groups n]; heads are normed by norm [n], or null, and eps; their first 2
+// half numbers turn by cos and sin [positions][half]. Most at[i] are i: a key is a row, and few numbers are moved.
 void latent_scores(int texts, int heads, int groups, int n, int positions, int capacity, int r, int more, int half,
                    const float *latents, const float *q, const int32_t *at, const float *weights, const float *bias,
-                   const float *cos, const float *sin, float *scores, int threads) {
+                   const float *norm, float eps, const float *cos, const float *sin, float *scores, int threads) {
     int blocks = (positions + BLOCK - 1) / BLOCK, shared = heads / groups, width = groups * n, count = 0, moved[width];
     for (int i = 0; i < width; i++)
         if (at[i] != i) moved[count++] = i;
@@ -284,8 +290,9 @@ void latent_scores(int texts, int heads, int groups, int n, int positions, int c
                 for (int g = 0; g < groups; g++) {
                     int64_t head = (int64_t)text * heads + g * shared;
                     float *out = scores + head * positions + s + p;
-                    if (n == 64) meet(key + g * 64, bias + g * 64, shared, 64, half, c, d, q + head * 64, positions, out);
-                    else meet(key + g * n, bias + g * n, shared, n, half, c, d, q + head * n, positions, out);
+                    if (n == 64)
+                        meet(key + g * 64, bias + g * 64, shared, 64, half, norm, eps, c, d, q + head * 64, positions, out);
+                    else meet(key + g * n, bias + g * n, shared, n, half, norm, eps, c, d, q + head * n, positions, out);
                 }
             }
         }

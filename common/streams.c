@@ -105,6 +105,14 @@ static inline void restore_keys(const Lanes *z, int from, int to, const float *w
     memcpy(out, sums, sizeof sums);
 }
 
+// The numbers of a head over their root mean square, times norm [n].
+static inline void norm_lanes(Lanes *keys, int n, const float *norm, float eps) {
+    Lanes sizes = {0};
+    for (int i = 0; i < n; i++) sizes += keys[i] * keys[i];
+    for (int p = 0; p < LANES; p++) sizes[p] = 1 / sqrtf(sizes[p] / n + eps);
+    for (int i = 0; i < n; i++) keys[i] *= sizes * norm[i];
+}
+
 // Two numbers of a head, half apart, turn by cos and sin [half][capacity].
 static inline void turn_lanes(Lanes *keys, int half, int capacity, const float *cos, const float *sin) {
     for (int i = 0; i < half; i++, cos += capacity, sin += capacity) {
@@ -154,11 +162,11 @@ static inline int end_of_whole(const Batch *batch, int text) { return least(begi
 
 // q [texts][heads][n], the last of `positions`, before its rotation -> scores [texts][heads][positions]. The numbers of the
 // stream are those of the keys, by blocks: KEYS numbers of all keys [groups n] at a time are products of z from ranges[2 t] to
-// ranges[2 t + 1] with the next weights; mean [groups n] is added. cos and sin [half][capacity] hold whole LANES. exact
-// [texts][groups][WHOLE][n]: a text's first keys, rotated.
-void stream_scores(STREAM, const int32_t *ranges, const float *weights, const float *mean, BATCH, int half, int capacity,
-                   const float *cos, const float *sin, float scale, const float *q, const float *exact, const uint8_t *packed,
-                   float *scores, int threads) {
+// ranges[2 t + 1] with the next weights; mean [groups n] is added. norm: of meet() in kernels.c. cos and sin [half][capacity]
+// hold whole LANES. exact [texts][groups][WHOLE][n]: a text's first keys, rotated.
+void stream_scores(STREAM, const int32_t *ranges, const float *weights, const float *mean, BATCH, const float *norm, float eps,
+                   int half, int capacity, const float *cos, const float *sin, float scale, const float *q, const float *exact,
+                   const uint8_t *packed, float *scores, int threads) {
     Stream stream = AS_STREAM;
     Batch batch = AS_BATCH;
     int blocks = (positions + BLOCK - 1) / BLOCK, width = groups * n, shared = heads / groups;
@@ -180,6 +188,7 @@ void stream_scores(STREAM, const int32_t *ranges, const float *weights, const fl
                 restore_keys(z, ranges[2 * t], ranges[2 * t + 1], weight, keys + t * KEYS);
             for (int i = 0; i < width; i++) keys[i] = keys[i] * gain + mean[i];
             for (int g = 0; g < groups; g++) {
+                if (norm) norm_lanes(keys + g * n, n, norm, eps);
                 turn_lanes(keys + g * n, half, capacity, cos + s, sin + s);
                 meet_lanes(keys + g * n, shared, n, query + g * shared * n, least(LANES, end - s), positions,
                            out + g * shared * (int64_t)positions + s);

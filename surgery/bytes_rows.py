@@ -10,6 +10,7 @@ from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.evaluator import Evaluator
 from util_factorization.bits import spend
 from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
+from util_factorization.parents import spread, told_by_parents
 from util_factorization.rounding import in_groups
 
 DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
@@ -83,15 +84,22 @@ class Measurer:
 
     def by_group(self, name, W, numbers):
         """
-        Each group of rows keeps the components that are worth most to it, in float16 -> (the matrix, its bytes).
+        Each group of rows keeps the components that are worth most to it, in float16, and takes the others from the rows'
+        parents -> (the matrix, its bytes).
 
-        numbers: of the basis, the means and the coordinates together. A component is kept whole or not at all: a rank is the
-        case of bits.spend() whose one step takes the whole error away.
+        numbers: that pay for everything, of 2 bytes each. A component is kept whole or not at all: a rank is the case of
+        bits.spend() whose one step takes the whole error away.
         """
-        draft = draft_table(W, self.moments.weights, self.metrics[name], parents=False)
-        around = draft.P.numel() + draft.mean.numel() + draft.means.numel()
-        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around, ([0, 1], [1, 0])).view_as(draft.worth)
-        back, P = torch.empty_like(W), draft.P.half().float()
-        for rows, mean, mask in zip(draft.groups, draft.means, kept):
-            back[rows] = draft.mean + (draft.Z[rows].half() * mask + mean.half()).float() @ P
-        return back, 2 * (around + (kept * draft.sizes[:, None]).sum().item()) + -(-kept.numel() // 8)
+        draft = draft_table(W, self.moments.weights, self.metrics[name])
+        around = 2 * (draft.P.numel() + draft.mean.numel() + draft.means.numel()) + -(-draft.worth.numel() // 8)
+        around += draft.bytes_of_parents()
+        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around // 2, ([0, 1], [1, 0]))
+        kept = kept.view_as(draft.worth)
+        read, back, P = torch.zeros_like(draft.Z), torch.empty_like(W), draft.P.half().float()
+        for rows, mean, mask in zip(draft.groups, draft.means, kept.bool()):
+            read[rows] = draft.Z[rows].half().float() * mask
+            if draft.parents is not None:
+                by = spread(draft.Z[rows]).where(~mask, torch.inf)
+                read[rows] += told_by_parents(draft.Z, read, draft.parents, rows, by)[0] * ~mask
+            back[rows] = draft.mean + (read[rows] + mean.half()) @ P
+        return back, around + 2 * (kept * draft.sizes[:, None]).sum().item()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from common.cli import fail
 from model import rotate
-from surgery.latent_cache import growing
+from surgery.latent_cache import growing, norm_of
 from surgery.layers import find_layers
 from surgery.low_rank_modules import Turns, check_attention
 from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
@@ -129,8 +129,8 @@ class CodedAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             kept = self.append(now, attention_mask, cache)
         q, S = self.q_norm(self.heads(self.q_proj(x))), kept.rows.shape[1]
-        if T == 1 and layer and self.reads_in_place(q):
-            return self.o_proj(self.read_in_place(q[:, :, 0], kept, layer, attention_mask)), None
+        if T == 1 and layer and (norm := self.norm_in_place(q)):
+            return self.o_proj(self.read_in_place(q[:, :, 0], kept, layer, norm, attention_mask)), None
         cos, sin = self.turns(S, x)
         q = rotate(q, cos[:, S - T :], sin[:, S - T :])
         with torch.autocast(x.device.type, enabled=False):
@@ -164,24 +164,21 @@ class CodedAttention(nn.Module):
         self.step.add(read)
         return read + (now - now.detach()) if now.shape[1] == read.shape[1] else read
 
-    def reads_in_place(self, q):
-        """Whether the loops can take queries q (B, H, T, n): they compute in float32, no gradients, and keys without a norm."""
-        if (
-            q.dtype != torch.float32
-            or (torch.is_grad_enabled() and q.requires_grad)
-            or not isinstance(self.k_norm, nn.Identity)
-        ):
-            return False
+    def norm_in_place(self, q):
+        """norm_of() of the keys, where the loops can take queries q (B, H, T, n): they compute in float32, and no gradients."""
+        if q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad):
+            return None
         if self.reader is None:
             self.reader = reader_of(self.code, self.n) or False
-        return bool(self.reader)
+        return norm_of(self.k_norm, self.n) if self.reader else None
 
-    def read_in_place(self, q, kept, layer, mask):
+    def read_in_place(self, q, kept, layer, norm, mask):
         """One query of each text, not yet rotated (B, H, n) -> what the heads give, side by side (B, 1, H n)."""
         reader = self.reader
         if layer.first is None or not layer.first.is_of(kept.whole, kept.pads):
-            layer.first = reader.first_positions(kept.whole, kept.pads, self.turns)
-        scores = reader.scores(q, kept.rows, layer.first, self.turns.columns(kept.rows.shape[1], q), self.scaling)
+            layer.first = reader.first_positions(kept.whole, kept.pads, self.turns, self.k_norm)
+        columns = self.turns.columns(kept.rows.shape[1], q)
+        scores = reader.scores(q, kept.rows, layer.first, norm, columns, self.scaling)
         if mask is not None:
             mask = mask[:, 0, -1:]  # (B or 1, 1, S)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

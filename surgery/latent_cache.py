@@ -132,12 +132,13 @@ def turn_latents(turn, down, *ups):
 
 class KeyReader:
     """
-    The loop's view of the weight [G n, r] and the bias [G n] or None that restore keys.
+    The loop's view of the weight [G n, r] and the bias [G n] or None that restore keys, and of their norm, a norm_of().
 
     at [G n]: where a number of the keys lies in a row that has the latents first and then what is restored.
     """
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight, bias, norm):
+        self.norm = norm
         unit = (weight.count_nonzero(1) == 1) & (weight.amax(1) == 1)
         self.at = torch.where(unit, weight.argmax(1), weight.shape[1] + (~unit).cumsum(0) - 1).int()
         self.rest = F.pad(weight[~unit].T, (0, -(~unit).sum().item() % TILE)).contiguous()  # [r, a multiple of TILE]
@@ -155,9 +156,24 @@ class KeyReader:
         c = c if c.stride()[1:] == (r, 1) else c.contiguous()
         shape = (B, H, len(self.at) // n, n, S, c.stride(0) // r, r, self.rest.shape[1], cos.shape[-1])
         scores = torch.empty(B, H, S)
-        parts = (q.contiguous(), self.at, self.rest, self.bias, cos[0], sin[0], scores, torch.get_num_threads())
+        parts = (q.contiguous(), self.at, self.rest, self.bias, *self.norm, cos[0], sin[0], scores, torch.get_num_threads())
         bind("latent_scores", *shape)(c[0, 0], *parts)  # the loop finds the other rows from the first
         return scores
+
+
+@torch.no_grad()
+def norm_of(module, n):
+    """
+    What the loops take of a norm of heads: (its weights [n], or None without one; epsilon). None for a norm of another kind.
+    """
+    if isinstance(module, torch.nn.Identity):
+        return None, 0.0
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    weight, x = module(torch.ones(n)) * (1 + eps) ** 0.5, torch.linspace(-1, 2, n)
+    known = weight * x * (x.square().mean() + eps).rsqrt()
+    return (weight, eps) if torch.allclose(module(x), known, rtol=1e-5, atol=1e-6) else None
 
 
 def loop_reads(c, n):

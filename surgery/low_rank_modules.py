@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common.cli import fail
 from common.modules import linear
 from model import rotate
-from surgery.latent_cache import KeyReader, growing, loop_reads, turn_latents, turn_to_keys
+from surgery.latent_cache import KeyReader, growing, loop_reads, norm_of, turn_latents, turn_to_keys
 from surgery.layers import find_layers
 from value_cache.latent_attention import restore_sums
 
@@ -151,12 +151,12 @@ class LatentAttention(nn.Module):
 
     def reader(self, c):
         """The KeyReader of latents c for the weights as they are now, or None."""
-        if not loop_reads(c, self.n) or not isinstance(self.k_norm, nn.Identity):
+        if not loop_reads(c, self.n) or (norm := norm_of(self.k_norm, self.n)) is None:
             return None
         if isinstance(self.k_proj, Uncut):
-            return KeyReader(torch.eye(c.shape[-1]), None)
+            return KeyReader(torch.eye(c.shape[-1]), None, norm)
         up = self.k_proj.up  # PEFT's adapted ones are of another type
-        return KeyReader(up.weight.detach(), up.bias) if type(up) is nn.Linear else None
+        return KeyReader(up.weight.detach(), up.bias, norm) if type(up) is nn.Linear else None
 
     def turn_to_keys(self):
         """Turn the latents, if keys and values share them, for decoding on a CPU in float32 (latent_cache.py)."""

@@ -11,6 +11,7 @@ from common.kernels import library
 from model import rotate
 from surgery.coded_folder import save
 from surgery.decoding_speed import cache_bytes
+from surgery.latent_cache import norm_of
 from surgery.low_rank_modules import Turns
 from surgery.model_folder import WEIGHTS
 from surgery.reading import load
@@ -232,9 +233,12 @@ def test_the_bytes_that_are_allocated_are_those_that_were_paid(at_quarter):
 
 @compiled
 @pytest.mark.parametrize("heads,groups,n,turned", [(6, 2, 40, 40), (3, 3, 7, 4), (4, 1, 64, 32)])
-@pytest.mark.parametrize("pads", [None, [0, 3, 120]])
-def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads):
-    """On the same rows: several blocks, queries that share keys, heads that turn in part, padding, and a buffer with room."""
+@pytest.mark.parametrize("pads,normed", [(None, False), ([0, 3, 120], True)])
+def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads, normed):
+    """
+    On the same rows: several blocks, queries that share keys, heads that turn in part, padding, a norm of keys, and a buffer
+    with room.
+    """
     draw, angles = torch.Generator().manual_seed(0), torch.logspace(0, -3, turned // 2)
     D, S, B = groups * n, 150, 3
     normal = partial(torch.randn, generator=draw)
@@ -246,8 +250,11 @@ def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads):
     whole = x[:, : WHOLE + (0 if pads is None else 120)].half()
     turns = Turns(lambda like, at: [f(at[..., None] * angles).repeat(1, 1, 2) for f in (torch.cos, torch.sin)])
     reader = reader_of(code, n)
-    first = reader.first_positions(whole, pads, turns)
-    scores = reader.scores(q, rows, first, turns.columns(S, q), 0.2)
+    norm = torch.nn.RMSNorm(n, eps=0.3).requires_grad_(False) if normed else torch.nn.Identity()
+    if normed:
+        norm.weight.copy_(normal(n))
+    first = reader.first_positions(whole, pads, turns, norm)
+    scores = reader.scores(q, rows, first, norm_of(norm, n), turns.columns(S, q), 0.2)
     weights = scores.softmax(-1)
     found = reader.outputs(weights, rows, first)
 
@@ -256,9 +263,14 @@ def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads):
     read[:, : whole.shape[1]] = torch.where(kept.counts()[..., None], whole.float(), read[:, : whole.shape[1]])
     k, v = (part.unflatten(-1, (-1, n)).transpose(1, 2).repeat_interleave(heads // groups, 1) for part in read.chunk(2, -1))
     cos, sin = turns(S, q)
-    k, turned_q = rotate(k, cos, sin), rotate(q[:, :, None], cos[:, -1:], sin[:, -1:])
+    k, turned_q = rotate(norm(k), cos, sin), rotate(q[:, :, None], cos[:, -1:], sin[:, -1:])
     torch.testing.assert_close(scores, 0.2 * (turned_q @ k.mT)[:, :, 0], atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(found, (weights[:, :, None] @ v).flatten(1)[:, None], atol=1e-4, rtol=1e-5)
+
+
+def test_a_norm_of_another_kind_is_not_taken_for_one():
+    assert norm_of(torch.nn.LayerNorm(8), 8) is None and norm_of(torch.nn.Linear(8, 8), 8) is None
+    assert norm_of(torch.nn.Identity(), 8) == (None, 0.0)
 
 
 @compiled

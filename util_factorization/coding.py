@@ -93,9 +93,11 @@ class Draft:
         if self.P is not None:
             d = self.P.shape[1]
             total += k * (d + 2) + 2 * d + 2 * k * len(self.groups)
-        if self.parents is not None:
-            total += len(self.Z) * (place_type(len(self.Z)).itemsize + 1)
-        return total
+        return total + self.bytes_of_parents()
+
+    def bytes_of_parents(self):
+        """A place and relation() for each row."""
+        return 0 if self.parents is None else len(self.Z) * (place_type(len(self.Z)).itemsize + 1)
 
 
 def decompose_by(table, weights, metric):

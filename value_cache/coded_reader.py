@@ -57,29 +57,30 @@ class CodedReader:
             self.streams.append((count, code.bytes_per_token, gain_shift, places, levels, GAINS, *around))
         self.v_mean, self.n = v_mean.view(-1, 1, n), n
 
-    def first_positions(self, whole, pads, turns):
+    def first_positions(self, whole, pads, turns, norm):
         """
-        whole (B, W, D), as the cache keeps them; pads, long [B or 1], positions before each text, or None; turns: a Turns
+        whole (B, W, D), as the cache keeps them; pads, long [B or 1], positions before each text, or None; turns: a Turns;
+        norm: of keys, before they turn
         """
         cos, sin = turns(whole.shape[1], self.v_mean)
         k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
         begin = torch.zeros(1, dtype=torch.long) if pads is None else pads
         places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)  # the loops do not read what is not there
         places = places[:, None, :, None].expand(len(k), k.shape[1], -1, self.n)
-        keys, values = rotate(k, cos, sin).gather(2, places), v.gather(2, places)
+        keys, values = rotate(norm(k), cos, sin).gather(2, places), v.gather(2, places)
         return First(whole, pads, keys.contiguous(), (values - self.v_mean).contiguous())  # the mean is in the outputs
 
-    def scores(self, q, rows, first, columns, scale):
+    def scores(self, q, rows, first, norm, columns, scale):
         """
         One query of each text over all positions, its own too: q (B, H, n), before its rotation -> (B, H, S).
 
-        rows (B, S, bytes), all or the beginning of a buffer; columns: cosines and sines [D/2, capacity], of all positions,
-        in whole LANES of streams.c
+        rows (B, S, bytes), all or the beginning of a buffer; norm: the keys' weights [n] or None, and epsilon; columns: cosines
+        and sines [D/2, capacity], of all positions, in whole LANES of streams.c
         """
         scores = q.new_empty(*q.shape[:2], rows.shape[1])
         batch, rows = self.batch(0, q.shape[1], rows, first.pads)
         loop, threads = bind("stream_scores", *self.streams[0]), torch.get_num_threads()
-        loop(*batch, *columns[0].shape, *columns, float(scale), q.contiguous(), first.keys, rows, scores, threads)
+        loop(*batch, *norm, *columns[0].shape, *columns, float(scale), q.contiguous(), first.keys, rows, scores, threads)
         return scores
 
     def outputs(self, weights, rows, first):
