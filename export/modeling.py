@@ -7,7 +7,7 @@ from surgery.coded_attention import coded_layers, install_cache
 from surgery.coded_modules import install_coded
 from surgery.low_rank_modules import install
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.trellis import WINDOW, Code, shapes
+from util_factorization.trellis import WINDOW, Code, float16_code, shapes
 from value_cache.coded_cache import LayerCode
 
 
@@ -62,7 +62,7 @@ class Levels(nn.Module):
         if not self.codes:
             parts = self.bits.view(torch.float16).float().split(self.numbers, 1)
             codes = [Code(bits, levels, 0.0) for (bits, _), levels in zip(shapes(WINDOW), parts)]
-            self.codes = {code.half_bits: code for code in codes}
+            self.codes = {code.half_bits: code for code in [*codes, float16_code()]}
         return self.codes[half_bits]
 
 

@@ -37,6 +37,11 @@ class Args:
         above=0,
         high=1,
     )
+    numbers: str = flag(
+        "bits",
+        "of --bytes. bits: each has the bits that it is worth; float16: whole or not at all, a rank for each group of rows",
+        choices=("bits", "float16"),
+    )
     cache_bytes: float | None = flag(
         None,
         "with --out: keep keys and values by bits, in this share of a token's float16 bytes; with --bytes or alone",
@@ -45,7 +50,7 @@ class Args:
     )
     cache_form: str = flag(
         "fast",
-        "of --cache_bytes. fast: a token reads each layer where it lies, on a CPU in float32 and where keys have no norm; "
+        "of --cache_bytes. fast: a token reads each layer where it lies, on a CPU in float32 ; "
         "small: layers are forecast from those before, so the same bytes lose less, and decoding is slow",
         choices=("fast", "small"),
     )
@@ -98,9 +103,9 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "seed_faithful",
-         "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
-         "heal_dtype")  # fmt: skip
+SWEEP = ("variance", "rank", "budget", "bytes", "numbers", "cache_bytes", "cache_form", "targets", "mode", "method",
+         "seed_faithful", "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank",
+         "heal_lr", "heal_dtype")  # fmt: skip
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
@@ -129,6 +134,8 @@ def check(args, given, points):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
     if not args.heal_steps and (other := sorted({"heal_text", "heal_rank", "heal_lr", "heal_dtype"} & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
+    if "numbers" in given and not args.bytes:
+        fail("--numbers is for --bytes: give it too, or drop --numbers")
     if "cache_form" in given and not args.cache_bytes:
         fail("--cache_form is for --cache_bytes: give it too, or drop --cache_form")
     if not args.out:

@@ -8,10 +8,9 @@ from tqdm import tqdm
 
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.evaluator import Evaluator
-from util_factorization.bits import spend
 from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
-from util_factorization.parents import spread, told_by_parents
 from util_factorization.rounding import in_groups
+from util_factorization.trellis import float16_code
 
 DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
 
@@ -37,6 +36,11 @@ class Measurer:
         """A context in which the matrices are the row's; gives their bytes."""
         if row.name == "untouched":
             yield 2 * self.numbers
+        elif row.name == "ranks by frequency":
+            share = row.given[0] * sum(sum(m.weight.shape) for m in self.matrices.values()) / self.numbers
+            coded, size = self.coder.code(share, codes=[float16_code()])
+            with coded_in(self.matrices, coded.values()):
+                yield size
         elif row.name.startswith("bits"):
             coded, size = self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name == "bits in order")
             with coded_in(self.matrices, coded.values()):
@@ -71,9 +75,6 @@ class Measurer:
             decomposition = decompose_by(W, self.moments.weights, self.metrics[name])
             Z, P, mean = (part.half().float() for part in decomposition.factors(row.given[0]))
             return torch.addmm(mean, Z, P), 2 * (Z.numel() + P.numel() + mean.numel())
-        if row.name == "ranks by frequency":
-            V, d = W.shape
-            return self.by_group(name, W, row.given[0] * (V + d))
         bits, group = row.given
         metric = None
         if row.name == "error-aware":
@@ -81,25 +82,3 @@ class Measurer:
             metric = metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric))
         group = W.shape[1] if group == "row" else math.gcd(group, W.shape[1])  # groups that fit the width
         return in_groups(W, bits, group, metric)
-
-    def by_group(self, name, W, numbers):
-        """
-        Each group of rows keeps the components that are worth most to it, in float16, and takes the others from the rows'
-        parents -> (the matrix, its bytes).
-
-        numbers: that pay for everything, of 2 bytes each. A component is kept whole or not at all: a rank is the case of
-        bits.spend() whose one step takes the whole error away.
-        """
-        draft = draft_table(W, self.moments.weights, self.metrics[name])
-        around = 2 * (draft.P.numel() + draft.mean.numel() + draft.means.numel()) + -(-draft.worth.numel() // 8)
-        around += draft.bytes_of_parents()
-        kept = spend(draft.worth.flatten(), draft.price().flatten(), numbers - around // 2, ([0, 1], [1, 0]))
-        kept = kept.view_as(draft.worth)
-        read, back, P = torch.zeros_like(draft.Z), torch.empty_like(W), draft.P.half().float()
-        for rows, mean, mask in zip(draft.groups, draft.means, kept.bool()):
-            read[rows] = draft.Z[rows].half().float() * mask
-            if draft.parents is not None:
-                by = spread(draft.Z[rows]).where(~mask, torch.inf)
-                read[rows] += told_by_parents(draft.Z, read, draft.parents, rows, by)[0] * ~mask
-            back[rows] = draft.mean + (read[rows] + mean.half()) @ P
-        return back, around + 2 * (kept * draft.sizes[:, None]).sum().item()

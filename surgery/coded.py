@@ -122,15 +122,15 @@ class Coder:
             print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in prices.items()), flush=True)
         return drafts
 
-    def code(self, share, drafts=None, in_order=True):
+    def code(self, share, drafts=None, in_order=True, codes=None):
         """
         {name: CodedMatrix} that take `share` of the matrices' float16 bytes together, and their bytes.
 
-        drafts: others than the Coder's own. in_order: layers repair what the ones before them have spoilt (in_order.py). Raises
-        ValueError where the share does not pay.
+        drafts: others than the Coder's own. in_order: layers repair what the ones before them have spoilt (in_order.py). codes:
+        of fit(). Raises ValueError where the share does not pay.
         """
         drafts = drafts or self.drafts
-        depths, codes = fit(list(drafts.values()), share * 2 * self.numbers)
+        depths, codes = fit(list(drafts.values()), share * 2 * self.numbers, codes)
         depths = dict(zip(drafts, depths))
         if in_order and drafts.keys() - {*TABLES}:
             coded = code_in_order(self.subject, drafts, depths, codes, self.moments.linears, self.windows)

@@ -8,7 +8,7 @@ from surgery import coded_attention
 from surgery.coded_modules import install_coded
 from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.trellis import FAST_WINDOW, WINDOW, gaussian_codes
+from util_factorization.trellis import FAST_WINDOW, WINDOW, float16_code, gaussian_codes
 from value_cache.coded_cache import LAYERS_BEFORE, LayerCode
 
 
@@ -39,7 +39,7 @@ def parts_of(hf, plan, tensors):
     """
     if plan.get("window") != WINDOW:
         raise ValueError("its codes are those of another version of this program: write it again")
-    tensors, codes = dict(tensors), {code.half_bits: code for code in gaussian_codes()}
+    tensors, codes = dict(tensors), {code.half_bits: code for code in [*gaussian_codes(), float16_code()]}
     coded, inside = {}, set()
     layers = coded_attention.coded_layers(hf) if plan.get("cache") else []
     if len(layers) != len(plan.get("cache", [])):

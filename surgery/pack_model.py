@@ -21,6 +21,7 @@ from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line, made_by
+from util_factorization.trellis import float16_code
 
 
 def pack_model(args, subject, tokenizer, texts, evaluator, folder):
@@ -33,7 +34,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     if args.bytes:
         coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
         try:
-            coded, taken = coder.code(args.bytes)
+            coded, taken = coder.code(args.bytes, codes=[float16_code()] if args.numbers == "float16" else None)
         except ValueError as error:
             fail(f"--bytes {args.bytes}: {error}")
     found = dict(untouched=evaluator.measure())
@@ -122,6 +123,7 @@ def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subjec
     return dict(
         out=Path(args.out).name,
         targets=args.targets,
+        numbers=args.numbers,
         bytes=dict(asked=args.bytes, coded=taken, on_disk=size, in_memory=memory),
         cache=dict(
             asked=args.cache_bytes,

@@ -2,14 +2,11 @@
 
 import copy
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.bytes_rows import Measurer
-from surgery.bytes_study import Row
 from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
 from surgery.coded_folder import save
 from surgery.coded_modules import CodedLinear, install_coded
@@ -19,7 +16,8 @@ from surgery.linears import LinearMoments, find_linears
 from surgery.model_folder import WEIGHTS
 from surgery.reading import load
 from surgery.subject import Subject
-from util_factorization.coding import code, fit
+from util_factorization.coding import code, decompose_by, draft_table, fit
+from util_factorization.trellis import float16_code
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 draw = torch.Generator().manual_seed(0)
@@ -162,22 +160,23 @@ def test_a_damaged_folder_is_one_line(packed, folder, tmp_path, capsys, part):
 
 def test_ranks_by_frequency_beat_one_rank_at_equal_bytes(packed):
     """In the metric, by the rows' weights. With numbers for all, the matrix comes back to float16's precision."""
-    moments, metrics = packed.moments, metrics_of(packed.matrices, packed.moments)
-    measurer = SimpleNamespace(moments=moments, metrics=metrics, by_group=Measurer.by_group)
-    W = packed.matrices["wte"].weight.data
-    V, d = W.shape
+    W, weights = packed.matrices["wte"].weight.data, packed.moments.weights
+    metric, (V, d) = metrics_of(packed.matrices, packed.moments)["wte"], W.shape
+    draft = draft_table(W, weights, metric, list(weights.argsort(descending=True).tensor_split(4)))
 
     def loss(made):
         error = (W - made).double()
-        return (moments.weights * ((error @ metrics["wte"]) * error).sum(1)).sum()
+        return (weights * ((error @ metric) * error).sum(1)).sum()
 
     for rank in (8, 16):
-        one, size = Measurer.plain(measurer, Row("rank", (rank,)), "wte", W)
-        many, size_by_group = Measurer.by_group(measurer, "wte", W, rank * (V + d) + d * d)
-        assert loss(many) < loss(one)
-        assert size_by_group <= size + 2 * d * d + d * 10 / 8 + 1  # the whole basis, and which components each group keeps
-    whole, _ = Measurer.by_group(measurer, "wte", W, 10**9)
-    assert loss(whole) < 1e-5 * loss(torch.zeros_like(W))
+        one = decompose_by(W, weights, metric).factors(rank)
+        (depths,), codes = fit([draft], 2 * (rank * (V + d) + d * d), [float16_code()])
+        assert loss(code(draft, depths, codes).matrix()) < loss(torch.addmm(one[2], one[0], one[1]))
+        assert set(depths.unique().tolist()) == {0, 32}
+    (depths,), codes = fit([draft], 10**9, [float16_code()])
+    whole = code(draft, depths.fill_(32), codes)
+    whole.P, whole.P_scale = draft.P, torch.ones(len(draft.P))  # which is rounded to bytes
+    assert loss(whole.matrix()) < 1e-5 * loss(torch.zeros_like(W))
 
 
 def test_a_layer_is_repaired_for_what_it_really_reads():

@@ -246,9 +246,11 @@ def code_rests(draft, depths, codes):
     """
     read, streams, relations = torch.zeros_like(draft.Z), {}, []
     scales, means = torch.ones(depths.shape), draft.means.clone()
+    left = {0: 1.0} | {b: code.error for b, code in codes.items()}
     for g, rows in enumerate(draft.groups):
-        some, by = depths[g] > 0, spread(draft.Z[rows])
-        told, rest, factor = told_by_parents(draft.Z, read, draft.parents, rows, by.where(some, torch.inf))
+        some = depths[g] > 0
+        by = torch.tensor([left[b] for b in depths[g].tolist()]) ** -0.5  # a column counts by what its bits leave of it
+        told, rest, factor = told_by_parents(draft.Z, read, draft.parents, rows, by)
         shift = rest.mean(0)
         rest -= shift
         means[g] += shift

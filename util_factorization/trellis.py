@@ -6,11 +6,11 @@ number's own b bits, and before them bits of the numbers before it. The value is
 numbers at once, so a number takes b / 2 bits: half a bit, or one and a half. A whole bit is much for a number that is hardly
 worth one.
 
-With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max). With L > b the numbers choose among 2^L
-levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded quantisation, Marcellin and
-Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). On Gaussian numbers of variance 1 at 2 bits the squared error
-is 0.118 with L = 2, 0.080 with L = 8 and 0.071 with L = 12; no code of 2 bits can reach less than 0.0625. All codes are read
-alike: one look-up a window, at any place of the stream. Only the encoder's time grows with 2^L.
+With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max's, or float16's own numbers). With L > b
+the numbers choose among 2^L levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded
+quantisation, Marcellin and Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). On Gaussian numbers of variance 1
+at 2 bits the squared error is 0.118 with L = 2, 0.080 with L = 8 and 0.071 with L = 12; no code of 2 bits can reach less than
+0.0625. All codes are read alike: one look-up a window, at any place of the stream. Only the encoder's time grows with 2^L.
 """
 
 import math
@@ -80,6 +80,14 @@ def gaussian_codes(window=WINDOW):
     levels, errors = torch.from_numpy(kept[f"levels_{window}"]).float(), kept[f"errors_{window}"].tolist()
     parts = levels.split([numbers for _, numbers in shapes(window)], 1)
     return [Code(bits, part.contiguous(), error) for (bits, _), part, error in zip(shapes(window), parts, errors)]
+
+
+@lru_cache
+def float16_code():
+    """Numbers of 16 bits as their own levels: with 0 or 16 bits a number, a budget buys a rank for each group of rows."""
+    levels = torch.arange(2**16).int().to(torch.int16).view(torch.float16).float()
+    levels = levels[levels.isfinite()].sort().values
+    return Code(16, torch.nn.functional.pad(levels, (0, 2**16 - len(levels)), value=levels[-1].item())[:, None], 2.0**-24)
 
 
 def write_fitted():
