@@ -51,8 +51,11 @@ def draft(request):
     groups = None if alike else groups_by_weight(weights, first=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parents, "WORTH", 0.5)  # 24 numbers a row pay for little
+        patch.setattr(parents, "LEAST_ALIKE", 0.6)  # and some are alike by chance
         made = draft_table(table_of(alike), weights, M, groups)
     assert (made.parents is not None) == alike
+    if alike:
+        assert (made.parents[made.groups[1]] < 0).any()  # a row without a parent behind the first group
     return made
 
 

@@ -48,7 +48,7 @@ class CodedMatrix:
     P_scale: torch.Tensor | None = None  # float16 [k]
     mean: torch.Tensor | None = None  # float16 [d]: mu
     means: torch.Tensor | None = None  # float16 [G,k]: m_g
-    parent: torch.Tensor | None = None  # int16 or int32 [V]: by place, the place of the row's parent
+    parent: torch.Tensor | None = None  # int16 or int32 [V]: by place, the place of the row's parent, 0 without one
     relation: torch.Tensor | None = None  # uint8 [V]: by place, factor and gain; the factor is 0 for a row without a parent
 
     def tensors(self):
@@ -93,8 +93,10 @@ class CodedMatrix:
             raise ValueError("of parent and relation one is missing")
         if self.parent is not None:
             starts = self.starts().repeat_interleave(self.sizes.long())
-            if (self.parents() >= starts)[factors_and_gains(self.relation)[0] > 0].any():
+            if (self.parents() >= starts.clamp(min=1)).any():
                 raise ValueError("a row's parent does not lie in a group before its own")
+            if factors_and_gains(self.relation)[0][: self.sizes[0]].any():
+                raise ValueError("a row of the first group has a parent")
         if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
             raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1] / 2:g} bits")
         for g, rows in enumerate(self.sizes.tolist()):

@@ -223,7 +223,8 @@ def code(draft, depths, codes):
         scales, streams, _ = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
     else:
         scales, streams, means, relations = code_rests(draft, depths, by_depth)
-        parent = place[draft.parents[torch.cat(draft.groups)].clamp(min=0)]
+        parents = draft.parents[torch.cat(draft.groups)]
+        parent = place[parents] * (parents >= 0)
         around = dict(parent=parent.to(place_type(len(place))), relation=torch.cat(relations))
     if draft.P is not None:
         P, P_scale = to_int8(draft.P[used])
