@@ -132,6 +132,20 @@ void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
     }
 }
 
+// numbers [n][rows], in place: each times its row's gain, plus its row's factor times that of its parent, an earlier row.
+// parent [rows]: uint16, or int32 where `wide`; relation [rows]: the places of a factor and a gain, half a byte each.
+void coded_parents(int rows, int wide, const void *parent, const uint8_t *relation, const float *factors, const float *gains,
+                   int n, float *numbers, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < n; i++) {
+        float *of = numbers + (int64_t)i * rows;
+        for (int row = 0; row < rows; row++) {
+            int from = wide ? ((const int32_t *)parent)[row] : ((const uint16_t *)parent)[row];
+            of[row] = gains[relation[row] & 15] * of[row] + factors[relation[row] >> 4] * of[from];
+        }
+    }
+}
+
 // -- attention over a cache of bytes (surgery/int8_cache.py) ----------------------------------------------------------
 
 // A row is `width` integers of all heads, then a bfloat16 scale, which is the upper half of a float32.

@@ -163,6 +163,7 @@ def test_bytes_are_those_of_the_tensors_and_within_the_budget(draft):
 def test_the_packed_form_is_read_alike_everywhere(coded):
     W, ids, x = coded.matrix(), torch.randint(V, (3, 5)), torch.randn(2, 4, d)
     torch.testing.assert_close(coded.lookup(ids), W[ids])
+    assert coded.lookup(ids[:0]).shape == (0, 5, d)
     torch.testing.assert_close(coded.product(x), x @ W.T, rtol=1e-4, atol=1e-4)
     again = CodedMatrix.from_tensors(coded.tensors(), coded.codes)
     assert torch.equal(again.matrix(), W)
@@ -198,6 +199,18 @@ def test_compiled_loops_read_what_torch_does(monkeypatch):
     assert torch.equal(W, made.matrix()) and torch.equal(rows, made.lookup(ids)) and torch.equal(rows, W[ids])
     for y in products:
         torch.testing.assert_close(y, made.product(x[: len(y)]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+def test_the_loop_over_parents_does_what_torch_does(coded, monkeypatch):
+    W, ids, x = coded.matrix(), torch.randint(V, (20,)), torch.randn(3, d)
+    found = coded.lookup(ids), coded.product(x)
+    wide = replace(coded, parent=None if coded.parent is None else coded.parents().int())
+    assert torch.equal(wide.matrix(), W)
+    monkeypatch.setattr(coded_matrix, "bind", lambda name, *first: None)
+    again = replace(coded)
+    torch.testing.assert_close(again.matrix(), W, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((again.lookup(ids), again.product(x)), found, rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_layer_keeps_its_matrix_and_follows_its_buffers():

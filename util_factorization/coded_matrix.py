@@ -21,7 +21,7 @@ import torch
 
 from common.kernels import bind
 from util_factorization.packing import stream_bytes, unpack, unpack_all
-from util_factorization.parents import factors_and_gains
+from util_factorization.parents import ROW_FACTORS, ROW_GAINS, factors_and_gains
 from util_factorization.trellis import MOST_BITS, WINDOW
 
 SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
@@ -158,12 +158,13 @@ class CodedMatrix:
     def lookup(self, ids):
         """ids, long of any shape -> their rows [..., d]."""
         places = self.places(ids.flatten())
-        Z, group = self.rests(places)
-        if self.parent is not None:
-            carried, at = torch.ones(len(Z)), places
-            while (some := (carried := carried * self.factors(at)).nonzero()[:, 0]).numel():
-                at = self.parents(at)
-                Z[some] += carried[some, None] * self.rests(at[some])[0]
+        if self.parent is None:
+            Z, group = self.rests(places)
+        else:
+            of, every, carried = self.ancestors(places)
+            Z, group = self.rests(every)
+            Z = torch.zeros(len(places), Z.shape[1]).index_add_(0, of, Z * carried[:, None])
+            group = group[: len(places)]
         Z = Z if self.means is None else Z + self.means[group].float()
         Z = Z if self.P is None else torch.addmm(self.mean.float(), Z * self.P_scale.float(), self.P.float())
         return Z.unflatten(0, ids.shape)
@@ -175,17 +176,29 @@ class CodedMatrix:
         Z = self.units(group, places - starts[group]) * self.scales[group].float()
         return Z if self.relation is None else Z * factors_and_gains(self.relation[places])[1][:, None], group
 
-    def factors(self, places):
-        return factors_and_gains(self.relation[places])[0]
+    def ancestors(self, places):
+        """places [m] -> of all rows that they are told from, they themselves first: (which of the m, the place, its factor)."""
+        of, at, carried = row = torch.arange(len(places)), places, torch.ones(len(places))
+        found = [row]
+        while len(of):
+            carried = carried * factors_and_gains(self.relation[at])[0]
+            of, at, carried = row = [part[carried > 0] for part in (of, self.parents(at), carried)]
+            found.append(row)
+        return [torch.cat(part) for part in zip(*found)]
 
     def add_parents(self, Z):
-        """Z [..., V], as rows lie, of the streams alone, or linear in it: gains and what parents tell, in place."""
-        if self.parent is not None:
-            (factor, gain), parent = factors_and_gains(self.relation), self.parents()
-            Z *= gain
-            for start, size in zip(self.starts().tolist(), self.sizes.tolist()):
-                rows = slice(start, start + size)
-                Z[..., rows] += Z.index_select(-1, parent[rows]) * factor[rows]
+        """Z [n,V], as rows lie, of the streams alone, or linear in it: gains and what parents tell, in place."""
+        if self.parent is None:
+            return Z
+        if not Z.requires_grad and (loop := bind("coded_parents")):
+            shape = len(self.place), self.parent.dtype == torch.int32
+            loop(*shape, self.parent, self.relation, ROW_FACTORS, ROW_GAINS, len(Z), Z, torch.get_num_threads())
+            return Z
+        (factor, gain), parent = factors_and_gains(self.relation), self.parents()
+        Z *= gain
+        for start, size in zip(self.starts().tolist(), self.sizes.tolist()):
+            rows = slice(start, start + size)
+            Z[:, rows] += Z.index_select(1, parent[rows]) * factor[rows]
         return Z
 
     def blocks(self):
