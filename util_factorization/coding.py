@@ -4,8 +4,8 @@ Matrices into bits: what each column is worth, a budget of bytes for all matrice
 A matrix becomes a Draft: its rows in groups, and what a column of a group is worth. fit() spends the bytes over all Drafts, at
 one water level (bits.py). code() rounds.
 
-    token table    P of `fisher`: in its coordinates an error counts the same in every component. Rows lie in groups by weight,
-                   the first few, the last many
+    token table    P of `fisher`: in its coordinates an error counts the same in every component. Rows lie in groups by what
+                   their errors are worth, the first few, the last many, and may be told from other rows (parents.py)
     linear layer   cost of an error E: tr(G E C E^T), C = E[x x^T] of the input, G = E[g g^T] of the loss's gradient at the
                    output. Rows lie in groups by G's diagonal, which is what a row weighs. G's other entries are not used
 
@@ -121,19 +121,33 @@ def draft_table(table, weights, metric, groups=None, parents=True):
     if not pays(saved, len(Z)):
         worth = torch.stack([(weights[rows, None] * Z[rows].double().square()).sum(0) for rows in groups])
         return Draft(Z, groups, worth, P=P, mean=mean, means=means)
-    sizes, by = torch.empty(len(Z)), spread(Z)
-    for rows in groups:
-        sizes[rows] = (told_by_parents(Z, Z, found, rows, spread(Z[rows]))[1] / by).square().mean(1)
+    better = groups_by_rests(Z, weights, groups, found)
     for rows, m in zip(groups, means):
         Z[rows] += m
-    groups = groups_by_weight(weights * sizes)
-    means, worth = take_means(Z, weights, groups), []
-    found, _ = find_parents(Z, groups)
+    means = take_means(Z, weights, better)
+    found, _ = find_parents(Z, better)
+    worth = torch.stack([worth_of_rests(Z, weights, rows, found) for rows in better])
+    return Draft(Z, better, worth, P=P, mean=mean, means=means, parents=found)
+
+
+def groups_by_rests(Z, weights, groups, parents):
+    """
+    Groups of rows by what their errors are worth: their weights times the size of what parents do not tell.
+
+    Z [V,k] without the means of `groups`, which parents [V] were found in. Columns count over their spread.
+    """
+    sizes, by = torch.empty(len(Z)), spread(Z)
     for rows in groups:
-        _, rest, _ = told_by_parents(Z, Z, found, rows, spread(Z[rows]))
-        gain = ROW_GAINS[gains_of(rest, spread(rest))].double()
-        worth.append((weights[rows] * gain.square()).sum() * (rest.double() / gain[:, None]).square().mean(0))
-    return Draft(Z, groups, torch.stack(worth), P=P, mean=mean, means=means, parents=found)
+        _, rest, _ = told_by_parents(Z, Z, parents, rows, spread(Z[rows]))
+        sizes[rows] = (rest / by).square().mean(1)
+    return groups_by_weight(weights * sizes)
+
+
+def worth_of_rests(Z, weights, rows, parents):
+    """Draft.worth [k] of the rows of a group whose rests are divided by gains: then errors are in proportion to gains."""
+    _, rest, _ = told_by_parents(Z, Z, parents, rows, spread(Z[rows]))
+    gain = ROW_GAINS[gains_of(rest, spread(rest))].double()
+    return (weights[rows] * gain.square()).sum() * (rest.double() / gain[:, None]).square().mean(0)
 
 
 def take_means(Z, weights, groups):
