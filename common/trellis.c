@@ -4,6 +4,20 @@ enum { LANES = 16 };  // numbers side by side
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 
+// Number i is best[i >> b]. clang has no such shuffle; its loop is as right and takes four times as long.
+static inline Lanes each_repeated(const float *best, int b) {
+    Lanes repeated;
+#ifdef __clang__
+    for (int i = 0; i < LANES; i++) repeated[i] = best[i >> b];
+#else
+    Places from;
+    for (int i = 0; i < LANES; i++) from[i] = i >> b;
+    memcpy(&repeated, best, sizeof repeated);
+    repeated = __builtin_shuffle(repeated, from);
+#endif
+    return repeated;
+}
+
 // One more window of b new bits, for v numbers. cost [2^window + LANES], in place: the least of all streams that end in each
 // window. oldest [2^(window - b)]: the bits that the best of them dropped; up to LANES more are written. levels [v][2^window].
 static inline void extend(int window, int b, int v, const float *numbers, const float *levels, float *cost, uint8_t *oldest) {
@@ -22,12 +36,8 @@ static inline void extend(int window, int b, int v, const float *numbers, const 
         memcpy(best + k, &lowest, sizeof lowest);
         for (int i = 0; i < LANES; i++) oldest[k + i] = chosen[i];
     }
-    Places from;
-    for (int i = 0; i < LANES; i++) from[i] = i >> b;
     for (int w = 0; w < 1 << window; w += LANES) {
-        Lanes sum, level;
-        memcpy(&sum, best + (w >> b), sizeof sum);
-        sum = __builtin_shuffle(sum, from);
+        Lanes sum = each_repeated(best + (w >> b), b), level;
         for (int number = 0; number < v; number++) {
             memcpy(&level, levels + (number << window) + w, sizeof level);
             sum += (numbers[number] - level) * (numbers[number] - level);
@@ -36,14 +46,14 @@ static inline void extend(int window, int b, int v, const float *numbers, const 
     }
 }
 
-#define EXTEND(window, b, v) case 2 * b / v: extend(window, b, v, numbers, levels, cost, oldest); break;
+#define EXTEND(window, b, v) case 2 * b + v: extend(window, b, v, numbers, levels, cost, oldest); break;
 #define WHOLE_BITS(w) \
     EXTEND(w, 1, 1) EXTEND(w, 2, 1) EXTEND(w, 3, 1) EXTEND(w, 4, 1) EXTEND(w, 5, 1) EXTEND(w, 6, 1) EXTEND(w, 7, 1) EXTEND(w, 8, 1)
 
 // As extend(), so that the compiler knows the shifts; windows of 12 bits or of 8, which give one number.
 static void extend_by(int window, int b, int v, const float *numbers, const float *levels, float *cost, uint8_t *oldest) {
-    if (window == 12) switch (2 * b / v) { WHOLE_BITS(12) EXTEND(12, 1, 2) EXTEND(12, 3, 2) EXTEND(12, 5, 2) EXTEND(12, 7, 2) }
-    else switch (2 * b / v) { WHOLE_BITS(8) }
+    if (window == 12) switch (2 * b + v) { WHOLE_BITS(12) EXTEND(12, 1, 2) EXTEND(12, 3, 2) EXTEND(12, 5, 2) EXTEND(12, 7, 2) }
+    if (window == 8) switch (2 * b + v) { WHOLE_BITS(8) }
 }
 
 static inline int cheapest(int window, const float *cost) {

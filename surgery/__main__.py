@@ -39,7 +39,8 @@ class Args:
     )
     numbers: str = flag(
         "bits",
-        "of --bytes. bits: each has the bits that it is worth; float16: whole or not at all, a rank for each group of rows",
+        "of --bytes. bits: each has the bits that it is worth; float16: of --targets wte, whole or not at all: a rank for each "
+        "group of rows; fast if it is decoded on loading alone",
         choices=("bits", "float16"),
     )
     cache_bytes: float | None = flag(
@@ -50,7 +51,7 @@ class Args:
     )
     cache_form: str = flag(
         "fast",
-        "of --cache_bytes. fast: a token reads each layer where it lies, on a CPU in float32 ; "
+        "of --cache_bytes. fast: a token reads each layer where it lies, on a CPU in float32; "
         "small: layers are forecast from those before, so the same bytes lose less, and decoding is slow",
         choices=("fast", "small"),
     )
@@ -124,6 +125,8 @@ def check_bytes(args, given):
         fail(f"--{other[0]} is for matrices: give --bytes beside --cache_bytes, or drop it")
     args.answer_tokens = 0
     args.targets = args.targets if "targets" in given else "all"
+    if args.numbers == "float16" and args.targets != "wte":
+        fail("--numbers float16 is for the token table: give --targets wte, or drop --numbers")
     if args.targets not in ("all", "wte"):
         fail(f"--targets {args.targets} with --bytes: give all or wte")
 

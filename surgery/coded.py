@@ -21,6 +21,7 @@ from surgery.linears import LinearMoments, find_linears
 from surgery.moments import finite_moments, read_moments
 from util_factorization.calibrate import calibrate
 from util_factorization.coding import (
+    choose,
     code,
     depths_of,
     draft_layer,
@@ -122,15 +123,16 @@ class Coder:
             print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in prices.items()), flush=True)
         return drafts
 
-    def code(self, share, drafts=None, in_order=True, codes=None):
+    def code(self, share, drafts=None, in_order=False, codes=None):
         """
         {name: CodedMatrix} that take `share` of the matrices' float16 bytes together, and their bytes.
 
         drafts: others than the Coder's own. in_order: layers repair what the ones before them have spoilt (in_order.py). codes:
         of fit(). Raises ValueError where the share does not pay.
         """
-        drafts = drafts or self.drafts
-        depths, codes = fit(list(drafts.values()), share * 2 * self.numbers, codes)
+        drafts, budget = drafts or self.drafts, share * 2 * self.numbers
+        drafts = dict(zip(drafts, choose(list(drafts.values()), budget, codes)))
+        depths, codes = fit(list(drafts.values()), budget, codes)
         depths = dict(zip(drafts, depths))
         if in_order and drafts.keys() - {*TABLES}:
             coded = code_in_order(self.subject, drafts, depths, codes, self.moments.linears, self.windows)
@@ -174,5 +176,6 @@ def set_prices(drafts, matrices, evaluator):
         with coded_in({name: matrices[name] for name in names}, made):
             found[kind] = max(evaluator.measure()["kl"], 0.0) / forecast if forecast else 0.0
     for name, draft in drafts.items():
-        draft.worth *= found[kind_of(name)]
+        for each in filter(None, (draft, draft.without)):
+            each.worth *= found[kind_of(name)]
     return found

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from common.cli import fail
 from model import rotate
-from surgery.latent_cache import growing, norm_of
+from surgery.latent_cache import growing, norm_of, trains
 from surgery.layers import find_layers
 from surgery.low_rank_modules import Turns, check_attention
 from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
@@ -116,6 +116,7 @@ class CodedAttention(nn.Module):
         self.n, self.scaling, self.layer_idx = attn.head_dim, attn.scaling, attn.layer_idx
         self.code, self.turns, self.step = code, turns, step
         self.reader = None  # a CodedReader; False where there is none
+        self.norm = None  # version_of() the keys' norm, and its norm_of()
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
@@ -166,11 +167,13 @@ class CodedAttention(nn.Module):
 
     def norm_in_place(self, q):
         """norm_of() of the keys, where the loops can take queries q (B, H, T, n): they compute in float32, and no gradients."""
-        if q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad):
+        if q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad) or trains(self.k_norm):
             return None
         if self.reader is None:
             self.reader = reader_of(self.code, self.n) or False
-        return norm_of(self.k_norm, self.n) if self.reader else None
+        if self.norm is None or self.norm[0] != version_of(self.k_norm):
+            self.norm = version_of(self.k_norm), norm_of(self.k_norm, self.n)
+        return self.norm[1] if self.reader else None
 
     def read_in_place(self, q, kept, layer, norm, mask):
         """One query of each text, not yet rotated (B, H, n) -> what the heads give, side by side (B, 1, H n)."""
@@ -186,8 +189,14 @@ class CodedAttention(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """What .to() and the like call: the reader is made anew."""
-        self.reader = None
+        self.reader = self.norm = None
         return super()._apply(fn, recurse)
+
+
+def version_of(module):
+    """Changes when a module's weight does, as far as torch counts that: not in inference mode."""
+    weight = getattr(module, "weight", None)
+    return None if weight is None or weight.is_inference() else (id(weight), weight._version)
 
 
 @dataclass

@@ -176,6 +176,11 @@ def norm_of(module, n):
     return (weight, eps) if torch.allclose(module(x), known, rtol=1e-5, atol=1e-6) else None
 
 
+def trains(module):
+    """Whether a gradient may be asked for of a module's parameters: the loops give none."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+
+
 def loop_reads(c, n):
     """Whether there is a loop for latents like c and heads of n numbers."""
     return c.device.type == "cpu" and c.dtype == torch.float32 and n <= WIDEST and bind("latent_scores") is not None

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common.cli import fail
 from common.modules import linear
 from model import rotate
-from surgery.latent_cache import KeyReader, growing, loop_reads, norm_of, turn_latents, turn_to_keys
+from surgery.latent_cache import KeyReader, growing, loop_reads, norm_of, trains, turn_latents, turn_to_keys
 from surgery.layers import find_layers
 from value_cache.latent_attention import restore_sums
 
@@ -151,7 +151,7 @@ class LatentAttention(nn.Module):
 
     def reader(self, c):
         """The KeyReader of latents c for the weights as they are now, or None."""
-        if not loop_reads(c, self.n) or (norm := norm_of(self.k_norm, self.n)) is None:
+        if not loop_reads(c, self.n) or trains(self.k_norm) or (norm := norm_of(self.k_norm, self.n)) is None:
             return None
         if isinstance(self.k_proj, Uncut):
             return KeyReader(torch.eye(c.shape[-1]), None, norm)

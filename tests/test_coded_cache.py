@@ -26,6 +26,8 @@ toys = pytest.importorskip("toys", reason="this transformers wants a newer torch
 modules = pytest.importorskip("surgery.coded_attention")
 
 IDS = torch.randint(300, (6, 40), generator=torch.Generator().manual_seed(0))
+QWEN3 = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+             num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0)  # fmt: skip
 WINDOWS = [(ids[None], ids[None]) for ids in torch.randint(300, (12, 48), generator=torch.Generator().manual_seed(1))]
 
 
@@ -266,6 +268,35 @@ def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads, normed):
     k, turned_q = rotate(norm(k), cos, sin), rotate(q[:, :, None], cos[:, -1:], sin[:, -1:])
     torch.testing.assert_close(scores, 0.2 * (turned_q @ k.mT)[:, :, 0], atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(found, (weights[:, :, None] @ v).flatten(1)[:, None], atol=1e-4, rtol=1e-5)
+
+
+@compiled
+@torch.no_grad()
+def test_keys_with_a_norm_are_decoded_in_place(monkeypatch):
+    """Qwen 3: a padded batch, token by token, as without a cache. A norm that trains keeps its gradient."""
+    torch.manual_seed(0)
+    model = toys.redrawn(toys.transformers.Qwen3ForCausalLM(toys.transformers.Qwen3Config(**QWEN3)))
+    with torch.enable_grad():
+        modules.code_cache(Subject(model.requires_grad_(False)), WINDOWS, 0.4, "fast")
+    attn, calls = model.model.layers[1].self_attn, []
+    in_place = type(attn).read_in_place
+    monkeypatch.setattr(type(attn), "read_in_place", lambda *given: (calls.append(1), in_place(*given))[1])
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+    for _ in range(2):
+        cache, found = None, []
+        for part, end in zip(IDS.split([10] + [1] * 30, 1), range(10, 41)):
+            out = model(part, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache, found = out.past_key_values, [*found, out.logits]
+        whole = model(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(torch.cat(found, 1)[:, 7:], whole[:, 7:], atol=1e-3, rtol=1e-3)
+        attn.k_norm.weight.mul_(torch.rand(16) + 0.5)  # what the loops read follows
+    assert len(calls) == 2 * 2 * 30
+    with torch.enable_grad():
+        attn.k_norm.weight.requires_grad_(True)
+        out = model(IDS[:, -1:], past_key_values=cache, use_cache=True)
+        assert attn.norm_in_place(torch.zeros(1, 4, 1, 16)) is None
+        assert torch.autograd.grad(out.logits.sum(), attn.k_norm.weight)[0].any()
 
 
 def test_a_norm_of_another_kind_is_not_taken_for_one():

@@ -13,7 +13,7 @@ from surgery.heal_coded import TrainableCodes
 from util_factorization import coded_matrix, coding, parents, trellis
 from util_factorization.bits import spend
 from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.coding import code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
+from util_factorization.coding import choose, code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
 from util_factorization.packing import pack, stream_bytes, unpack
 from util_factorization.rounding import in_groups
 from util_factorization.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
@@ -50,7 +50,7 @@ def draft(request):
     alike, weights, M = request.param == "rows alike", weights_of(), metric(5)
     groups = None if alike else groups_by_weight(weights, first=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parents, "WORTH", 0.5)  # 24 numbers a row pay for little
+        patch.setattr(coding, "COST", 0)  # 24 numbers a row pay for little
         patch.setattr(parents, "LEAST_ALIKE", 0.6)  # and some are alike by chance
         made = draft_table(table_of(alike), weights, M, groups)
     assert (made.parents is not None) == alike
@@ -267,11 +267,26 @@ def test_rows_that_are_alike_cost_less():
     """Half of the rows are told from others to a tenth of their squares: they need up to 1.6 bits a number less."""
     n, costs = 96, []
     W, weights, M = table_of(alike=True, d=n), weights_of(), metric(5, n)
-    for drafted in (draft_table(W, weights, M), draft_table(W, weights, M, parents=False)):
+    with_parents = draft_table(W, weights, M)
+    assert choose([with_parents], 0.6 * W.numel())[0] is with_parents
+    for drafted in (with_parents, with_parents.without):
         bits, codes = fit([drafted], 0.6 * W.numel())
         E = (code(drafted, bits[0], codes).matrix() - W).double()
         costs.append((weights * (E @ M * E).sum(1)).sum().item())
     assert costs[0] < 0.85 * costs[1]
+
+
+def test_few_bytes_have_no_parents():
+    """Parents take three bytes a row whatever the budget is: half of it here."""
+    W, weights, M = table_of(alike=True, d=96), weights_of(), metric(5, 96)
+    made, budget = draft_table(W, weights, M), 0.2 * W.numel()
+    assert choose([made], budget)[0] is made.without
+    costs = []
+    for drafted in (made, made.without):
+        bits, codes = fit([drafted], budget)
+        E = (code(drafted, bits[0], codes).matrix() - W).double()
+        costs.append((weights * (E @ M * E).sum(1)).sum().item())
+    assert costs[1] < costs[0]
 
 
 def test_a_row_is_told_from_the_row_that_is_most_like_it():
@@ -324,7 +339,8 @@ def test_a_budget_below_a_column_is_refused(draft):
 @pytest.mark.parametrize("name, change", [
     ("depths", lambda t: t + 1), ("scales", lambda t: t * float("nan")), ("sizes", lambda t: t - 1), ("P", lambda t: t[:, :-1]),
     ("place", lambda t: t * 0), ("means", lambda t: t[:1]), ("sizes", lambda t: t.long()), ("depths", lambda t: t.int()),
-    ("parent", lambda t: t * 0 + V - 1), ("parent", lambda t: t[1:]), ("relation", lambda t: t + 16),
+    ("parent", lambda t: t * 0 + V - 1), ("parent", lambda t: t.int() * 0 - 5), ("parent", lambda t: t[1:]),
+    ("relation", lambda t: t + 16),
 ])  # fmt: skip
 def test_a_damaged_tensor_is_noticed(coded, name, change):
     tensors = coded.tensors()
@@ -358,6 +374,15 @@ def test_rounding_in_a_metric_lowers_its_cost(table):
 def test_groups_that_do_not_fit_the_width_are_refused(table):
     with pytest.raises(ValueError, match="divisor"):
         in_groups(table, 4, 7)
+
+
+def test_the_compiled_encoder_leaves_other_codes_to_torch():
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    for bits, numbers in ((2, 2), (4, 2)):
+        levels = torch.randn(2**WINDOW, numbers, generator=torch.Generator().manual_seed(1))
+        windows = encode(x, Code(bits, levels, 0.0))
+        assert (x - levels[windows].flatten(1)).square().mean() < 0.3
+        assert torch.equal(windows[:, :-1] % 2 ** (WINDOW - bits), windows[:, 1:] >> bits)
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="no C compiler")

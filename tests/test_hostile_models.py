@@ -21,6 +21,7 @@ from surgery.points import Point
 from surgery.reading import load
 from surgery.subject import Subject, load_subject
 from surgery.sweep import prepare_folder, read_records
+from util_factorization import coding
 from util_factorization.coding import code, draft_layer, draft_table, fit
 from util_factorization.decompose_matrix import decompose as decompose_matrix
 
@@ -69,13 +70,14 @@ def factors(hf, i):
 
 
 def coded_matrices(hf):
-    """The table and a layer of a toy by bits."""
+    """The table, with parents, and a layer of a toy by bits."""
     torch.manual_seed(0)
     metric, layer = torch.eye(32) + 0.1, hf.model.layers[0].mlp.up_proj.weight.data
-    drafts = {
-        "wte": draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric),
-        "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer))),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "COST", 0)
+        wte = draft_table(hf.model.embed_tokens.weight.data, torch.ones(300), metric)
+    assert wte.parents is not None
+    drafts = {"wte": wte, "model.layers.0.mlp.up_proj": draft_layer(layer, metric, torch.ones(len(layer)))}
     bits, codes = fit(list(drafts.values()), 2 * 0.6 * (300 * 32 + layer.numel()))
     return {name: code(draft, b, codes) for (name, draft), b in zip(drafts.items(), bits)}
 

@@ -136,6 +136,18 @@ def test_the_folder_reads_back_and_generates_in_both_forms(packed, folder):
     assert texts[0] == texts[1]
 
 
+def test_ranks_by_frequency_are_healed_written_and_read(operate, tmp_path):
+    toys.llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    toys.save_tokenizer(tmp_path / "model")
+    result = operate("--targets", "wte", "--bytes", 0.6, "--numbers", "float16", "--heal_steps", 2, "--out", tmp_path / "small",
+                     model=tmp_path / "model")  # fmt: skip
+    assert result.status == 0, result.err
+    found = [load(tmp_path / "small", packed=as_packed)[0] for as_packed in (True, False)]
+    torch.testing.assert_close(*map(logits, found), rtol=1e-4, atol=1e-4)
+    depths = found[0].get_input_embeddings().coded.depths
+    assert set(depths.unique().tolist()) == {0, 32}
+
+
 @pytest.mark.parametrize("part", ["depths", "streams", "missing", "extra", "cut"])
 def test_a_damaged_folder_is_one_line(packed, folder, tmp_path, capsys, part):
     bad = shutil.copytree(folder, tmp_path / "bad")

@@ -49,7 +49,7 @@ class CodedMatrix:
     mean: torch.Tensor | None = None  # float16 [d]: mu
     means: torch.Tensor | None = None  # float16 [G,k]: m_g
     parent: torch.Tensor | None = None  # int16 or int32 [V]: by place, the place of the row's parent, 0 without one
-    relation: torch.Tensor | None = None  # uint8 [V]: by place, factor and gain; the factor is 0 for a row without a parent
+    relation: torch.Tensor | None = None  # uint8 [V]: by place, factor and gain; with the factor 0 the parent tells nothing
 
     def tensors(self):
         """{name: tensor} of all that is kept."""
@@ -92,8 +92,8 @@ class CodedMatrix:
         if (self.parent is None) != (self.relation is None):
             raise ValueError("of parent and relation one is missing")
         if self.parent is not None:
-            starts = self.starts().repeat_interleave(self.sizes.long())
-            if (self.parents() >= starts.clamp(min=1)).any():
+            starts, parents = self.starts().repeat_interleave(self.sizes.long()), self.parents()
+            if ((parents < 0) | (parents >= starts.clamp(min=1))).any():
                 raise ValueError("a row's parent does not lie in a group before its own")
             if factors_and_gains(self.relation)[0][: self.sizes[0]].any():
                 raise ValueError("a row of the first group has a parent")
@@ -161,10 +161,11 @@ class CodedMatrix:
         if self.parent is None:
             Z, group = self.rests(places)
         else:
+            places, back = places.unique(return_inverse=True)
             of, every, carried = self.ancestors(places)
             Z, group = self.rests(every)
-            Z = torch.zeros(len(places), Z.shape[1]).index_add_(0, of, Z * carried[:, None])
-            group = group[: len(places)]
+            Z = torch.zeros(len(places), Z.shape[1]).index_add_(0, of, Z * carried[:, None])[back]
+            group = group[: len(places)][back]
         Z = Z if self.means is None else Z + self.means[group].float()
         Z = Z if self.P is None else torch.addmm(self.mean.float(), Z * self.P_scale.float(), self.P.float())
         return Z.unflatten(0, ids.shape)

@@ -17,7 +17,7 @@ arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +25,7 @@ from util_factorization.bits import gains, spend
 from util_factorization.coded_matrix import CodedMatrix, segments, stream_size
 from util_factorization.decompose_table import decompose
 from util_factorization.packing import pack
-from util_factorization.parents import ROW_GAINS, find_parents, gains_of, pays, relation, spread, told_by_parents
+from util_factorization.parents import COST, ROW_GAINS, find_parents, gains_of, relation, spread, told_by_parents
 from util_factorization.trellis import distortion, encode, gaussian_codes
 
 FIRST = 40  # rows, about, of a token table's first group
@@ -35,6 +35,7 @@ LEAST_ROWS = 192  # of such a group
 COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
 BISECTIONS = 30  # of the water level
 WHOLE_RANGE = 5  # bits from which on no number of a column is clipped
+MARGIN = 0.85  # of what is lost without parents: parents are read with errors, which a forecast leaves out
 TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
 DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
@@ -74,6 +75,7 @@ class Draft:
     mean: torch.Tensor | None = None  # [d]
     means: torch.Tensor | None = None  # [G,k]
     parents: torch.Tensor | None = None  # [V]: the row that each is told from, -1 for none (parents.py)
+    without: "Draft | None" = None  # the same matrix without parents
 
     @property
     def sizes(self):
@@ -112,22 +114,44 @@ def draft_table(table, weights, metric, groups=None, parents=True):
     weights [V]   what an error of each row weighs
     metric [d,d]  C + G, as far as the table has these uses
     groups        row indices of each group; left out, groups_by_weight()
-    parents       whether rows may be told from other rows, where it pays
+    parents       whether rows may be told from other rows; not where groups are given
     """
-    decomposition, groups = decompose_by(table, weights, metric), groups or groups_by_weight(weights)
+    decomposition, parents = decompose_by(table, weights, metric), parents and not groups
     Z, P, mean = decomposition.factors(decomposition.full)
-    means = take_means(Z, weights, groups)
-    found, saved = find_parents(Z, groups) if parents else (None, 0)
-    if not pays(saved, len(Z)):
-        worth = torch.stack([(weights[rows, None] * Z[rows].double().square()).sum(0) for rows in groups])
-        return Draft(Z, groups, worth, P=P, mean=mean, means=means)
-    better = groups_by_rests(Z, weights, groups, found)
+    draft = draft_coordinates(Z, weights, groups or groups_by_weight(weights), P, mean)
+    found, saved = find_parents(draft.Z, draft.groups) if parents else (None, 0)
+    if saved <= COST * len(Z):
+        return draft
+    groups = groups_by_rests(draft.Z, weights, draft.groups, found)
+    better = draft_coordinates(Z, weights, groups, P, mean)
+    better.parents, _ = find_parents(better.Z, groups)
+    better.worth = torch.stack([worth_of_rests(better.Z, weights, rows, better.parents) for rows in groups])
+    return replace(better, without=draft)
+
+
+def draft_coordinates(Z, weights, groups, P, mean):
+    """Coordinates Z [V,k] in groups, without parents -> Draft."""
+    means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
+    Z, worth = Z.clone(), []
     for rows, m in zip(groups, means):
-        Z[rows] += m
-    means = take_means(Z, weights, better)
-    found, _ = find_parents(Z, better)
-    worth = torch.stack([worth_of_rests(Z, weights, rows, found) for rows in better])
-    return Draft(Z, better, worth, P=P, mean=mean, means=means, parents=found)
+        Z[rows] -= m
+        worth.append((weights[rows, None] * Z[rows].double().square()).sum(0))
+    return Draft(Z, groups, torch.stack(worth), P=P, mean=mean, means=means)
+
+
+def choose(drafts, budget, codes=None):
+    """The Drafts, with parents or all without: what is to lose less within `budget` bytes. codes: of fit()."""
+    plain = [draft.without or draft for draft in drafts]
+
+    def forecast(some):
+        try:
+            depths, used = fit(some, budget, codes)
+        except ValueError:
+            return math.inf
+        left = {0: 1.0} | {code.half_bits: code.error for code in used}
+        return sum((draft.worth * b.double().apply_(left.get)).sum().item() for draft, b in zip(some, depths))
+
+    return drafts if forecast(drafts) < MARGIN * forecast(plain) else plain
 
 
 def groups_by_rests(Z, weights, groups, parents):
@@ -148,14 +172,6 @@ def worth_of_rests(Z, weights, rows, parents):
     _, rest, _ = told_by_parents(Z, Z, parents, rows, spread(Z[rows]))
     gain = ROW_GAINS[gains_of(rest, spread(rest))].double()
     return (weights[rows] * gain.square()).sum() * (rest.double() / gain[:, None]).square().mean(0)
-
-
-def take_means(Z, weights, groups):
-    """Take each group's mean off the rows of Z [V,k], in place -> the means [G,k]. weights [V]: of rows."""
-    means = torch.stack([(weights[rows, None] * Z[rows]).sum(0) / weights[rows].sum() for rows in groups]).float()
-    for rows, m in zip(groups, means):
-        Z[rows] -= m
-    return means
 
 
 def draft_layer(W, C, weights, groups=None):

@@ -6,20 +6,20 @@ codes keep only what the parent does not tell, over a gain of the row, so that a
 
     X_i = f_i X_parent(i) + gain_i rest_i
 
-The factor f_i is the one that leaves the least, each column over its spread in the group. A parent is read back before its
-children are coded, so errors do not add up. Where the cosine of the two is c, the rest has 1 - c^2 of the squares, and takes
-log2(1 / (1 - c^2)) / 2 bits a number less. Groups are made of rows whose rests are worth the same: weight times gain^2.
+A draft chooses parents and factors by each column over its spread in the group. Where the cosine of the two is c, the rest has
+1 - c^2 of the squares, and takes log2(1 / (1 - c^2)) / 2 bits a number less. Groups are made of rows whose rests are worth the
+same: weight times gain^2. When a group is coded, its parents are read as they will be, so errors do not add up; then the factor
+counts each column by the error that its bits leave.
 """
 
 import torch
 from torch.nn.functional import normalize
 
-LEAST_ALIKE = 0.25  # the cosine from which on a row has a parent: 27 bits of 576 numbers are saved; fewer rows are read at once
+LEAST_ALIKE = 0.25  # rows with a lower cosine have no parent; here it saves 27 bits of a row of 576 numbers
 COST = 24  # bits of a row's parent, factor and gain
-WORTH = 2  # times this cost must be saved: at few bits a number less is
 ROW_FACTORS = torch.arange(16) / 8
 ROW_GAINS = 2 ** ((torch.arange(16) - 8) / 4)
-ROWS_AT_ONCE = 1024
+COSINES_AT_ONCE = 2**25
 
 
 def find_parents(X, groups):
@@ -28,17 +28,12 @@ def find_parents(X, groups):
     for g, rows in enumerate(groups[1:], 1):
         before, by = torch.cat(groups[:g]), spread(X[rows])
         known = normalize(X[before] / by)
-        for some in rows.split(ROWS_AT_ONCE):
+        for some in rows.split(max(1, COSINES_AT_ONCE // len(before))):
             alike, best = (normalize(X[some] / by) @ known.T).max(1)
             has = alike >= LEAST_ALIKE
             parents[some[has]] = before[best[has]]
             saved -= k / 2 * torch.log2(1 - alike[has].clamp(max=0.999).square()).sum().item()
     return parents, saved
-
-
-def pays(saved, rows):
-    """Whether parents that save so many bits are worth what they take."""
-    return saved > WORTH * COST * rows
 
 
 def spread(X):
@@ -50,7 +45,7 @@ def told_by_parents(X, read, parents, rows, by=1):
     """
     What parents tell of `rows` of X [V,k], the rest, and the factors: [rows,k], [rows,k], the numbers of ROW_FACTORS [rows].
 
-    read [V,k]: the parents' rows; parents [V]; by: spread() of the columns, over all that count.
+    read [V,k]: the parents' rows; parents [V]; by [k]: what a difference of each column is divided by when it is counted.
     """
     told = read[parents[rows].clamp(min=0)] * (parents[rows] >= 0)[:, None]
     u, v = X[rows] / by, told / by
@@ -61,6 +56,8 @@ def told_by_parents(X, read, parents, rows, by=1):
 
 def gains_of(rest, by):
     """rest [rows,k] -> the numbers of ROW_GAINS [rows] next to the size of each row, over the spread `by` of the columns."""
+    if not len(by):  # no column has bits
+        return torch.full((len(rest),), ROW_GAINS.tolist().index(1.0))
     return nearest((rest / by).square().mean(1).sqrt().clamp(min=1e-9).log(), ROW_GAINS.log())
 
 

@@ -142,7 +142,8 @@ def encode(x, code):
     if code.window == code.bits:
         levels = code.levels.flatten()
         return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
-    if code.window in (WINDOW, FAST_WINDOW) and x.device.type == "cpu" and (loop := bind("trellis_write")):
+    served = code.window in (WINDOW, FAST_WINDOW) and (code.bits, code.numbers) in shapes(code.window)
+    if served and x.device.type == "cpu" and (loop := bind("trellis_write")):
         n, threads = x.shape[1] // code.numbers, torch.get_num_threads()
         windows = torch.empty(len(x), n, dtype=torch.long)
         memory = torch.empty(threads, (n << (code.window - code.bits)) + LANES, dtype=torch.uint8)
