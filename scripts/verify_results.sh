@@ -56,7 +56,7 @@ else
   echo "not measured: smollm2, which needs WIKI=path/to/wiki.valid.raw of WikiText-103"
 fi
 cat << 'END'
-not measured: bytes on SmolLM2, which needs that file, two texts of books, and 3 to 12 minutes a row (results/bytes)
+not measured: bytes on SmolLM2, which needs that file, two texts of books, and 2 to 5 minutes a row (results/bytes)
 not measured: the healed models smollm2_kv192, smollm2_wte256 and table13, whose weights are not in the repository
 not measured: speed, whose numbers are times of another machine, and all other rows: the commands on their pages take hours
 END
