@@ -63,8 +63,8 @@ def toy_flags(command):
     if "bench.py train" in command:
         return "--vocab_size 97 --block_size 16 --steps 1 --rounds 1 --models dense --dtypes float32"
     if "bench.py decode" in command:
-        size = " --vocab_size 97" if "--shape" in command else ""
-        return "--steps 2 --rounds 1 --context 16 --kv_dtypes float32,int4" + size
+        size = "float32 --vocab_size 97" if "--shape" in command else "float32,int4"
+        return f"--steps 2 --rounds 1 --context 16 --kv_dtypes {size}"
     if "-m surgery" in command:
         steps = " --heal_steps 2" if "--heal_steps" in command else ""
         return TOY_SURGERY + (" --bytes 0.6 --cache_bytes 0.6" if "--bytes" in command else " --rank 4") + steps
