@@ -269,6 +269,9 @@ def test_rows_that_are_alike_cost_less():
     W, weights, M = table_of(alike=True, d=n), weights_of(), metric(5, n)
     with_parents = draft_table(W, weights, M)
     assert choose([with_parents], 0.6 * W.numel())[0] is with_parents
+    layers = [draft_layer(torch.randn(300, n), torch.eye(n), torch.full((300,), 1e-3)) for _ in range(8)]
+    size = W.numel() + sum(layer.Z.numel() for layer in layers)
+    assert choose([*layers, with_parents], 0.6 * size)[-1] is with_parents  # a small part of what is lost
     for drafted in (with_parents, with_parents.without):
         bits, codes = fit([drafted], 0.6 * W.numel())
         E = (code(drafted, bits[0], codes).matrix() - W).double()

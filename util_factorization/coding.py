@@ -35,7 +35,7 @@ LEAST_ROWS = 192  # of such a group
 COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
 BISECTIONS = 30  # of the water level
 WHOLE_RANGE = 5  # bits from which on no number of a column is clipped
-MARGIN = 0.85  # of what is lost without parents: parents are read with errors, which a forecast leaves out
+INHERITED = 0.5  # of a row's own error, about: what its parent's error adds to the rest that is coded
 TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
 DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
@@ -148,10 +148,13 @@ def choose(drafts, budget, codes=None):
             depths, used = fit(some, budget, codes)
         except ValueError:
             return math.inf
-        left = {0: 1.0} | {code.half_bits: code.error for code in used}
-        return sum((draft.worth * b.double().apply_(left.get)).sum().item() for draft, b in zip(some, depths))
+        left, total = {0: 1.0} | {code.half_bits: code.error for code in used}, 0.0
+        for draft, b in zip(some, depths):
+            error = b.double().apply_(left.get)
+            total += (draft.worth * error * (1 + INHERITED * error * (draft.parents is not None))).sum().item()
+        return total
 
-    return drafts if forecast(drafts) < MARGIN * forecast(plain) else plain
+    return drafts if forecast(drafts) < forecast(plain) else plain
 
 
 def groups_by_rests(Z, weights, groups, parents):
