@@ -36,13 +36,8 @@ class Measurer:
         """A context in which the matrices are the row's; gives their bytes."""
         if row.name == "untouched":
             yield 2 * self.numbers
-        elif row.name == "ranks by frequency":
-            share = row.given[0] * sum(sum(m.weight.shape) for m in self.matrices.values()) / self.numbers
-            coded, size = self.coder.code(share, codes=[float16_code()])
-            with coded_in(self.matrices, coded.values()):
-                yield size
-        elif row.name.startswith("bits"):
-            coded, size = self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name == "bits in order")
+        elif row.name.startswith("bits") or row.name == "ranks by frequency":
+            coded, size = self.coded(row)
             with coded_in(self.matrices, coded.values()):
                 yield size
         else:
@@ -53,6 +48,13 @@ class Measurer:
                     stack.enter_context(in_place(module, W))
                     size += taken
                 yield size
+
+    def coded(self, row):
+        """What Coder.code() gives for a row. Of ranks by frequency the bytes are those of one rank for all, in float16."""
+        if row.name == "ranks by frequency":
+            share = row.given[0] * sum(sum(m.weight.shape) for m in self.matrices.values()) / self.numbers
+            return self.coder.code(share, codes=[float16_code()])
+        return self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name == "bits in order")
 
     def drafts_without(self, name):
         """{name: Draft} of the table with one part of the method left out; None for the whole method."""

@@ -297,7 +297,7 @@ def test_a_row_is_told_from_the_row_that_is_most_like_it():
     X[39], X[38] = 2 * X[3], -X[5]
     found, saved = parents.find_parents(X, [torch.arange(20), torch.arange(20, 40)])
     assert found[39] == 3 and found[38] != 5 and (found[:20] == -1).all() and saved > 0
-    told, rest, factor = parents.told_by_parents(X, X, found, torch.tensor([39, 0]))
+    told, rest, factor = parents.told_by_parents(X, X, found, torch.tensor([39, 0]), 1)
     assert parents.ROW_FACTORS[factor].tolist() == [15 / 8, 0]  # the largest factor there is
     torch.testing.assert_close(told + rest, X[[39, 0]])
 

@@ -95,11 +95,9 @@ class Draft:
         if self.P is not None:
             d = self.P.shape[1]
             total += k * (d + 2) + 2 * d + 2 * k * len(self.groups)
-        return total + self.bytes_of_parents()
-
-    def bytes_of_parents(self):
-        """A place and relation() for each row."""
-        return 0 if self.parents is None else len(self.Z) * (place_type(len(self.Z)).itemsize + 1)
+        if self.parents is not None:  # a place and relation() for each row
+            total += len(self.Z) * (place_type(len(self.Z)).itemsize + 1)
+        return total
 
 
 def decompose_by(table, weights, metric):
@@ -141,6 +139,8 @@ def draft_coordinates(Z, weights, groups, P, mean):
 
 def choose(drafts, budget, codes=None):
     """The Drafts, with parents or all without: what is to lose less within `budget` bytes. codes: of fit()."""
+    if all(draft.parents is None for draft in drafts):
+        return drafts
     plain = [draft.without or draft for draft in drafts]
 
     def forecast(some):

@@ -19,7 +19,7 @@ LEAST_ALIKE = 0.25  # rows with a lower cosine have no parent; here it saves 27 
 COST = 24  # bits of a row's parent, factor and gain
 ROW_FACTORS = torch.arange(16) / 8
 ROW_GAINS = 2 ** ((torch.arange(16) - 8) / 4)
-COSINES_AT_ONCE = 2**25
+COSINES_AT_ONCE = 2**25  # of rows with others
 
 
 def find_parents(X, groups):
@@ -41,7 +41,7 @@ def spread(X):
     return X.square().mean(0).sqrt().clamp(min=1e-9)
 
 
-def told_by_parents(X, read, parents, rows, by=1):
+def told_by_parents(X, read, parents, rows, by):
     """
     What parents tell of `rows` of X [V,k], the rest, and the factors: [rows,k], [rows,k], the numbers of ROW_FACTORS [rows].
 
