@@ -42,8 +42,9 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     if args.heal_steps:
         with coded_in(coder.matrices, coded.values()):
             found["packed"] = evaluator.measure()
-        last, windows = "healed", texts.healing_windows(args.heal_steps)
-        with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
+        last, windows, stages = "healed", texts.healing_windows(args.heal_steps), args.heal_stages.split(",")
+        through = sum(stage != "layers" for stage in stages)  # stages through the whole model
+        with tqdm(total=args.heal_steps // len(stages) * through, desc="healing", unit="step") as bar:
             healing = copy.deepcopy(hf)
             coded, training = heal_coded(
                 Subject,
@@ -57,6 +58,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
                 args.seed,
                 shown(bar),
                 healing_dtype(args, subject.config.n_embd),
+                stages,
             )
             keep_rest(healing, hf, coded)
     cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []

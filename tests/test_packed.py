@@ -11,6 +11,7 @@ from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_pric
 from surgery.coded_folder import save
 from surgery.coded_modules import CodedLinear, install_coded
 from surgery.evaluator import Evaluator
+from surgery.heal_coded import heal_coded
 from surgery.in_order import blocks_of, calls_of, code_in_order, inputs_of, repaired
 from surgery.linears import LinearMoments, find_linears
 from surgery.model_folder import WEIGHTS
@@ -146,6 +147,43 @@ def test_ranks_by_frequency_are_healed_written_and_read(operate, tmp_path):
     torch.testing.assert_close(*map(logits, found), rtol=1e-4, atol=1e-4)
     depths = found[0].get_input_embeddings().coded.depths
     assert set(depths.unique().tolist()) == {0, 32}
+
+
+def test_healing_by_layers_brings_each_block_nearer_and_trains_what_lies_around_the_codes(packed):
+    """In blocks, the outputs; through the model after it, the divergence. Codes stay as they were."""
+    coded = packed.code(0.35)
+
+    def outputs(hf):
+        """Of every block, on two windows."""
+        found, (blocks, _) = [], blocks_of(hf, coded)
+        handles = [block.register_forward_hook(lambda block, x, out: found.append(out)) for block in blocks]
+        for x, _ in WINDOWS[:2]:
+            hf(x)
+        for handle in handles:
+            handle.remove()
+        return [out[0] if isinstance(out, tuple) else out for out in found]
+
+    def errors(made):
+        """The mean relative error of the blocks' outputs, and the KL."""
+        hf = copy.deepcopy(packed.hf)
+        install_coded(hf, made, packed=False)
+        pairs = zip(outputs(packed.hf), outputs(hf))
+        error = sum(((b - a).square().sum(-1) / a.square().sum(-1)).mean().item() for a, b in pairs)
+        return error, packed.evaluator.measure(Subject(hf))["kl"]
+
+    found = {}
+    for stages in (["layers"], ["layers", "numbers"]):
+        hf = copy.deepcopy(packed.hf).requires_grad_(False)
+        made, facts = heal_coded(Subject, hf, coded, packed.subject, WINDOWS, 24, 2, 5e-4, 0, lambda kl: None, stages=stages)
+        assert facts["steps"] == 24 and facts["stages"] == stages and facts["tokens"] == 24 * 32
+        for name, before in coded.items():
+            assert all(torch.equal(stream, made[name].streams[key]) for key, stream in before.streams.items())
+        found[len(stages)] = errors(made)
+        if stages == ["layers"]:  # which do not reach the table
+            assert torch.equal(made["wte"].scales, coded["wte"].scales)
+            assert any(not torch.equal(made[name].scales, before.scales) for name, before in coded.items())
+    before = errors(coded)
+    assert found[1][0] < before[0] and found[2][1] < before[1]
 
 
 @pytest.mark.parametrize("part", ["depths", "streams", "missing", "extra", "cut"])
