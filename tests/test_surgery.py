@@ -356,8 +356,11 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
         (["--bytes", "0.5", "--heal_rank", "4", "--out", out], "--heal_rank", "--heal_steps"),
         (["--bytes", "0.5", "--heal_steps", "4", "--heal_stages", "all,top", "--out", out], "--heal_stages top", "layers"),
         (["--bytes", "0.5", "--heal_steps", "1", "--heal_stages", "layers,all", "--out", out], "--heal_steps 1", "2"),
-        (["--bytes", "0.5", "--targets", "wte", "--heal_steps", "4", "--heal_stages", "layers", "--out", out],
-         "--heal_stages layers", "--targets wte"),
+        (
+            ["--bytes", "0.5", "--targets", "wte", "--heal_steps", "4", "--heal_stages", "layers", "--out", out],
+            "--heal_stages layers",
+            "--targets wte",
+        ),
         (["--rank", "4", "--heal_steps", "4", "--heal_stages", "all", "--out", out], "--heal_stages", "--bytes"),
     ]:
         assert_one_line_error(operate(*argv), *words)
