@@ -317,6 +317,20 @@ def test_error_feedback_lowers_the_cost_in_the_metric(monkeypatch):
     assert cost(seeing, bits[0], codes) < 0.5 * cost(blind, even[0], codes)
 
 
+def test_a_layers_scales_are_the_least_squares_of_its_codes(monkeypatch):
+    """numpy's, of (Z - units * scales) L with C = L L^T and rows by their weights; without the ridge that keeps scales near."""
+    monkeypatch.setattr(coding, "RIDGE", 0.0)
+    draw = np.random.default_rng(6)
+    W, weights = torch.from_numpy(draw.normal(size=(60, d))).float(), torch.from_numpy(draw.uniform(0.1, 2, 60))
+    draft = draft_layer(W, metric(7), weights)
+    made = code(draft, fit([draft], 3000)[0][0], gaussian_codes())
+    (rows,), units = draft.groups, made.units(torch.zeros(60, dtype=torch.long), torch.arange(60)).double().numpy()
+    L, by = np.linalg.cholesky(draft.C.double().numpy()), weights[rows].sqrt().numpy()[:, None]
+    A = np.einsum("vk,km->vmk", by * units, L).reshape(-1, d)
+    found, *_ = np.linalg.lstsq(A, (by * W[rows].double().numpy() @ L).flatten(), rcond=None)
+    np.testing.assert_allclose(made.scales[0].double().numpy(), found, rtol=2e-3)
+
+
 def test_a_dear_column_has_no_clipped_number():
     """One weight of 30 standard deviations on the largest input: its error is half a step, not 25 deviations."""
     W, C = torch.randn(200, d, generator=torch.Generator().manual_seed(0)), torch.diag(torch.ones(d))

@@ -38,6 +38,7 @@ WHOLE_RANGE = 5  # bits from which on no number of a column is clipped
 INHERITED = 0.5  # of a row's own error, about: what its parent's error adds to the rest that is coded
 TOKENS = 1e9  # weights as counts, to which decompose() adds 1
 COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
+RIDGE = 1e-3  # of a refit scale's own part: it stays near what it was where others can take its place
 DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
 
 
@@ -71,6 +72,8 @@ class Draft:
     groups: list  # of row indices
     worth: torch.Tensor  # [G,k] float64: twice the nats that a column costs where it has no bits
     U: torch.Tensor | None = None  # [k,k], of feedback()
+    C: torch.Tensor | None = None  # [k,k], where there is U: of the input
+    weights: torch.Tensor | None = None  # [V], where there is U: what an error of each row weighs
     P: torch.Tensor | None = None  # [k,d]
     mean: torch.Tensor | None = None  # [d]
     means: torch.Tensor | None = None  # [G,k]
@@ -187,9 +190,10 @@ def draft_layer(W, C, weights, groups=None):
     """
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
     C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # of a layer that nothing reaches
-    U, D = feedback((1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype))
+    C = (1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype)
+    U, D = feedback(C)
     worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
-    return Draft(W, groups, worth, U)
+    return Draft(W, groups, worth, U, C.float(), weights)
 
 
 def layer_groups(rows):
@@ -253,7 +257,8 @@ def code(draft, depths, codes):
     place[torch.cat(draft.groups)] = torch.arange(len(draft.Z))
     around, means = {}, draft.means
     if draft.parents is None:
-        scales, streams, _ = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
+        scales, streams, errors = code_groups(draft.Z, draft.groups, depths, draft.U, by_depth)
+        scales = scales if draft.U is None else refit(draft, scales, errors)
     else:
         scales, streams, means, relations = code_rests(draft, depths, by_depth)
         parents = draft.parents[torch.cat(draft.groups)]
@@ -349,6 +354,24 @@ def code_groups(Z, groups, depths, U, codes):
             e[:, block] = z[:, block] - q
     streams = {(g, b): pack(torch.cat(w), codes[b].bits, codes[b].window) for (g, b), w in found.items()}
     return scales, streams, errors
+
+
+def refit(draft, scales, errors):
+    """
+    scales [G,k] and errors, a list of [rows,k], of code_groups() with U -> scales [G,k] with which the same codes lose least.
+
+    What is read, R, is linear in the scales, so this is least squares in the metric that errors count in. A column's new scale
+    is r times the old one, and sum_i weights_i (Z - R r)_i C (Z - R r)_i^T is least where (C * R^T weights R) r = the diagonal
+    of R^T weights Z C, with * by elements.
+    """
+    scales, C = scales.clone(), draft.C.double()
+    for scale, rows, e in zip(scales, draft.groups, errors):
+        Z, weights = draft.Z[rows].double(), draft.weights[rows, None].double()
+        R = Z - e
+        M, aim = C * (R.T @ (weights * R)), (weights * R * (Z @ C)).sum(0)
+        ridge = RIDGE * M.diagonal() + 1e-30  # columns without codes keep their scales
+        scale *= torch.linalg.solve(M + ridge.diag(), aim + ridge).clamp(min=0.5, max=2)
+    return scales.half().float()
 
 
 def scale_of(x, code):
