@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 
 from surgery.coded_attention import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
-from surgery.evaluator import Evaluator
 from surgery.subject import Subject
 from util_factorization.rounding import in_groups
 from value_cache.coded_cache import WHOLE, fit
@@ -18,17 +17,17 @@ FORMS = {"bits": "small", "bits read in place": "fast"}  # of a coded cache, by 
 class CacheMeasurer:
     """Measures rows. Each has a model of its own, or hooks that round keys and values where they are made."""
 
-    def __init__(self, args, subject, texts):
+    def __init__(self, args, subject, texts, evaluator):
         """texts: a TextReader."""
         self.subject, self.window = subject, args.window
         self.layers = coded_layers(subject.model)
-        self.evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
+        self.evaluator = evaluator
         self.windows, _ = texts.calibration_windows(-(-args.calib_tokens // args.window))
         self.seed, self.found = args.seed, None
 
     def measure(self, row):
         with self.replaced(row) as (model, share):
-            record = self.evaluator.measure(model)
+            record = self.evaluator.untouched if row.name == "untouched" else self.evaluator.measure(model)
         return dict(bytes=round(share * self.float16_bytes()), share=share) | record
 
     def float16_bytes(self):

@@ -7,7 +7,6 @@ import torch
 from tqdm import tqdm
 
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
-from surgery.evaluator import Evaluator
 from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
 from util_factorization.rounding import in_groups
 from util_factorization.trellis import float16_code
@@ -18,17 +17,16 @@ DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
 class Measurer:
     """Measures rows of one system. A row's matrices are put in, measured, and put back."""
 
-    def __init__(self, args, subject, texts, file):
-        """texts: a TextReader. file: keeps the moments for a later call."""
-        targets = "wte" if args.system == "table" else "all"
+    def __init__(self, args, subject, targets, texts, evaluator, file):
+        """targets: of matrices_of(). texts: a TextReader. file: keeps the moments for a later call."""
         self.coder = Coder(subject, targets, texts, args.calib_tokens, args.seed, file)
         self.matrices, self.moments, self.numbers = self.coder.matrices, self.coder.moments, self.coder.numbers
         self.metrics = metrics_of(self.matrices, self.moments)
-        self.evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
+        self.evaluator = evaluator
 
     def measure(self, row):
         with self.replaced(row) as size:
-            record = self.evaluator.measure()
+            record = self.evaluator.untouched if row.name == "untouched" else self.evaluator.measure()
         return dict(bytes=size, share=size / (2 * self.numbers)) | record
 
     @contextmanager

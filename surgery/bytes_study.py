@@ -1,10 +1,10 @@
 """
-At equal bytes: low rank, plain quantisation and bits by component, on a model's token table or on all of its matrices.
+At equal bytes: low rank, plain quantisation, bits by component, on a model's token table, all of its matrices, and its cache.
 
-    python -m surgery.bytes_study --system table --calib_text wiki.txt,sotu,books.txt --eval_text wiki.txt,other_books.txt
+    python -m surgery.bytes_study --calib_text wiki.txt,sotu,books.txt --eval_text wiki.txt,other_books.txt
 
 Every row gets a line in results.jsonl of --out_dir: its bytes as a share of float16, and for each text what it loses, with a
-standard error over windows. The same command again skips what is done. scripts/run_bytes.sh runs all systems.
+standard error over windows. The same command again skips what is done. scripts/run_bytes.sh also makes the report.
 """
 
 import time
@@ -20,11 +20,12 @@ SYSTEMS = ("table", "weights", "cache")
 @dataclass
 class Args:
     system: str = flag(
-        "table", "table: the token table; weights: every linear layer and the table; cache: keys and values", choices=SYSTEMS
+        "table,weights,cache",
+        "comma-separated. table: the token table; weights: every linear layer and the table; cache: keys and values",
     )
     model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
     tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
-    shares: str = flag("", "bytes for bits by component, as shares of float16, comma-separated; left out, the system's own")
+    shares: str = flag("", "bytes for bits by component, as shares of float16, comma-separated; left out, each system's own")
     rows: str = flag(
         "",
         "rows to measure, as 'bits' or 'rank 256', comma-separated; all: every one of the system; left out, the main ones, or "
@@ -83,27 +84,42 @@ def rows_of(system, shares):
     return [Row("untouched"), *plain, *ranks, *coded, *ablations]
 
 
-def main(argv=None):
-    args, _ = parse(Args, argv, description=__doc__)
+def plan(args):
+    """{system: its rows}, as the flags choose them."""
+    systems = args.system.split(",")
+    if unknown := [system for system in systems if system not in SYSTEMS]:
+        fail(f"--system {unknown[0]}: there are {', '.join(SYSTEMS)}")
+    found = {system: rows_of(system, shares_of(args, system)) for system in systems}
+    if args.rows not in ("", "all"):
+        asked = set(args.rows.split(","))
+        known = {name: None for rows in found.values() for row in rows for name in (row.key, row.name)}
+        if unknown := asked - known.keys():
+            fail(f"--rows {min(unknown)}: there are {', '.join(known)}")
+        return {system: [row for row in rows if asked & {row.name, row.key}] for system, rows in found.items()}
+    if args.rows or args.shares:
+        return found
+    return {system: [row for row in rows if not MORE[system] & {row.name, row.key}] for system, rows in found.items()}
+
+
+def shares_of(args, system):
     try:
-        shares = [float(share) for share in (args.shares or SHARES[args.system]).split(",")]
+        shares = [float(share) for share in (args.shares or SHARES[system]).split(",")]
     except ValueError:
         shares = [0]
     if not all(0 < share <= 1 for share in shares):
         fail(f"--shares {args.shares}: give shares of float16's bytes, above 0 and up to 1, e.g. 0.25,0.125")
-    rows = rows_of(args.system, shares)
-    if not args.rows and not args.shares:
-        rows = [row for row in rows if not MORE[args.system] & {row.name, row.key}]
-    elif args.rows not in ("", "all"):
-        asked, known = set(args.rows.split(",")), {row.key: row for row in rows} | {row.name: row for row in rows}
-        if unknown := asked - known.keys():
-            fail(f"--rows {min(unknown)}: there are {', '.join(known)}")
-        rows = [row for row in rows if asked & {row.name, row.key}]
+    return shares
+
+
+def main(argv=None):
+    args, _ = parse(Args, argv, description=__doc__)
+    systems = plan(args)
 
     from surgery.checks import check_window
+    from surgery.evaluator import Evaluator
     from surgery.subject import OwnSubject, choose_model, load_subject
     from surgery.surgeon import digest
-    from surgery.sweep import add_line, prepare_folder, read_records
+    from surgery.sweep import prepare_folder, read_records
     from surgery.texts import TextReader, announced, choose, settings
 
     chosen = choose(args.calib_text, args.eval_text)
@@ -111,36 +127,49 @@ def main(argv=None):
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
     check_window(args, name, subject)
-    if args.system == "cache" and isinstance(subject, OwnSubject):
-        fail("--system cache is for a Llama, Mistral or Qwen of Hugging Face: give --system table or weights")
+    if "cache" in systems and isinstance(subject, OwnSubject):
+        fail("--system cache is for a Llama, Mistral or Qwen of Hugging Face: give --system table,weights")
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
     shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
     shared["weights"] = digest(subject.model)
     args.device = "cpu"
     folder, records, claim = prepare_folder(args, shared | settings(chosen), LINE)
-    rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
-    left = [row for row in rows if row.key not in {record["row"] for record in records if record["system"] == args.system}]
-    if left:
-        from surgery.bytes_cache import CacheMeasurer
-        from surgery.bytes_rows import Measurer
-
-        if args.system == "cache":
-            measurer = CacheMeasurer(args, subject, texts)
-        else:
-            measurer = Measurer(args, subject, texts, folder / "calibration.pt")
-        for row in left:
-            started = time.time()
-            try:
-                measured = measurer.measure(row)
-            except ValueError as error:  # bits or groups that do not fit
-                fail(f"row {row.key}: {error}; --rows and --shares choose others")
-            record = dict(row=row.key, system=args.system, name=row.name, given=row.given) | measured
-            add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
-            lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
-            print(f"{row.key:28} {record['share']:7.2%}  {lost}", flush=True)
+    done, left = {(record["system"], record["row"]) for record in records}, {}
+    for system, rows in systems.items():
+        rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
+        left[system] = [row for row in rows if (system, row.key) not in done]
+    if any(left.values()):
+        evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
+        for system, rows in left.items():
+            if rows:
+                measure(args, system, rows, subject, texts, evaluator, folder)
     claim.release()
-    finish(out_dir=str(folder), rows=len(read_records(folder / "results.jsonl", LINE)), measured=len(left))
+    counts = dict(rows=len(read_records(folder / "results.jsonl", LINE)), measured=sum(map(len, left.values())))
+    finish(out_dir=str(folder), **counts)
+
+
+def measure(args, system, rows, subject, texts, evaluator, folder):
+    """Measure rows of a system; each gets its line in results.jsonl."""
+    from surgery.bytes_cache import CacheMeasurer
+    from surgery.bytes_rows import Measurer
+    from surgery.sweep import add_line
+
+    if system == "cache":
+        measurer = CacheMeasurer(args, subject, texts, evaluator)
+    else:
+        targets = "wte" if system == "table" else "all"
+        measurer = Measurer(args, subject, targets, texts, evaluator, folder / "calibration.pt")
+    for row in rows:
+        started = time.time()
+        try:
+            measured = measurer.measure(row)
+        except ValueError as error:  # bits or groups that do not fit
+            fail(f"row {row.key} of {system}: {error}; --rows and --shares choose others")
+        record = dict(row=row.key, system=system, name=row.name, given=row.given) | measured
+        add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
+        lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
+        print(f"{system:8} {row.key:28} {record['share']:7.2%}  {lost}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,6 +50,11 @@ class Evaluator:
         self.predictions = {}
         with torch.inference_mode():
             self.hidden = {name: [model.trunk(model.lookup(x)) for x, _ in some] for name, some in windows.items()}
+
+    @cached_property
+    def untouched(self):
+        """What measure() finds at the model as it is before anything has changed it: ask for it then."""
+        return self.measure()
 
     @torch.inference_mode()
     def measure(self, model=None):
