@@ -4,6 +4,18 @@
 #include <stdint.h>
 #include <string.h>
 
+// Numbers side by side: a register of them. The compiler splits what is wider, and does it badly: with 16 on AVX2 the loops over
+// streams take eight to ten times as long.
+#if defined __AVX512F__
+enum { LANES = 16 };
+#elif defined __AVX2__
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Places __attribute__((vector_size(4 * LANES)));
+
 // -- a matrix kept by bits (util_factorization/coded_matrix.py and trellis.py) ---------------------------------------
 
 enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as there; depths are 0 to 16 half bits
@@ -237,19 +249,18 @@ void int8_sums(int texts, int heads, int groups, int n, int positions, int capac
 
 // -- attention over latents of keys (surgery/latent_cache.py) ---------------------------------------------------------
 
-enum { TILE = 16, SIDE = 8 };  // numbers restored together, of so many positions side by side
-typedef float Tile __attribute__((vector_size(4 * TILE)));
+enum { SIDE = 8 };  // positions of which LANES numbers are restored together
 
 // rows [SIDE][r + more], latents first: fills in the rest, products of the latents with weights [r][more].
 static void restore(float *rows, int r, int more, const float *weights) {
-    for (int t = 0; t < more; t += TILE) {
-        Tile sums[SIDE] = {0};
+    for (int t = 0; t < more; t += LANES) {
+        Lanes sums[SIDE] = {0};
         for (int i = 0; i < r; i++) {
-            Tile weight;
+            Lanes weight;
             memcpy(&weight, weights + i * more + t, sizeof weight);
             for (int p = 0; p < SIDE; p++) sums[p] += rows[p * (r + more) + i] * weight;
         }
-        for (int p = 0; p < SIDE; p++) memcpy(rows + p * (r + more) + r + t, sums + p, sizeof(Tile));
+        for (int p = 0; p < SIDE; p++) memcpy(rows + p * (r + more) + r + t, sums + p, sizeof(Lanes));
     }
 }
 

@@ -14,7 +14,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
 WIDEST = 1024  # numbers of a head that its loops over a cache take, as there
-LANES = 16  # numbers side by side, as there
+LANES = 16  # numbers side by side, at most: 8 or 4 where registers are shorter
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp-simd",
          "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # fmt: skip
 

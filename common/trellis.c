@@ -1,27 +1,15 @@
 // The best stream of bits for numbers (util_factorization/trellis.py, value_cache/streams.py). kernels.c includes it.
 
-enum { LANES = 16 };  // numbers side by side
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-
-#if defined __AVX512F__  // states side by side: a register of them. Shuffles of more than a register are made one by one
-enum { STATES_AT_ONCE = 16 };
-#elif defined __AVX2__
-enum { STATES_AT_ONCE = 8 };
-#else
-enum { STATES_AT_ONCE = 4 };
-#endif
-typedef float Costs __attribute__((vector_size(4 * STATES_AT_ONCE)));
-typedef int32_t Places __attribute__((vector_size(4 * STATES_AT_ONCE)));
-typedef uint8_t Bytes __attribute__((vector_size(STATES_AT_ONCE)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 // Number i is best[i >> b]. clang has no such shuffle; with the loop in its place gcc's encoder takes four times as long.
-static inline Costs each_repeated(const float *best, int b) {
-    Costs repeated;
+static inline Lanes each_repeated(const float *best, int b) {
+    Lanes repeated;
 #ifdef __clang__
-    for (int i = 0; i < STATES_AT_ONCE; i++) repeated[i] = best[i >> b];
+    for (int i = 0; i < LANES; i++) repeated[i] = best[i >> b];
 #else
     Places from;
-    for (int i = 0; i < STATES_AT_ONCE; i++) from[i] = i >> b;
+    for (int i = 0; i < LANES; i++) from[i] = i >> b;
     memcpy(&repeated, best, sizeof repeated);
     repeated = __builtin_shuffle(repeated, from);
 #endif
@@ -33,22 +21,22 @@ static inline Costs each_repeated(const float *best, int b) {
 static inline void extend(int window, int b, int v, const float *numbers, const float *levels, float *cost, uint8_t *oldest) {
     int kept = 1 << (window - b);
     float best[kept + LANES];
-    for (int k = 0; k < kept; k += STATES_AT_ONCE) {
-        Costs lowest, next;
+    for (int k = 0; k < kept; k += LANES) {
+        Lanes lowest, next;
         Places chosen = {0};
         memcpy(&lowest, cost + k, sizeof lowest);
         for (int high = 1; high < 1 << b; high++) {
             memcpy(&next, cost + high * kept + k, sizeof next);
             Places better = next < lowest;
             chosen = (better & high) | (~better & chosen);
-            lowest = (Costs)((better & (Places)next) | (~better & (Places)lowest));
+            lowest = (Lanes)((better & (Places)next) | (~better & (Places)lowest));
         }
         memcpy(best + k, &lowest, sizeof lowest);
         Bytes bytes = __builtin_convertvector(chosen, Bytes);
         memcpy(oldest + k, &bytes, sizeof bytes);
     }
-    for (int w = 0; w < 1 << window; w += STATES_AT_ONCE) {
-        Costs sum = each_repeated(best + (w >> b), b), level;
+    for (int w = 0; w < 1 << window; w += LANES) {
+        Lanes sum = each_repeated(best + (w >> b), b), level;
         for (int number = 0; number < v; number++) {
             memcpy(&level, levels + (number << window) + w, sizeof level);
             sum += (numbers[number] - level) * (numbers[number] - level);

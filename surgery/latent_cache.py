@@ -12,13 +12,12 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from common.kernels import WIDEST, bind
+from common.kernels import LANES, WIDEST, bind
 from util_factorization.decompose_matrix import pivots
 
 PREFERENCE = 10  # a value takes the place of a key among the latents where it is so many times as good a pivot
 LONGEST = 1024  # latents that are turned: more take seconds a layer
 AT_ONCE = 256  # positions by which a buffer grows
-TILE = 16  # restored numbers that the loop makes at once, as in kernels.c
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ class KeyReader:
         self.norm = norm
         unit = (weight.count_nonzero(1) == 1) & (weight.amax(1) == 1)
         self.at = torch.where(unit, weight.argmax(1), weight.shape[1] + (~unit).cumsum(0) - 1).int()
-        self.rest = F.pad(weight[~unit].T, (0, -(~unit).sum().item() % TILE)).contiguous()  # [r, a multiple of TILE]
+        self.rest = F.pad(weight[~unit].T, (0, -(~unit).sum().item() % LANES)).contiguous()  # [r, a multiple of LANES]
         self.bias = torch.zeros(len(weight)) if bias is None else bias.clone()
 
     def reads(self, q, c):
