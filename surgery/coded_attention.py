@@ -217,8 +217,14 @@ class Kept:
 
 
 def padding(mask):
-    """Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one."""
-    return None if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1].int().argmax(-1)
+    """
+    Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one. Of a
+    text that has not begun they are all positions.
+    """
+    if mask is None:
+        return None
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+    return torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1])
 
 
 # -- building ---------------------------------------------------------------------------------------------------------

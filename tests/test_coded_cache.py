@@ -357,6 +357,17 @@ def test_generate_with_left_padding_is_that_of_single_texts(at_quarter):
         assert torch.equal(alone[0, n:], together[i])
 
 
+@torch.no_grad()
+def test_a_step_of_padding_alone_leaves_the_first_positions_where_they_are(at_quarter):
+    model = copy.deepcopy(at_quarter[1]).double()
+    padded, mask = IDS[:2, :20].clone(), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :18] = 0
+    whole = model(padded, attention_mask=mask).logits
+    first = model(padded[:, :8], attention_mask=mask[:, :8], use_cache=True)
+    rest = model(padded[:, 8:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest[:, -2:], whole[:, -2:])
+
+
 @pytest.mark.parametrize("form", modules.STREAMS)
 def test_the_folder_reads_back_and_a_damaged_one_is_one_line(tmp_path, capsys, form):
     untouched, model, codes = coded(0.12, form)
