@@ -6,13 +6,14 @@
 
 // Numbers side by side: a register of them. The compiler splits what is wider, and does it badly: with 16 on AVX2 the loops over
 // streams take eight to ten times as long.
-#if defined __AVX512F__
-enum { LANES = 16 };
-#elif defined __AVX2__
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
+#if !defined WIDTH && defined __AVX512F__
+#define WIDTH 16
+#elif !defined WIDTH && defined __AVX2__
+#define WIDTH 8
+#elif !defined WIDTH
+#define WIDTH 4
 #endif
+enum { LANES = WIDTH };
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 

@@ -30,8 +30,8 @@ print(functools.reduce(inside, sys.argv[1:], json.load(sys.stdin)))' $5)
 }
 baseline() { PRESET=$1 OUT=$out/$1 attend bash scripts/train_baseline_gpt2.sh --seed 1; }
 own_table() {
-  python -m surgery.bytes_study --model "$out/laptop/gpt_baseline" --calib_text sotu --eval_text sotu --window 128 \
-    --eval_windows 192 --calib_tokens 32768 --rows "untouched,rank 128" --out_dir "$out/own" &&
+  python -m surgery.bytes_study --system table --model "$out/laptop/gpt_baseline" --calib_text sotu --eval_text sotu \
+    --window 128 --eval_windows 192 --calib_tokens 32768 --rows "untouched,rank 128" --out_dir "$out/own" &&
     tail -n 1 "$out/own/results.jsonl"
 }
 one_basis() {

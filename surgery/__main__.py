@@ -90,8 +90,9 @@ class Args:
     )
     heal_stages: str = flag(
         "all",
-        "with --bytes; comma-separated, they share the steps. layers: what lies around the codes, block after block; numbers: "
-        "the same through the whole model; all: adapters of uncoded layers too",
+        "with --bytes; comma-separated, they share the steps alike. layers: trains scales and norms block by block; "
+        "numbers, of --targets wte: trains what lies around the codes through the whole model; "
+        "all: trains adapters of uncoded layers too",
     )
     heal_text: str = flag("", "texts to heal on, as --calib_text's; left out, the calibration text")
     heal_rank: int = flag(16, "rank of the adapters; their scale is 2", low=1)
@@ -141,7 +142,9 @@ def check_bytes(args, given):
         fail(f"--heal_stages {wrong[0]}: there are {', '.join(STAGES)}")
     if "layers" in stages and args.targets == "wte":
         fail("--heal_stages layers heals coded layers, and --targets wte codes none: drop it from --heal_stages")
-    if "heal_steps" in given and args.heal_steps < len(stages):
+    if "numbers" in stages and args.targets == "all":
+        fail("--heal_stages numbers is what all is, where every layer is coded: give all, or --targets wte")
+    if 0 < args.heal_steps < len(stages):
         fail(f"--heal_steps {args.heal_steps} is less than a step for each of --heal_stages: give {len(stages)}")
 
 

@@ -58,7 +58,7 @@ SHARES = dict(
 )
 
 
-# Rows that are left out where --rows is: they take as long as the others and say less. A row's name, or its key.
+# Rows that are measured only with --rows or --shares: they take as long as the others and say less. A row's name, or its key.
 MORE = dict(
     table={"to nearest 4 32", "to nearest 3 64", "error-aware 4 64", "error-aware 2 32", "rank 128", "ranks by frequency 128",
            "bits without parents", "bits in one group", "bits without a basis"},
@@ -116,6 +116,7 @@ def main(argv=None):
     systems = plan(args)
 
     from surgery.checks import check_window
+    from surgery.coded_attention import coded_layers
     from surgery.evaluator import Evaluator
     from surgery.subject import OwnSubject, choose_model, load_subject
     from surgery.surgeon import digest
@@ -129,28 +130,31 @@ def main(argv=None):
     check_window(args, name, subject)
     if "cache" in systems and isinstance(subject, OwnSubject):
         fail("--system cache is for a Llama, Mistral or Qwen of Hugging Face: give --system table,weights")
+    if "cache" in systems:
+        coded_layers(subject.model)  # refuses others
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
     shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
     shared["weights"] = digest(subject.model)
     args.device = "cpu"
     folder, records, claim = prepare_folder(args, shared | settings(chosen), LINE)
-    done, left = {(record["system"], record["row"]) for record in records}, {}
+    done, left, failed = {(record["system"], record["row"]) for record in records}, {}, []
     for system, rows in systems.items():
         rows = [row for row in rows if not row.name.startswith("rank") or row.given[0] < subject.table.weight.shape[1]]
         left[system] = [row for row in rows if (system, row.key) not in done]
     if any(left.values()):
         evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
         for system, rows in left.items():
-            if rows:
-                measure(args, system, rows, subject, texts, evaluator, folder)
+            failed += measure(args, system, rows, subject, texts, evaluator, folder) if rows else []
     claim.release()
+    if failed:
+        fail(f"{'; '.join(failed)}: --rows and --shares choose others")
     counts = dict(rows=len(read_records(folder / "results.jsonl", LINE)), measured=sum(map(len, left.values())))
     finish(out_dir=str(folder), **counts)
 
 
 def measure(args, system, rows, subject, texts, evaluator, folder):
-    """Measure rows of a system; each gets its line in results.jsonl."""
+    """Measure rows of a system; each gets its line in results.jsonl -> what is to be said of those that cannot be measured."""
     from surgery.bytes_cache import CacheMeasurer
     from surgery.bytes_rows import Measurer
     from surgery.sweep import add_line
@@ -160,16 +164,19 @@ def measure(args, system, rows, subject, texts, evaluator, folder):
     else:
         targets = "wte" if system == "table" else "all"
         measurer = Measurer(args, subject, targets, texts, evaluator, folder / "calibration.pt")
+    failed = []
     for row in rows:
         started = time.time()
         try:
             measured = measurer.measure(row)
         except ValueError as error:  # bits or groups that do not fit
-            fail(f"row {row.key} of {system}: {error}; --rows and --shares choose others")
+            failed.append(f"row {row.key} of {system}: {error}")
+            continue
         record = dict(row=row.key, system=system, name=row.name, given=row.given) | measured
         add_line(folder / "results.jsonl", record | dict(seconds=round(time.time() - started, 1)))
         lost = "  ".join(f"{text} {m['nats']:+.4f} +/- {m['nats_se'] or 0:.4f}" for text, m in record["texts"].items())
         print(f"{system:8} {row.key:28} {record['share']:7.2%}  {lost}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":

@@ -218,8 +218,8 @@ class Kept:
 
 def padding(mask):
     """
-    Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one. Of a
-    text that has not begun they are all positions.
+    Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one. Where
+    a text has not begun, all positions are padding.
     """
     if mask is None:
         return None

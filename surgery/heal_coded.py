@@ -121,8 +121,8 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
     Heal a copy of the model, hf, whose matrices were coded -> ({name: CodedMatrix} as healed, facts).
 
     hf is changed in place: norms, and linear layers that are not coded. subject_of(hf) gives the three calls lookup, trunk and
-    logits. stages: as --heal_stages has them, in order; each has an equal share of the steps and of the windows. The facts are
-    distil()'s over all stages, and the stages.
+    logits. stages: as --heal_stages has them, in order; they share the steps and the windows alike. The facts: steps, tokens
+    and seconds of all stages, training_kl of the last one that has it, and the stages.
     """
     torch.manual_seed(seed)
     norms = [p for name, p in hf.named_parameters() if p.dim() == 1 and "norm" in name]
@@ -132,9 +132,11 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
     around = [p for made in codes.values() for p in made.parameters()] + norms
     for p in around:
         p.requires_grad_(True)
-    found, n = dict(steps=0, tokens=0, seconds=0.0, stages=list(stages)), steps // len(stages)
-    for i, stage in enumerate(stages):
+    found = dict(steps=0, tokens=0, seconds=0.0, stages=list(stages))
+    for i, (stage, n) in enumerate(zip(stages, shared(steps, stages))):
         some = windows[i :: len(stages)]
+        for p in adapters:
+            p.requires_grad_(stage == "all")
         if stage == "layers":
             part = heal_layers(student, teacher, codes, some, n, RATE * lr, dtype)
         else:
@@ -143,6 +145,11 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
         found |= part | {key: found[key] + part[key] for key in found.keys() & {"steps", "tokens", "seconds"}}
     merge_adapters(hf)
     return {name: made.healed() for name, made in codes.items()}, found
+
+
+def shared(steps, stages):
+    """Steps of each stage."""
+    return [len(range(steps)[i :: len(stages)]) for i in range(len(stages))]
 
 
 def heal_layers(student, teacher, codes, windows, steps, lr, dtype):
@@ -161,7 +168,7 @@ def heal_layers(student, teacher, codes, windows, steps, lr, dtype):
         with autocast_of(str(student.model.device), dtype):
             _, aims = run(before, aims, {})
         around = [p for p in block.parameters() if p.requires_grad]
-        examples = [(call, out) for call, ((out, *_), _) in zip(calls, aims)]
+        examples = [(call, aim_args[0]) for call, (aim_args, _) in zip(calls, aims)]  # aims: calls of the next block
         descend(block_error(block, dtype), examples, steps, [dict(params=around, lr=lr)])
         with autocast_of(str(student.model.device), dtype):
             _, calls = run(block, calls, {})

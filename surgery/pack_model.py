@@ -17,7 +17,7 @@ from surgery.coded_folder import save
 from surgery.coded_modules import install_coded
 from surgery.decoding_speed import cache_bytes, decode_speeds
 from surgery.heal import healing_dtype
-from surgery.heal_coded import heal_coded
+from surgery.heal_coded import heal_coded, shared
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line, made_by
@@ -30,7 +30,10 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 
     folder: keeps the calibration's moments for a later call.
     """
-    coded, taken = {}, 0
+    coded, taken, stages = {}, 0, args.heal_stages.split(",")
+    windows = texts.healing_windows(args.heal_steps) if args.heal_steps else []
+    if args.heal_steps and len(windows) < len(stages):
+        fail(f"--heal_text has {len(windows)} windows of --window {args.window}, fewer than --heal_stages: give more text")
     if args.bytes:
         coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
         try:
@@ -42,9 +45,9 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     if args.heal_steps:
         with coded_in(coder.matrices, coded.values()):
             found["packed"] = evaluator.measure()
-        last, windows, stages = "healed", texts.healing_windows(args.heal_steps), args.heal_stages.split(",")
-        through = sum(stage != "layers" for stage in stages)  # stages through the whole model
-        with tqdm(total=args.heal_steps // len(stages) * through, desc="healing", unit="step") as bar:
+        last = "healed"
+        through = sum(n for n, stage in zip(shared(args.heal_steps, stages), stages) if stage != "layers")  # have a KL
+        with tqdm(total=through, desc="healing", unit="step") as bar:
             healing = copy.deepcopy(hf)
             coded, training = heal_coded(
                 Subject,

@@ -146,10 +146,12 @@ def test_packed_windows_are_read_at_any_place(bits):
 
 def test_feedback_factors_the_metric():
     M = metric(1)
-    U, D = feedback(M, columns=1)
+    U, roots = feedback(M, columns=1)
+    D = roots[:, 0].double().square()
     assert torch.allclose(U.double() @ D.diag() @ U.double().T, M, rtol=1e-5, atol=1e-6)
     assert torch.equal(U.tril(-1), torch.zeros_like(U)) and torch.allclose(U.diag(), torch.ones(d))
     assert D.log().sum().item() == pytest.approx(torch.logdet(M).item(), rel=1e-6)
+    assert torch.allclose(coding.metric_of(*feedback(M, columns=5)), M, rtol=1e-5, atol=1e-6)
 
 
 def test_bytes_are_those_of_the_tensors_and_within_the_budget(draft):
@@ -325,7 +327,7 @@ def test_a_layers_scales_are_the_least_squares_of_its_codes(monkeypatch):
     draft = draft_layer(W, metric(7), weights)
     made = code(draft, fit([draft], 3000)[0][0], gaussian_codes())
     (rows,), units = draft.groups, made.units(torch.zeros(60, dtype=torch.long), torch.arange(60)).double().numpy()
-    L, by = np.linalg.cholesky(draft.C.double().numpy()), weights[rows].sqrt().numpy()[:, None]
+    L, by = np.linalg.cholesky(coding.metric_of(draft.U, draft.roots).numpy()), weights[rows].sqrt().numpy()[:, None]
     A = np.einsum("vk,km->vmk", by * units, L).reshape(-1, d)
     found, *_ = np.linalg.lstsq(A, (by * W[rows].double().numpy() @ L).flatten(), rcond=None)
     np.testing.assert_allclose(made.scales[0].double().numpy(), found, rtol=2e-3)
@@ -403,9 +405,13 @@ def test_the_compiled_encoder_leaves_other_codes_to_torch():
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
-@pytest.mark.parametrize("window", [WINDOW, FAST_WINDOW])
-def test_the_compiled_encoder_finds_the_same_streams(window, monkeypatch):
-    """As torch, whose number of streams that are encoded at once does not matter."""
+@pytest.mark.parametrize("window, width", [(WINDOW, None), (FAST_WINDOW, None), (FAST_WINDOW, 4), (FAST_WINDOW, 16)])
+def test_the_compiled_encoder_finds_the_same_streams(window, width, monkeypatch, request):
+    """As torch, whose number of streams that are encoded at once does not matter. width: of registers."""
+    if width:
+        monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, f"-DWIDTH={width}"))
+        kernels.library.cache_clear()
+        request.addfinalizer(kernels.library.cache_clear)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
     found = [(each, encode(x, each)) for each in gaussian_codes(window)]
     monkeypatch.setattr(trellis, "bind", lambda name: None)

@@ -1,6 +1,7 @@
 """A whole model by bits: what an error costs, the budget, the modules that read the packed form, and the folder."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -184,6 +185,28 @@ def test_healing_by_layers_brings_each_block_nearer_and_trains_what_lies_around_
             assert any(not torch.equal(made[name].scales, before.scales) for name, before in coded.items())
     before = errors(coded)
     assert found[1][0] < before[0] and found[2][1] < before[1]
+
+
+def test_the_program_heals_in_stages(operate, tmp_path):
+    toys.llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    toys.save_tokenizer(tmp_path / "model")
+    result = operate("--bytes", 0.8, "--heal_steps", 3, "--heal_stages", "layers,all", "--out", tmp_path / "small",
+                     model=tmp_path / "model")  # fmt: skip
+    assert result.status == 0, result.err
+    healed = json.loads((tmp_path / "small" / "measured.json").read_text())["models"]["healed"]
+    assert healed["stages"] == ["layers", "all"] and healed["steps"] == 3 and healed["training_kl"] > 0
+
+
+def test_what_is_not_in_the_optimizer_gets_no_gradient(packed):
+    """An adapter's gradients of one stage would be the first step of the next one."""
+    hf, seen = copy.deepcopy(packed.hf).requires_grad_(False), []
+
+    def log(kl):
+        seen.append([p.grad for p in hf.parameters() if p.requires_grad and p.grad is not None])
+
+    coded = {name: made for name, made in packed.coded.items() if name in ("wte", "head")}
+    heal_coded(Subject, hf, coded, packed.subject, WINDOWS, 4, 2, 5e-4, 0, log, stages=["numbers", "all"])
+    assert len(seen) == 4 and not any(seen)
 
 
 @pytest.mark.parametrize("part", ["depths", "streams", "missing", "extra", "cut"])

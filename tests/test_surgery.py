@@ -342,7 +342,8 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
 
 
 def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_error):
-    out = tmp_path / "small"
+    out, short = tmp_path / "small", tmp_path / "short.txt"
+    short.write_text("A text of one window of 32 tokens and no more.")
     for argv, *words in [
         (["--bytes", "0.5", "--rank", "4", "--out", out], "--bytes", "--rank", "drop one"),
         (["--bytes", "0.5"], "--bytes", "give --out"),
@@ -356,6 +357,12 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
         (["--bytes", "0.5", "--heal_rank", "4", "--out", out], "--heal_rank", "--heal_steps"),
         (["--bytes", "0.5", "--heal_steps", "4", "--heal_stages", "all,top", "--out", out], "--heal_stages top", "layers"),
         (["--bytes", "0.5", "--heal_steps", "1", "--heal_stages", "layers,all", "--out", out], "--heal_steps 1", "2"),
+        (["--bytes", "0.5", "--heal_steps", "4", "--heal_stages", "numbers", "--out", out], "--heal_stages numbers", "wte"),
+        (
+            ["--bytes", "0.5", "--heal_steps", "4", "--heal_stages", "layers,all", "--heal_text", short, "--out", out],
+            "--heal_text has 1 windows",
+            "more text",
+        ),
         (
             ["--bytes", "0.5", "--targets", "wte", "--heal_steps", "4", "--heal_stages", "layers", "--out", out],
             "--heal_stages layers",

@@ -72,7 +72,7 @@ class Draft:
     groups: list  # of row indices
     worth: torch.Tensor  # [G,k] float64: twice the nats that a column costs where it has no bits
     U: torch.Tensor | None = None  # [k,k], of feedback()
-    C: torch.Tensor | None = None  # [k,k], where there is U: of the input
+    roots: torch.Tensor | None = None  # [k, columns of a block], where there is U: of feedback()
     weights: torch.Tensor | None = None  # [V], where there is U: what an error of each row weighs
     P: torch.Tensor | None = None  # [k,d]
     mean: torch.Tensor | None = None  # [d]
@@ -191,9 +191,10 @@ def draft_layer(W, C, weights, groups=None):
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
     C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # of a layer that nothing reaches
     C = (1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype)
-    U, D = feedback(C)
+    U, roots = feedback(C)
+    D = roots.double().square().sum(1)
     worth = torch.stack([(weights[rows, None] * W[rows].double().square()).sum(0) for rows in groups]) * D
-    return Draft(W, groups, worth, U, C.float(), weights)
+    return Draft(W, groups, worth, U, roots, weights)
 
 
 def layer_groups(rows):
@@ -314,19 +315,29 @@ def to_int8(P):
 
 def feedback(M, columns=None):
     """
-    M = U D U^T in blocks of columns -> (U [d,d] float32, 1 on the diagonal of blocks, 0 below them; the diagonal of D [d]).
+    M = U D U^T in blocks of columns -> (U [d,d], 1 on the diagonal of blocks, 0 below them; roots [d, columns], of each block b
+    an upper triangular R_b with D_b = R_b R_b^T), float32.
 
     e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T. columns: of a block, left out COLUMNS.
     """
     columns = columns or COLUMNS
     U = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # M = U U^T, upper triangular
-    D = torch.empty(len(M), dtype=M.dtype)
+    roots = torch.zeros(len(M), columns, dtype=M.dtype)
     out = torch.zeros_like(U)
     for start in range(0, len(M), columns):
         b = slice(start, start + columns)
         out[:, b] = torch.linalg.solve_triangular(U[b, b], U[:, b], upper=True, left=False)
-        D[b] = U[b, b].square().sum(1)
-    return out.float(), D
+        roots[b, : U[b, b].shape[1]] = U[b, b]
+    return out.float(), roots.float()
+
+
+def metric_of(U, roots):
+    """The inverse of feedback(): M, float64."""
+    L, columns = U.double(), roots.shape[1]
+    for start in range(0, len(U), columns):
+        b = slice(start, start + columns)
+        L[:, b] = L[:, b] @ roots[b, : L[b, b].shape[1]].double()
+    return L @ L.T
 
 
 def code_groups(Z, groups, depths, U, codes):
@@ -364,7 +375,7 @@ def refit(draft, scales, errors):
     is r times the old one, and sum_i weights_i (Z - R r)_i C (Z - R r)_i^T is least where (C * R^T weights R) r = the diagonal
     of R^T weights Z C, with * by elements.
     """
-    scales, C = scales.clone(), draft.C.double()
+    scales, C = scales.clone(), metric_of(draft.U, draft.roots)
     for scale, rows, e in zip(scales, draft.groups, errors):
         Z, weights = draft.Z[rows].double(), draft.weights[rows, None].double()
         R = Z - e
