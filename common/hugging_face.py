@@ -79,7 +79,7 @@ def read(kind, what, source, flag, **options):
         if "trust_remote_code" in str(error):
             fail(
                 f"{flag} {source} brings code of its own, which does not run here: give the model that it was made of. To use "
-                "it: eval.py --trust_remote_code, or from_pretrained(..., trust_remote_code=True)"
+                "it: python -m surgery.eval --trust_remote_code, or from_pretrained(..., trust_remote_code=True)"
             )
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         fail(f"{flag} {source} has no {what} that loads ({why}): give an id on the hub, or a folder of save_pretrained")

@@ -1,4 +1,4 @@
-"""Any model behind one call, ids -> logits, and a text predicted by it window after window: what eval.py measures."""
+"""Any model behind one call, ids -> logits, and a text predicted by it window after window: what surgery.eval measures."""
 
 import torch
 

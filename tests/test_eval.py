@@ -1,4 +1,4 @@
-"""eval.py: every token is predicted once, in windows of a rule that a brute force and lm-eval share, by any kind of model."""
+"""surgery.eval: every token is predicted once, in windows of a rule that a brute force and lm-eval share, by any model."""
 
 import json
 import math
@@ -34,13 +34,13 @@ class Toy(GPTNeoXForCausalLM):
 
 @pytest.fixture
 def evaluate(own_clinic, run_main, tmp_path):
-    """evaluate("neox", "--stride", 8, texts="a,b"): eval.py on toy texts; a Result."""
+    """evaluate("neox", "--stride", 8, texts="a,b"): surgery.eval on toy texts; a Result."""
     for name, text in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text(text)
 
     def run(model, *argv, texts="a", window=32):
         text = ",".join(str(tmp_path / f"{name}.txt") for name in texts.split(","))
-        return run_main("eval.py", "--model", own_clinic / model, "--text", text, "--window", window, *argv)
+        return run_main("-m", "surgery.eval", "--model", own_clinic / model, "--text", text, "--window", window, *argv)
 
     return run
 

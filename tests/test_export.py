@@ -222,7 +222,7 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         opened(compact[0])
     result = run_main("util_factorization/import_hf.py", "--model", compact[0], "--out", tmp_path / "ckpt.pt")
-    assert_one_line_error(result, "code of its own", "eval.py --trust_remote_code", "trust_remote_code=True")
+    assert_one_line_error(result, "code of its own", "surgery.eval --trust_remote_code", "trust_remote_code=True")
 
 
 # -- by bits ----------------------------------------------------------------------------------------------------------

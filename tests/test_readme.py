@@ -65,13 +65,13 @@ def toy_flags(command):
     if "bench.py decode" in command:
         size = "float32 --vocab_size 97" if "--shape" in command else "float32,int4"
         return f"--steps 2 --rounds 1 --context 16 --kv_dtypes {size}"
+    if "surgery.eval" in command:
+        return "--characters 2000"
     if "-m surgery" in command:
         steps = " --heal_steps 2" if "--heal_steps" in command else ""
         return TOY_SURGERY + (" --bytes 0.6 --cache_bytes 0.6" if "--bytes" in command else " --rank 4") + steps
     if "run_bytes" in command:
         return "--window 32 --eval_windows 2 --calib_tokens 1024 --shares 0.6"
-    if "eval.py" in command:
-        return "--characters 2000"
     if "data/pile" in command:
         return "--samples 20 --sequence_length 16 --out_dir pile"
     if "wikitext103" in command:

