@@ -4,6 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 // Numbers side by side: a register of them. The compiler splits what is wider, and does it badly: with 16 on AVX2 the loops over
 // streams take eight to ten times as long.
 #if !defined WIDTH && defined __AVX512F__
@@ -159,98 +163,183 @@ void coded_parents(int rows, int wide, const void *parent, const uint8_t *relati
     }
 }
 
-// -- attention over a cache of bytes (surgery/int8_cache.py) ----------------------------------------------------------
+// -- attention over a cache's rows (value_cache/rows.py) --------------------------------------------------------------
 
-// A row is `width` integers of all heads, then a bfloat16 scale, which is the upper half of a float32.
-static inline float scale_of(const int8_t *row, int width) {
-    uint16_t half;
-    memcpy(&half, row + width, 2);
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // number formats, as in value_cache/__init__.py
+enum { WIDEST = 1024, PIECE = 64 };  // numbers of a head; numbers that are summed together
+enum { BLOCK = 64, SIDE = 8 };       // positions of a task; positions that are read together
+
+static inline float from_bfloat(uint16_t half) {  // the upper half of a float32
     uint32_t whole = (uint32_t)half << 16;
-    float scale;
-    memcpy(&scale, &whole, 4);
-    return scale;
+    float x;
+    memcpy(&x, &whole, 4);
+    return x;
 }
 
-// x [rows][width] -> out [rows][width + 2]
-void int8_pack(int rows, int width, const float *x, int8_t *out) {
-    for (int row = 0; row < rows; row++, x += width, out += width + 2) {
-        float most = 127e-30f, scale;
+static inline float from_half(uint16_t half) {
+    uint32_t whole = (uint32_t)(half & 0x7fff) << 13;  // in a float32's places, 2^112 too small
+    float x;
+    memcpy(&x, &whole, 4);
+    x *= 0x1p112f;
+    memcpy(&whole, &x, 4);
+    whole |= (uint32_t)(half & 0x8000) << 16 | ((half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);  // its sign; no number
+    memcpy(&x, &whole, 4);
+    return x;
+}
+
+static inline void from_halves(const uint16_t *halves, int n, float *restrict out) {
+    int i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + i))));
+#endif
+    for (; i < n; i++) out[i] = from_half(halves[i]);
+}
+
+// n numbers of a row of `width` -> floats, from number `first` on, without the row's scale
+static inline void as_floats(const uint8_t *row, int format, int width, int first, int n, float *restrict out) {
+    const uint16_t *halves = (const uint16_t *)row + first;
+    const int8_t *bytes = (const int8_t *)row;
+    switch (format) {
+    case FLOAT32: memcpy(out, row + 4 * first, 4 * n); break;
+    case BFLOAT16: for (int i = 0; i < n; i++) out[i] = from_bfloat(halves[i]); break;
+    case FLOAT16: from_halves(halves, n, out); break;
+    case INT8: for (int i = 0; i < n; i++) out[i] = bytes[first + i]; break;
+    case INT4: {  // the first half of the numbers lie in the bytes' low halves
+        int half = (width + 1) / 2, low = least(n, half - first);
+        for (int i = 0; i < low; i++) out[i] = (int8_t)(bytes[first + i] << 4) >> 4;
+        for (int i = low < 0 ? 0 : low; i < n; i++) out[i] = bytes[first + i - half] >> 4;
+    }
+    }
+}
+
+// What the numbers of a row are multiplied by: whole numbers have a bfloat16 after them.
+static inline float scale_of(const uint8_t *row, int format, int width) {
+    uint16_t half;
+    if (format < INT8) return 1;
+    memcpy(&half, row + (format == INT8 ? width : (width + 1) / 2), 2);
+    return from_bfloat(half);
+}
+
+// x [rows][width] -> out [rows][bytes], whole numbers from -levels to levels and their scale
+void row_pack(int format, int levels, int rows, int width, int bytes, const float *x, int8_t *out) {
+    int half = (width + 1) / 2;
+    for (int row = 0; row < rows; row++, x += width, out += bytes) {
+        float most = levels * 1e-30f, scale;
         for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-        scale = most / 127;
+        scale = most / levels;
         uint32_t whole;
         memcpy(&whole, &scale, 4);
-        uint16_t half = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to nearest, then to even
-        memcpy(out + width, &half, 2);
-        scale = scale_of(out, width);
+        uint16_t upper = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to nearest, then to even
+        memcpy(out + bytes - 2, &upper, 2);
+        scale = from_bfloat(upper);
         for (int i = 0; i < width; i++) {
-            float integer = rintf(x[i] / scale);
-            out[i] = integer > 127 ? 127 : integer < -127 ? -127 : integer;
+            float near = rintf(x[i] / scale);
+            int integer = near > levels ? levels : near < -levels ? -levels : near;
+            if (format == INT8) out[i] = integer;
+            else if (i < half) out[i] = integer & 15;
+            else out[i - half] |= integer << 4;
         }
     }
 }
 
-enum { WIDEST = 1024, BLOCK = 64 };  // numbers of a head; positions of a task
+// Both read, of rows [texts][capacity][bytes] of keys or values, groups of n numbers, the first `positions`, for one query.
+#define ROWS int format, int texts, int heads, int groups, int n, int positions, int capacity, int bytes
 
-// scores [heads][positions] of one key row; a group's heads share it.
-static inline void score(const int8_t *row, int heads, int groups, int n, const float *q, int64_t positions, float *scores) {
-    float scale = scale_of(row, groups * n), key[WIDEST];
-    for (int h = 0; h < heads; h++, q += n, scores += positions) {
-        if (h % (heads / groups) == 0)
-            for (int i = 0; i < n; i++) key[i] = *row++;
+// scores [SIDE] of keys [SIDE][n]
+static inline void score(const float *q, const float *keys, int n, const float *scales, float *scores) {
+    Lanes sums[SIDE] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int p = 0; p < SIDE; p++) {
+            Lanes x, key;
+            memcpy(&x, q + i, sizeof x), memcpy(&key, keys + p * n + i, sizeof key);
+            sums[p] += x * key;
+        }
+    for (int p = 0; p < SIDE; p++) {
         float sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < n; i++) sum += q[i] * key[i];
-        *scores = sum * scale;
+        for (int j = 0; j < LANES; j++) sum += sums[p][j];
+        for (int j = i; j < n; j++) sum += q[j] * keys[p * n + j];
+        scores[p] = sum * scales[p];
     }
 }
 
-// sums [shared][n] += weights [shared][positions] times the numbers of one value row that a group's heads share
-static inline void add(const int8_t *row, float scale, int shared, int n, const float *weights, int64_t positions, float *sums) {
-    float value[WIDEST];
-    for (int i = 0; i < n; i++) value[i] = row[i] * scale;
-    for (int h = 0; h < shared; h++, weights += positions)
-        for (int i = 0; i < n; i++) sums[h * n + i] += *weights * value[i];
+// SIDE rows from position s on, and their scales; in place of those that are not there, the last one and 0
+static inline void rows_at(const uint8_t *text, int format, int width, int s, int positions, int64_t bytes,
+                           const uint8_t *rows[SIDE], float *scales) {
+    for (int p = 0; p < SIDE; p++) {
+        rows[p] = text + least(s + p, positions - 1) * bytes;
+        scales[p] = s + p < positions ? scale_of(rows[p], format, width) : 0;
+    }
 }
 
-// Both read, of keys or values [texts][capacity][groups n + 2], the first `positions`, for one query of each text.
+// n numbers of each, from number `first` on -> out [SIDE][n]
+static inline void side_by_side(const uint8_t *rows[SIDE], int format, int width, int first, int n, float *out) {
+    for (int p = 0; p < SIDE; p++)
+        if (n == 64) as_floats(rows[p], format, width, first, 64, out + p * 64);  // so that the compiler knows n
+        else as_floats(rows[p], format, width, first, n, out + p * n);
+}
 
 // q [texts][heads][n] -> scores [texts][heads][positions]
-void int8_scores(int texts, int heads, int groups, int n, int positions, int capacity, const float *q, const int8_t *keys,
-                 float *scores, int threads) {
-    int blocks = (positions + BLOCK - 1) / BLOCK;
+void row_scores(ROWS, const float *q, const uint8_t *keys, float *scores, int threads) {
+    int blocks = (positions + BLOCK - 1) / BLOCK, shared = heads / groups;
     #pragma omp parallel for num_threads(threads)
     for (int task = 0; task < texts * blocks; task++) {
-        int text = task / blocks, first = task % blocks * BLOCK;
-        const int8_t *row = keys + ((int64_t)text * capacity + first) * (groups * n + 2);
-        const float *query = q + text * heads * n;
-        float *out = scores + (int64_t)text * heads * positions;
-        for (int s = first; s < least(positions, first + BLOCK); s++, row += groups * n + 2)
-            if (n == 64) score(row, heads, groups, 64, query, positions, out + s);  // so that the compiler knows n
-            else score(row, heads, groups, n, query, positions, out + s);
+        int text = task / blocks, first = task % blocks * BLOCK, end = least(positions, first + BLOCK);
+        const uint8_t *rows[SIDE];
+        float key[SIDE * WIDEST], scales[SIDE], found[SIDE];
+        for (int s = first; s < end; s += SIDE) {
+            rows_at(keys + (int64_t)text * capacity * bytes, format, groups * n, s, positions, bytes, rows, scales);
+            for (int64_t h = text * heads; h < (text + 1) * heads; h++) {
+                int head = h % heads;
+                if (head % shared == 0) side_by_side(rows, format, groups * n, head / shared * n, n, key);  // of its group
+                if (n == 64) score(q + h * n, key, 64, scales, found);
+                else score(q + h * n, key, n, scales, found);
+                memcpy(scores + h * positions + s, found, sizeof(float) * least(SIDE, end - s));
+            }
+        }
     }
+}
+
+// sums [count] += weights [SIDE] times values [SIDE][count]
+static inline void add(const float *values, const float *weights, int count, float *sums) {
+    if (count == PIECE) {
+        Lanes sum[PIECE / LANES], value;
+        memcpy(sum, sums, sizeof sum);
+        for (int p = 0; p < SIDE; p++)
+            for (int i = 0; i < PIECE / LANES; i++)
+                memcpy(&value, values + p * PIECE + i * LANES, sizeof value), sum[i] += weights[p] * value;
+        memcpy(sums, sum, sizeof sum);
+    } else
+        for (int p = 0; p < SIDE; p++)
+            for (int i = 0; i < count; i++) sums[i] += weights[p] * values[p * count + i];
 }
 
 // weights [texts][heads][positions] -> out [texts][heads][n], the sums of the values
-void int8_sums(int texts, int heads, int groups, int n, int positions, int capacity, const float *weights, const int8_t *values,
-               float *out, int threads) {
-    int width = groups * n, shared = heads / groups;
+void row_sums(ROWS, const float *weights, const uint8_t *values, float *out, int threads) {
+    int shared = heads / groups, pieces = (n + PIECE - 1) / PIECE, all = groups * pieces, parts = least(all, threads);
+    memset(out, 0, sizeof(float) * texts * heads * n);
     #pragma omp parallel for num_threads(threads)
-    for (int task = 0; task < texts * groups; task++) {
-        const int8_t *row = values + (int64_t)(task / groups) * capacity * (width + 2);
-        const float *weight = weights + (int64_t)task * shared * positions;
-        float *sums = out + task * shared * n;
-        memset(sums, 0, sizeof(float) * shared * n);
-        for (int s = 0; s < positions; s++, row += width + 2) {
-            float scale = scale_of(row, width);
-            if (n == 64) add(row + task % groups * n, scale, shared, 64, weight + s, positions, sums);
-            else add(row + task % groups * n, scale, shared, n, weight + s, positions, sums);
+    for (int task = 0; task < texts * parts; task++) {
+        int text = task / parts, from = task % parts * all / parts, to = (task % parts + 1) * all / parts;
+        const uint8_t *rows[SIDE];
+        float value[SIDE * PIECE], scales[SIDE], scaled[SIDE];
+        for (int s = 0; s < positions; s += SIDE) {
+            int there = least(SIDE, positions - s);
+            rows_at(values + (int64_t)text * capacity * bytes, format, groups * n, s, positions, bytes, rows, scales);
+            for (int piece = from; piece < to; piece++) {
+                int group = piece / pieces, first = piece % pieces * PIECE, count = least(PIECE, n - first);
+                int64_t head = text * heads + group * shared;
+                side_by_side(rows, format, groups * n, group * n + first, count, value);
+                for (int64_t h = head; h < head + shared; h++) {
+                    for (int p = 0; p < SIDE; p++) scaled[p] = p < there ? scales[p] * weights[h * positions + s + p] : 0;
+                    add(value, scaled, count, out + h * n + first);
+                }
+            }
         }
     }
 }
 
 // -- attention over latents of keys (surgery/latent_cache.py) ---------------------------------------------------------
-
-enum { SIDE = 8 };  // positions of which LANES numbers are restored together
 
 // rows [SIDE][r + more], latents first: fills in the rest, products of the latents with weights [r][more].
 static void restore(float *rows, int r, int more, const float *weights) {

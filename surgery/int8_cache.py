@@ -4,8 +4,8 @@ A cache of int8 for a model of Hugging Face: half of float16's bytes, and a scal
     past = int8_cache(model)
     model.generate(**tokens, past_key_values=past)
 
-Keys are quantised after their rotation, so a step restores nothing: it reads integers, by a compiled loop for single tokens
-(common/kernels.c). A prompt attends over the integers too, decoded once, so that both see the same numbers.
+Keys are quantised after their rotation, so a step restores nothing: a single token reads the integers where they lie
+(value_cache/rows.py). A prompt attends over the integers too, decoded once, so that both see the same numbers.
 
 Shapes: B texts, T positions at hand, S in the cache, H heads, G heads of keys and values, n numbers a head.
 """
@@ -16,18 +16,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common import kernels
 from common.cli import fail
 from surgery.coded_attention import CodedAttention, slides
 from surgery.low_rank_modules import LatentAttention
+from value_cache import rows
 
 NAME = "int8_cache"
 AT_ONCE = 256  # positions by which the buffers grow
-LEVELS = 127
 
 
 class Int8Layer(CacheLayerMixin):
-    """keys and values: int8 (B, capacity, G n + 2). A row's last two bytes are its scale, a bfloat16."""
+    """keys and values: int8 (B, capacity, G n + 2), rows of value_cache/rows.py."""
 
     is_croppable = True
 
@@ -39,20 +38,19 @@ class Int8Layer(CacheLayerMixin):
         """(B, G, T, n) twice -> the layer itself twice, which attend() reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows = packed(torch.stack([key_states, value_states]).transpose(2, 3).flatten(3))  # (2, B, T, G n + 2)
-        start, self.length = self.length, self.length + rows.shape[2]
+        new = rows.pack("int8", torch.stack([key_states, value_states]).transpose(2, 3).flatten(3))  # (2, B, T, G n + 2)
+        start, self.length = self.length, self.length + new.shape[2]
         if self.keys is None or self.length > self.keys.shape[1]:
-            more = rows.new_empty(2, rows.shape[1], -(-self.length // AT_ONCE) * AT_ONCE - start, rows.shape[3])
-            before = (rows[0, :, :0],) * 2 if self.keys is None else (self.keys[:, :start], self.values[:, :start])
+            more = new.new_empty(2, new.shape[1], -(-self.length // AT_ONCE) * AT_ONCE - start, new.shape[3])
+            before = (new[0, :, :0],) * 2 if self.keys is None else (self.keys[:, :start], self.values[:, :start])
             self.keys, self.values = (torch.cat(pair, 1) for pair in zip(before, more))
-        self.keys[:, start : self.length], self.values[:, start : self.length] = rows
+        self.keys[:, start : self.length], self.values[:, start : self.length] = new
         return self, self
 
-    def read(self, rows):
-        """-> (B, G, S, n) in the model's dtype"""
-        rows = rows[:, : self.length]
-        found = rows[..., :-2].to(self.dtype) * rows[..., -2:].contiguous().view(torch.bfloat16).to(self.dtype)
-        return found.unflatten(2, (self.groups, -1)).transpose(1, 2)
+    def read(self, kept, n):
+        """keys or values -> (B, G, S, n) in the model's dtype"""
+        found = rows.unpack("int8", kept[:, : self.length], self.groups * n, self.dtype)
+        return found.unflatten(2, (self.groups, n)).transpose(1, 2)
 
     def get_seq_length(self):
         return self.length if self.is_initialized else 0
@@ -70,38 +68,20 @@ class Int8Layer(CacheLayerMixin):
         self.length += tokens_to_remove  # a negative number
 
 
-def by_kernels(x):
-    return x.device.type == "cpu" and x.dtype == torch.float32 and kernels.library() is not None
-
-
-def packed(x):
-    """(..., D) -> int8 (..., D + 2)"""
-    if by_kernels(x):
-        out = torch.empty(*x.shape[:-1], x.shape[-1] + 2, dtype=torch.int8)
-        kernels.bind("int8_pack")(x[..., 0].numel(), x.shape[-1], x.contiguous(), out)
-        return out
-    scale = (x.float().abs().amax(-1, keepdim=True).clamp(min=LEVELS * 1e-30) / LEVELS).bfloat16()
-    integers = (x / scale.to(x.dtype)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return torch.cat([integers, scale.view(torch.int8)], -1)
-
-
 def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """What a model calls in place of scaled dot product attention. query (B, H, T, n); key: an Int8Layer, or plain keys."""
     if not isinstance(key, Int8Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (B, H, T, n), layer = query.shape, key
-    if T > 1 or n > kernels.WIDEST or not by_kernels(query):
-        k, v = layer.read(layer.keys), layer.read(layer.values)
+    (T, n), layer = query.shape[2:], key
+    if T > 1 or query.device.type != "cpu":
+        k, v = layer.read(layer.keys, n), layer.read(layer.values, n)
         return sdpa_attention_forward(module, query, k, v, attention_mask, scaling=scaling, **kwargs)
-    shape, threads = (B, H, layer.groups, n, layer.length, layer.keys.shape[1]), torch.get_num_threads()
-    scores, y = torch.empty(B, H, 1, layer.length), torch.empty(B, 1, H, n)
-    query = (query * (n**-0.5 if scaling is None else scaling)).contiguous()
-    kernels.bind("int8_scores", *shape)(query, layer.keys, scores, threads)
+    q = query[:, :, 0].float() * (n**-0.5 if scaling is None else scaling)
+    scores = rows.scores("int8", q, layer.keys, layer.length, layer.groups)
     if attention_mask is not None:
-        mask = attention_mask
+        mask = attention_mask[:, 0]  # (B or 1, 1, S)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    kernels.bind("int8_sums", *shape)(scores.softmax(-1), layer.values, y, threads)
-    return y, None
+    return rows.sums("int8", scores.softmax(-1), layer.values, n, layer.groups)[:, None].to(query.dtype), None
 
 
 def int8_cache(hf):

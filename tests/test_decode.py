@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from common import kernels
 from common.dataset import write_dataset
 from model import NO_CACHE
+from value_cache import KV_DTYPES
 from value_cache.generation import chooser, generate
-from value_cache.kv_cache import Int4, Int8, KVCache
+from value_cache.kv_cache import KVCache, Store
 from value_cache.latent_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
 
 PYTHIA = dict(n_embd=32, n_head=2, rotary_pct=0.25, parallel_residual=True, tie_head=False)
@@ -111,6 +113,7 @@ def test_fastest_is_the_way_that_took_least(tiny_model):
     assert plain.lm_head.weight.dtype == torch.float32  # copies were measured
     way, seconds = fastest(plain.half(), 1, 16, "float16")
     assert set(seconds) == set(ways_of(plain)) == {"restore", "late"} and way == min(seconds, key=seconds.get)
+    assert len(fastest(tiny_model(), 1, 16, "int8")[1]) == 2
 
 
 def test_bytes_are_those_allocated_and_shrink_as_promised(tiny_model):
@@ -126,24 +129,41 @@ def test_bytes_are_those_allocated_and_shrink_as_promised(tiny_model):
     assert stored["dense", "float16"] == 2 * 512 * 2
     assert stored["v", "float16"] / stored["dense", "float16"] == 1 - 0.1875
     assert stored["kv", "float16"] / stored["dense", "float16"] == 1 - 0.375
-    assert stored["kv", "int8"] == 2 * 320 + 2 * 2  # a float16 scale for the keys, one for the values
+    assert stored["kv", "int8"] == 2 * 320 + 2 * 2  # a bfloat16 scale for the keys, one for the values
     assert stored["kv", "int4"] == 320 + 2 * 2
     assert stored["dense", "float16"] / stored["kv", "int8"] > 2.5
 
 
-@pytest.mark.parametrize("kind, levels", [(Int8, 127), (Int4, 7)])
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("kv_dtype, levels", [("int8", 127), ("int4", 7)])
 @pytest.mark.parametrize("r", [8, 7])
-def test_whole_numbers_are_within_half_a_step(kind, levels, r):
+def test_whole_numbers_are_within_half_a_step(kv_dtype, levels, r, loops, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(2, 5, r) * torch.tensor([1e-3, 1.0, 50.0, 3.0, 0.0])[:, None]
-    store = kind(2, 9, r, "cpu")
-    store.write(2, x[:, :3])
-    store.write(5, x[:, 3:])
-    back = store.read(7, torch.float32)[:, 2:]
+    if not loops:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    store = Store(kv_dtype, 2, 9, r, "cpu")
+    store.append(torch.randn(2, 2, r))
+    store.append(x[:, :3])
+    store.append(x[:, 3:])
+    back = store.read(torch.float32)[:, 2:]
     step = x.abs().amax(-1, keepdim=True) / levels
-    assert ((back - x).abs() <= 0.51 * step.clamp(min=torch.finfo(torch.float16).tiny)).all()
+    assert ((back - x).abs() <= 0.503 * step.clamp(min=1e-30)).all()  # a bfloat16 scale is off by up to 1 / 256
     assert (back[..., :4] != x[..., :4]).any()  # it is not the numbers themselves
-    assert (store.data.dtype, store.data.shape[-1]) == (torch.int8, r if levels == 127 else (r + 1) // 2)
+    assert (store.rows.dtype, store.rows.shape[-1]) == (torch.int8, 2 + (r if levels == 127 else (r + 1) // 2))
+
+
+@pytest.mark.parametrize("groups, n", [(1, 200), (2, 64), (3, 5)])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_the_loops_read_what_torch_reads(kv_dtype, groups, n, monkeypatch):
+    torch.manual_seed(0)
+    store = Store(kv_dtype, 2, 90, groups * n, "cpu")
+    store.append(torch.randn(2, 83, groups * n))
+    q, weights = torch.randn(2, 6, n), torch.randn(2, 6, 83).softmax(-1)
+    found = store.scores(q, groups), store.sums(weights, groups)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    for here, there in zip(found, (store.scores(q, groups), store.sums(weights, groups))):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4", "float16"])

@@ -1,91 +1,65 @@
 """
-The KV cache of generation: keys and values of every layer, kept in one of several number formats.
+The KV cache of generation: keys and values of every layer, kept in one of several number formats (rows.py).
 
 It allocates (B, capacity, r) numbers for the keys of a layer, and as many for its values, so its bytes can be counted on its
 tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the cache holds the compressed numbers.
 """
 
-import torch
-
-from util_factorization.packing import pack_halves, unpack_halves
-
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from value_cache import rows
 
 
-class Floats:
-    """Numbers kept in one floating-point dtype."""
+class Store:
+    """Memory for r numbers a position, `length` of which are there."""
 
-    def __init__(self, B, capacity, r, dtype, device):
-        self.data = torch.empty(B, capacity, r, dtype=dtype, device=device)
+    def __init__(self, kv_dtype, B, capacity, r, device):
+        self.kv_dtype, self.r, self.length = kv_dtype, r, 0
+        self.rows = rows.empty(kv_dtype, B, capacity, r, device)
 
-    def write(self, start, x):
-        self.data[:, start : start + x.shape[1]] = x
+    def append(self, x):
+        """x (B, T, r)"""
+        start, self.length = self.length, self.length + x.shape[1]
+        self.rows[:, start : self.length] = rows.pack(self.kv_dtype, x)
 
-    def read(self, stop, dtype):
-        return self.data[:, :stop].to(dtype)  # no copy where the dtype is the same
+    def read(self, dtype):
+        """-> (B, S, r)"""
+        return rows.unpack(self.kv_dtype, self.rows[:, : self.length], self.r, dtype)
 
-    def tensors(self):
-        return [self.data]
+    def scores(self, q, groups):
+        """One query (B, H, r / groups) -> its products with all positions (B, H, S); see rows.py."""
+        return rows.scores(self.kv_dtype, q, self.rows, self.length, groups)
 
-
-class Int8:
-    """Integers from -127 to 127, and a float16 scale for each token: the largest of its r numbers / 127."""
-
-    levels = 127
-
-    def __init__(self, B, capacity, r, device):
-        self.data = torch.empty(B, capacity, self.stored(r), dtype=torch.int8, device=device)
-        self.scale = torch.empty(B, capacity, 1, dtype=torch.float16, device=device)
-
-    def stored(self, r):
-        return r
-
-    def write(self, start, x):
-        here = slice(start, start + x.shape[1])
-        scale = x.float().abs().amax(-1, keepdim=True) / self.levels
-        self.scale[:, here] = scale.clamp(min=torch.finfo(torch.float16).tiny, max=torch.finfo(torch.float16).max)
-        integers = (x / self.scale[:, here].float()).round().clamp(-self.levels, self.levels)
-        self.data[:, here] = self.pack(integers.to(torch.int8))
-
-    def read(self, stop, dtype):
-        return self.unpack(self.data[:, :stop]) * self.scale[:, :stop].to(dtype)  # one pass, which gives dtype
-
-    def tensors(self):
-        return [self.data, self.scale]
-
-    def pack(self, integers):
-        return integers
-
-    def unpack(self, data):
-        return data
-
-
-class Int4(Int8):
-    """The same with integers from -7 to 7, two in a byte."""
-
-    levels = 7
-
-    def stored(self, r):
-        self.r = r
-        return (r + 1) // 2
-
-    def pack(self, integers):
-        return pack_halves(integers)
-
-    def unpack(self, data):
-        return unpack_halves(data, self.r)
+    def sums(self, weights, groups):
+        """weights (B, H, S) -> (B, H, r / groups); see rows.py."""
+        return rows.sums(self.kv_dtype, weights, self.rows, self.r // groups, groups)
 
 
 class LayerCache:
     def __init__(self, k, v):
-        self.k, self.v, self.length = k, v, 0
+        self.k, self.v = k, v
+
+    @property
+    def length(self):
+        return self.k.length
+
+    def append(self, k, v):
+        self.k.append(k)
+        self.v.append(v)
 
     def extend(self, k, v):
         """Append k (B, T, r_k) and v (B, T, r_v) -> all keys and all values, as read back (B, S, r)."""
-        self.k.write(self.length, k)
-        self.v.write(self.length, v)
-        self.length += k.shape[1]
-        return self.k.read(self.length, k.dtype), self.v.read(self.length, v.dtype)
+        self.append(k, v)
+        return self.k.read(k.dtype), self.v.read(v.dtype)
+
+
+class InPlace:
+    """A LayerCache for attention that reads Stores: they are what extend() returns."""
+
+    def __init__(self, cache):
+        self.cache, self.length = cache, cache.length
+
+    def extend(self, k, v):
+        self.cache.append(k, v)
+        return self.cache.k, self.cache.v
 
 
 class KVCache:
@@ -95,13 +69,8 @@ class KVCache:
         if capacity > model.config.block_size:
             raise ValueError(f"{capacity} positions are above the model's block_size {model.config.block_size}")
         device, self.capacity, self.batch = model.lm_head.weight.device, capacity, B
-
-        def store(r):
-            if kv_dtype in FLOATS:
-                return Floats(B, capacity, r, FLOATS[kv_dtype], device)
-            return {"int8": Int8, "int4": Int4}[kv_dtype](B, capacity, r, device)
-
-        self.layers = [LayerCache(*(store(r) for r in model.cache_widths())) for _ in model.transformer.h]
+        widths = model.cache_widths()
+        self.layers = [LayerCache(*(Store(kv_dtype, B, capacity, r, device) for r in widths)) for _ in model.transformer.h]
 
     def __getitem__(self, layer):
         return self.layers[layer]
@@ -110,15 +79,17 @@ class KVCache:
     def length(self):
         return self.layers[0].length
 
+    def stores(self):
+        return [store for layer in self.layers for store in (layer.k, layer.v)]
+
     def truncate(self, length):
         """Forget the positions from `length` on."""
-        for layer in self.layers:
-            layer.length = length
+        for store in self.stores():
+            store.length = length
 
     def bytes(self):
         """Bytes allocated, those of the scales included."""
-        tensors = [t for layer in self.layers for store in (layer.k, layer.v) for t in store.tensors()]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        return sum(store.rows.untyped_storage().nbytes() for store in self.stores())
 
     def bytes_per_token(self):
         return self.bytes() / (self.batch * self.capacity)

@@ -24,8 +24,8 @@ Three ways to attend:
     late      attend over the kept numbers, then restore the sums of the heads
     fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
 
-Plain keys and values know the first two; late computes their scores and sums as two products. Torch's attention of one query is
-slower than that in half precision on a CPU.
+Plain keys and values know the first two. restore converts the whole cache to the model's dtype at each step; late and fold read
+its rows where they lie (rows.py).
 
 late and fold also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They serve single tokens;
 a prompt is restored once for all of its queries. All three give the same output to 1e-4.
@@ -40,8 +40,9 @@ import torch.nn as nn
 
 from common.modules import linear, shared_copy
 from common.timing import by_turns
-from model import CausalSelfAttention, NoRotary
-from value_cache.kv_cache import FLOATS, KVCache
+from model import NO_CACHE, CausalSelfAttention, NoRotary
+from value_cache.kv_cache import InPlace, KVCache, Store
+from value_cache.rows import FLOATS
 
 WAYS = ("restore", "late", "fold")
 
@@ -98,7 +99,7 @@ class LateAttention(CausalSelfAttention):
     """
     Attends over the kept numbers. Shares the weights of a CausalSelfAttention, but for what compresses.
 
-    It reads our cache and restores no key. surgery's LatentAttention.late() does this for values in Hugging Face's cache, with
+    It reads Stores, and restores no key. surgery's LatentAttention.late() does this for values in Hugging Face's cache, with
     masks and grouped heads.
     """
 
@@ -112,42 +113,37 @@ class LateAttention(CausalSelfAttention):
         self.arithmetic = torch.float32 if weight.device.type == "cpu" else weight.dtype
         self.restoring = restoring(self, self.arithmetic)
 
+    def forward(self, x, cache=NO_CACHE):
+        return super().forward(x, cache if x.shape[1] > 1 or cache is NO_CACHE else InPlace(cache))
+
     def attend(self, q, k, v):
-        if q.shape[1] > 1:
+        if not isinstance(k, Store):
             return super().attend(q, k, v)
-        return self.single(*(x.to(self.arithmetic) for x in (q, k, v))).to(q.dtype)
+        return self.single(q.to(self.arithmetic), k, v).to(q.dtype)
 
     def single(self, q, k, v):
-        """attend() of one query."""
+        """attend() of one query over Stores."""
         sums, R = self.sums(q, k, v), self.restoring
         return sums.flatten(1)[:, None] if R.v is None else restore_sums(sums, R.v, R.v_bias)
 
-    def heads(self, x):
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, S, width / H)
-
     def sums(self, q, k, v):
         """-> (B, H, r_v): each head's weighted sum of the kept values; of its own part of them where values are plain."""
-        q = self.heads(q)[:, :, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
-        weights = self.scores(q, k).softmax(-1)
-        if self.restoring.v is None:
-            return (weights[:, :, None] @ self.heads(v))[:, :, 0]
-        return weights @ v  # one product for all heads
+        q = q.unflatten(-1, (self.n_head, -1))[:, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
+        return v.sums(self.scores(q, k).softmax(-1), self.n_head if self.restoring.v is None else 1)
 
     def scores(self, q, k):
-        """A query (B, H, n), keys as kept (B, S, r_k) -> (B, H, S), up to a number that is the same for all S."""
+        """A query (B, H, n), keys in a Store -> (B, H, S), up to a number that is the same for all S."""
         R = self.restoring
         if R.k is None:
-            return (q[:, :, None] @ self.heads(k).transpose(-1, -2))[:, :, 0]
+            return k.scores(q, self.n_head)
         dims = q.shape[-1] - R.k.shape[1]
-        scores = (q[:, :, None, dims:] @ R.k)[:, :, 0] @ k.transpose(1, 2)
-        if dims:
-            e, f = q[..., :dims, None].chunk(2, 2)  # (B, H, dims/2, 1)
-            a, b = R.pairs
-            products = torch.cat([e * a + f * b, f * a - e * b], 2).flatten(1, 2)  # (B, D, min(D, r_k) + 1)
-            found = torch.baddbmm(products[:, None, :, -1], k[..., : a.shape[-1] - 1], products[..., :-1].transpose(1, 2))
-            found = (found * R.turns[: k.shape[1]]).unflatten(-1, (self.n_head, -1))  # (B, S, H, dims)
-            scores = scores + found.sum(-1).transpose(1, 2)
-        return scores
+        if not dims:
+            return k.scores((q[:, :, None] @ R.k)[:, :, 0], 1)
+        kept, (e, f), (a, b) = k.read(q.dtype), q[..., :dims, None].chunk(2, 2), R.pairs  # e and f (B, H, dims/2, 1)
+        products = torch.cat([e * a + f * b, f * a - e * b], 2).flatten(1, 2)  # (B, D, min(D, r_k) + 1)
+        found = torch.baddbmm(products[:, None, :, -1], kept[..., : a.shape[-1] - 1], products[..., :-1].transpose(1, 2))
+        found = (found * R.turns[: k.length]).unflatten(-1, (self.n_head, -1))  # (B, S, H, dims)
+        return (q[:, :, None, dims:] @ R.k)[:, :, 0] @ kept.transpose(1, 2) + found.sum(-1).transpose(1, 2)
 
 
 class FoldedAttention(LateAttention):
@@ -242,8 +238,8 @@ class Decode:
 
 def fastest(model, B, context, kv_dtype):
     """-> (the name of the fastest way at a context, {way: seconds a step} where several were timed)."""
-    if not is_compressed(model) and model.lm_head.weight.dtype == torch.float32:
-        return "restore", {}  # nothing is faster than torch's attention
+    if not is_compressed(model) and model.lm_head.weight.dtype == torch.float32 and kv_dtype == "float32":
+        return "restore", {}  # little is faster than torch's attention, and measuring takes seconds
     seconds = time_ways(model, ways_of(model), B, context, kv_dtype)
     return min(seconds, key=seconds.get), seconds
 

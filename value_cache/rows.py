@@ -1,0 +1,84 @@
+"""
+Rows of a cache, what it keeps of a position, in one of five number formats; and one query that reads them where they lie.
+
+A row is D numbers, of all heads. float32, bfloat16 and float16 are these numbers. int8 has whole numbers from -127 to 127, int4
+from -7 to 7, two in a byte (packing.pack_halves); a scale for the row follows, a bfloat16: the largest number / 127 or 7.
+
+Compiled loops (common/kernels.c) read rows on a CPU, for queries in float32. Elsewhere torch converts all rows first.
+
+Shapes: B texts, S positions in the cache, H heads of queries, G heads of keys and values, n numbers a head, D = G n.
+"""
+
+import torch
+
+from common import kernels
+from util_factorization.packing import pack_halves, unpack_halves
+from value_cache import KV_DTYPES
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEVELS = {"int8": 127, "int4": 7}
+SCALE = 2  # bytes
+SMALLEST = 1e-30  # a scale: a row of zeros is not divided by zero
+
+
+def empty(kv_dtype, B, capacity, D, device=None):
+    """Memory for rows (B, capacity, width)."""
+    if kv_dtype in FLOATS:
+        return torch.empty(B, capacity, D, dtype=FLOATS[kv_dtype], device=device)
+    width = (D if kv_dtype == "int8" else (D + 1) // 2) + SCALE
+    return torch.empty(B, capacity, width, dtype=torch.int8, device=device)
+
+
+def pack(kv_dtype, x):
+    """Numbers (..., D) -> rows (..., width)"""
+    if kv_dtype in FLOATS:
+        return x.to(FLOATS[kv_dtype])
+    levels, x = LEVELS[kv_dtype], x.float()
+    if by_loops(x):
+        out = empty(kv_dtype, x[..., 0].numel(), 1, x.shape[-1])
+        kernels.bind("row_pack")(KV_DTYPES.index(kv_dtype), levels, len(out), x.shape[-1], out.shape[2], x.contiguous(), out)
+        return out.view(*x.shape[:-1], -1)
+    scale = (x.abs().amax(-1, keepdim=True) / levels).clamp(min=SMALLEST).bfloat16()
+    integers = (x / scale.float()).round().clamp(-levels, levels).to(torch.int8)
+    return torch.cat([integers if kv_dtype == "int8" else pack_halves(integers), scale.view(torch.int8)], -1)
+
+
+def unpack(kv_dtype, rows, D, dtype):
+    """Rows (..., width) -> numbers (..., D) of a dtype; no copy where rows are of this dtype."""
+    if kv_dtype in FLOATS:
+        return rows.to(dtype)
+    integers, scale = rows[..., :-SCALE], rows[..., -SCALE:].contiguous().view(torch.bfloat16)
+    integers = integers if kv_dtype == "int8" else unpack_halves(integers, D)
+    return integers.to(dtype) * scale.to(dtype)
+
+
+def by_loops(x):
+    """Whether the loops take queries or numbers x."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and kernels.library() is not None
+
+
+def scores(kv_dtype, q, rows, length, groups):
+    """One query of each text, scaled (B, H, n); the first `length` of rows (B, capacity, width) are keys -> (B, H, length)"""
+    (B, H, n), threads = q.shape, torch.get_num_threads()
+    if by_loops(q) and n <= kernels.WIDEST:
+        out = torch.empty(B, H, length)
+        kernels.bind("row_scores", *shape(kv_dtype, H, groups, n, length, rows))(q.contiguous(), rows, out, threads)
+        return out
+    k = unpack(kv_dtype, rows[:, :length], groups * n, q.dtype).unflatten(-1, (groups, n)).transpose(1, 2)  # (B, G, S, n)
+    return (q.unflatten(1, (groups, -1)) @ k.transpose(-1, -2)).flatten(1, 2)
+
+
+def sums(kv_dtype, weights, rows, n, groups):
+    """Each head's sum of the values in rows (B, capacity, width), by weights (B, H, S) -> (B, H, n)"""
+    (B, H, length), threads = weights.shape, torch.get_num_threads()
+    if by_loops(weights) and n <= kernels.WIDEST:
+        out = torch.empty(B, H, n)
+        kernels.bind("row_sums", *shape(kv_dtype, H, groups, n, length, rows))(weights.contiguous(), rows, out, threads)
+        return out
+    v = unpack(kv_dtype, rows[:, :length], groups * n, weights.dtype).unflatten(-1, (groups, n)).transpose(1, 2)
+    return (weights.unflatten(1, (groups, -1)) @ v).flatten(1, 2)
+
+
+def shape(kv_dtype, H, groups, n, length, rows):
+    """What both loops take first."""
+    return KV_DTYPES.index(kv_dtype), len(rows), H, groups, n, length, rows.shape[1], rows.shape[2] * rows.element_size()
