@@ -196,7 +196,7 @@ static inline void from_halves(const uint16_t *halves, int n, float *restrict ou
 }
 
 // n numbers of a row of `width` -> floats, from number `first` on, without the row's scale
-static inline void as_floats(const uint8_t *row, int format, int width, int first, int n, float *restrict out) {
+static __attribute__((noinline)) void as_floats(const uint8_t *row, int format, int width, int first, int n, float *restrict out) {
     const uint16_t *halves = (const uint16_t *)row + first;
     const int8_t *bytes = (const int8_t *)row;
     switch (format) {
@@ -273,10 +273,8 @@ static inline void rows_at(const uint8_t *text, int format, int width, int s, in
 }
 
 // n numbers of each, from number `first` on -> out [SIDE][n]
-static inline void side_by_side(const uint8_t *rows[SIDE], int format, int width, int first, int n, float *out) {
-    for (int p = 0; p < SIDE; p++)
-        if (n == 64) as_floats(rows[p], format, width, first, 64, out + p * 64);  // so that the compiler knows n
-        else as_floats(rows[p], format, width, first, n, out + p * n);
+static void side_by_side(const uint8_t *rows[SIDE], int format, int width, int first, int n, float *out) {
+    for (int p = 0; p < SIDE; p++) as_floats(rows[p], format, width, first, n, out + p * n);
 }
 
 // q [texts][heads][n] -> scores [texts][heads][positions]

@@ -3,6 +3,9 @@ kernels.c, compiled for this machine's processor when it is first needed. Where 
 """
 
 import ctypes
+import hashlib
+import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -21,23 +24,53 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp-sim
 
 @lru_cache
 def library():
-    """The compiled functions, or None, with a word, where they cannot be compiled. Takes a second, once in a process."""
+    """The compiled functions, or None, with a word, where they cannot be compiled. That takes seconds, so kept() is where."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         warnings.warn("no C compiler (cc) is here: what is packed is read slowly", stacklevel=2)
         return None
     # torch's own threads: those of a second OpenMP would wait for the same cores
     openmp = [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))[:1]]
-    with tempfile.TemporaryDirectory() as folder:  # ours alone: nobody else can put a library there
+    file = kept(compiler)
+    with tempfile.TemporaryDirectory(dir=file and file.parent) as folder:  # nobody else can put a library there
         made, part = f"{folder}/kernels.so", f"{folder}/kernels.o"
         try:
-            for command in (["-c", str(SOURCE), "-o", part, *["-fopenmp"] * len(openmp)], [part, *openmp, "-lm", "-o", made]):
-                subprocess.run([compiler, *FLAGS, *command], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(made)
+            if file is None or not file.exists():
+                compiling = ["-c", str(SOURCE), "-o", part, *["-fopenmp"] * len(openmp)]
+                for command in (compiling, [part, *openmp, "-lm", "-o", made]):
+                    subprocess.run([compiler, *FLAGS, *command], check=True, capture_output=True, text=True)
+                if file:
+                    os.replace(made, file)
+            return ctypes.CDLL(str(file or made))
         except (subprocess.CalledProcessError, OSError) as error:
             why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
             warnings.warn(f"{compiler} does not compile {SOURCE.name} {why}: what is packed is read slowly", stacklevel=2)
             return None
+
+
+def kept(compiler):
+    """
+    Where the library of these sources for this processor is kept, in the user's cache; None where others could put one.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nanopca"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # no home, or none to write in
+        return None
+    made_of = repr((compiler, FLAGS, torch.__version__, processor())).encode()
+    made_of += b"".join(source.read_bytes() for source in sorted(SOURCE.parent.glob("*.c")))
+    ours = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+    return folder / f"kernels_{hashlib.sha256(made_of).hexdigest()[:20]}.so" if ours else None
+
+
+def processor():
+    """What -march=native depends on: a home may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
 
 
 def bind(name, *first):

@@ -1,6 +1,8 @@
 """Shell commands in a copy of the repository."""
 
 import os
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,21 @@ def run(command, folder, real_python=False, **env):
         folders.insert(0, str(warm_python.parent))
     env = base | dict(SKIP_SETUP="1", OMP_NUM_THREADS="1", PATH=":".join(folders)) | env
     return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def places_of_two():
+    """What torchrun sets for two processes on this machine -> the environment of each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    return [place | dict(RANK=str(rank)) for rank in (0, 1)]
+
+
+def train_two(folder, flags):
+    """train.py with flags, a list, by two processes."""
+    command = shlex.join(["python", "train.py", *flags])
+    first, second = (" ".join(f"{name}={value}" for name, value in place.items()) for place in places_of_two())
+    return succeed(f"{second} {command} & {first} {command} && wait $!", folder)
 
 
 def succeed(*args, **options):

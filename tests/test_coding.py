@@ -235,6 +235,24 @@ def test_without_a_compiler_there_is_a_word(monkeypatch):
     kernels.library.cache_clear()
 
 
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+def test_the_library_is_compiled_once_and_never_read_where_others_write(monkeypatch, tmp_path, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O0"))
+    request.addfinalizer(kernels.library.cache_clear)
+    ran, compile_ = [], kernels.subprocess.run
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *args, **given: (ran.append(1), compile_(*args, **given)))
+    for calls in (2, 2):  # to compile and to link
+        kernels.library.cache_clear()
+        assert kernels.library() is not None and len(ran) == calls
+    (file,) = (tmp_path / "nanopca").iterdir()
+    monkeypatch.setattr(kernels, "processor", lambda: "another")
+    assert kernels.kept("cc") not in (None, file)
+    (tmp_path / "nanopca").chmod(0o777)
+    kernels.library.cache_clear()
+    assert kernels.kept("cc") is None and kernels.library() is not None and len(ran) == 4
+
+
 def test_long_columns_lie_in_several_streams(draft, monkeypatch):
     monkeypatch.setattr(coded_matrix, "SEGMENT", 37)
     monkeypatch.setattr(coded_matrix, "SEGMENTS_AT_ONCE", 2)
@@ -409,7 +427,7 @@ def test_the_compiled_encoder_leaves_other_codes_to_torch():
 def test_the_compiled_encoder_finds_the_same_streams(window, width, monkeypatch, request):
     """As torch, whose number of streams that are encoded at once does not matter. width: of registers."""
     if width:
-        monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, f"-DWIDTH={width}"))
+        monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O1", f"-DWIDTH={width}"))  # compiled in a fifth of the time
         kernels.library.cache_clear()
         request.addfinalizer(kernels.library.cache_clear)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))

@@ -61,9 +61,9 @@ def test_a_readme_command_runs(prepared, command):
 
 def toy_flags(command):
     if "bench.py train" in command:
-        return "--vocab_size 97 --block_size 16 --steps 1 --rounds 1 --models dense --dtypes float32"
+        return "--shape laptop --vocab_size 97 --block_size 16 --steps 1 --rounds 1 --models dense --dtypes float32"
     if "bench.py decode" in command:
-        size = "float32 --vocab_size 97" if "--shape" in command else "float32,int4"
+        size = "float32 --shape laptop --vocab_size 97" if "--shape" in command else "float32,int4"
         return f"--steps 2 --rounds 1 --context 16 --kv_dtypes {size}"
     if "surgery.eval" in command:
         return "--characters 2000"

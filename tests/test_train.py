@@ -1,15 +1,11 @@
 import json
 import os
 import re
-import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from functools import partialmethod
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,16 +141,18 @@ def test_micro_steps_add_up_to_the_whole_batch(train, tmp_path, toy_dataset):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes the Linux way")
 def test_two_processes_train_as_one_and_one_that_dies_ends_both(train, tmp_path, toy_dataset):
-    """torchrun over two processes reads the same text as one, and comes to the same model; one process goes on for two."""
+    """Two processes read the same text as one, and come to the same model; one process goes on for two."""
     two, one = tmp_path / "two", tmp_path / "one"
     flags = TINY | dict(max_iters=4000, lr_decay_iters=4000, eval_interval=50, log_interval=5, dropout=0.0, compile=False)
     given = as_flags(flags | dict(dataset=toy_dataset, out_dir=two, checkpoint_minutes=0.002))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *given]
-    process = subprocess.Popen(command, cwd=REPO, env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
+    env, piped = os.environ | dict(OMP_NUM_THREADS="1"), dict(cwd=REPO, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "train.py", *given]
+    process, other = (subprocess.Popen(command, env=env | place, **piped) for place in shell.places_of_two())
     while not (two / "last.pt").exists() or checkpoint.load(two / "last.pt")["iter_num"] < 20:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    kill_process_of_rank(1, process.pid)
+    other.kill()
+    other.communicate()
     err = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and "another process of this run ended" in err, err
     stopped = checkpoint.load(two / "last.pt")["iter_num"]
@@ -167,24 +165,11 @@ def test_two_processes_train_as_one_and_one_that_dies_ends_both(train, tmp_path,
     assert len(of_twenty[0]) == 5 and of_twenty[0] == pytest.approx(of_twenty[1], abs=1e-5)
 
 
-def kill_process_of_rank(rank, ancestor):
-    """SIGKILL to the process that torchrun, the process `ancestor`, started for a rank."""
-    for pid in Path(f"/proc/{ancestor}/task/{ancestor}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0"):
-            os.kill(int(pid), signal.SIGKILL)
-            return
-    raise AssertionError("no such process")
-
-
 def test_dropout_goes_on_in_every_process(train, warm_python, toy_dataset, tmp_path):
     """Two processes that are resumed draw what they would have drawn."""
 
     def two(folder, **flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            place = f"WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={s.getsockname()[1]}"
-        train = f"python train.py {shlex.join(map(str, as_flags(flags | dict(out_dir=folder))))}"
-        shell.succeed(f"{place} RANK=1 {train} & {place} RANK=0 {train} && wait $!", REPO)
+        shell.train_two(REPO, as_flags(flags | dict(out_dir=folder)))
 
     flags = TINY | dict(dataset=toy_dataset, compile=False, dropout=0.5, lr_decay_iters=6)
     two(tmp_path / "whole", **flags)

@@ -1,14 +1,12 @@
 """Compressed keys and values in training: objectives, what trains, whole epochs, and the report."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 import torch
 from conftest import REPO, TINY, as_flags
 from torch.nn import functional as F
@@ -330,16 +328,14 @@ def test_every_sequence_of_an_epoch_is_trained_on_and_a_later_run_shuffles_anew(
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_train_as_one(tmp_path, toy_dataset):
+def test_two_processes_stop_together_and_train_as_one(train, warm_python, tmp_path, toy_dataset):
     flags = TINY | EPOCHS | SHAPE | dict(dataset=toy_dataset, max_epochs=30, patience=1, learning_rate=1.0, min_lr=1.0,
                                          v_proj_dim=10, v_recon_weight=0.1, compile=False)  # fmt: skip
-    flags = as_flags({name: value for name, value in flags.items() if value is not None})
+    flags = {name: value for name, value in flags.items() if value is not None}
+    assert train(out_dir=tmp_path / "one", **dict.fromkeys(TINY) | flags).status == 0
+    shell.train_two(REPO, as_flags(flags | dict(out_dir=tmp_path / "two")))
     losses = []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
-        command = [sys.executable, *launch, "train.py", *flags, "--out_dir", str(tmp_path / name)]
-        env = os.environ | dict(OMP_NUM_THREADS="1")
-        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("one", "two"):
         found = summary(tmp_path / name)
         assert found["last"]["iter"] == found["best"]["iter"] + 5 < 150
         losses.append(found["best"]["val_loss"])
