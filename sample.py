@@ -36,7 +36,7 @@ class Args:
     kv_dtype: str | None = flag(None, "what the cache keeps; left out, the model's own dtype", choices=KV_DTYPES)
     attend: str = flag(
         "auto",
-        "how a compressed model reads its cache, see value_cache/latent_attention.py; auto takes the fastest here",
+        "how the model reads its cache, see value_cache/latent_attention.py; auto takes the fastest here",
         choices=("auto", "restore", "late", "fold"),
     )
     dataset: str | None = flag(None, "a dataset that has the tokenizer; left out, the one that the checkpoint trained on")

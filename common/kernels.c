@@ -182,7 +182,7 @@ static inline float from_half(uint16_t half) {
     memcpy(&x, &whole, 4);
     x *= 0x1p112f;
     memcpy(&whole, &x, 4);
-    whole |= (uint32_t)(half & 0x8000) << 16 | ((half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);  // its sign; no number
+    whole |= (uint32_t)(half & 0x8000) << 16 | ((half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);  // the sign; infinity and NaN
     memcpy(&x, &whole, 4);
     return x;
 }
@@ -206,7 +206,7 @@ static __attribute__((noinline)) void as_floats(const uint8_t *row, int format, 
     case INT8: for (int i = 0; i < n; i++) out[i] = bytes[first + i]; break;
     case INT4: {  // the first half of the numbers lie in the bytes' low halves
         int half = (width + 1) / 2, low = least(n, half - first);
-        for (int i = 0; i < low; i++) out[i] = (int8_t)(bytes[first + i] << 4) >> 4;
+        for (int i = 0; i < low; i++) out[i] = (int8_t)((uint8_t)bytes[first + i] << 4) >> 4;
         for (int i = low < 0 ? 0 : low; i < n; i++) out[i] = bytes[first + i - half] >> 4;
     }
     }
@@ -224,8 +224,9 @@ static inline float scale_of(const uint8_t *row, int format, int width) {
 void row_pack(int format, int levels, int rows, int width, int bytes, const float *x, int8_t *out) {
     int half = (width + 1) / 2;
     for (int row = 0; row < rows; row++, x += width, out += bytes) {
-        float most = levels * 1e-30f, scale;
-        for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        float most = levels * 1e-30f, scale, sum = 0;
+        for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most, sum += 0 * x[i];
+        if (sum != 0) most = NAN;  // a number is none, or infinite: so are all that are read
         scale = most / levels;
         uint32_t whole;
         memcpy(&whole, &scale, 4);
@@ -234,15 +235,15 @@ void row_pack(int format, int levels, int rows, int width, int bytes, const floa
         scale = from_bfloat(upper);
         for (int i = 0; i < width; i++) {
             float near = rintf(x[i] / scale);
-            int integer = near > levels ? levels : near < -levels ? -levels : near;
+            int integer = near > levels ? levels : near >= -levels ? near : -levels;
             if (format == INT8) out[i] = integer;
             else if (i < half) out[i] = integer & 15;
-            else out[i - half] |= integer << 4;
+            else out[i - half] |= (unsigned)integer << 4;
         }
     }
 }
 
-// Both read, of rows [texts][capacity][bytes] of keys or values, groups of n numbers, the first `positions`, for one query.
+// Both read the first `positions` rows of each text, [texts][capacity][bytes]. A row has `groups` heads of n numbers.
 #define ROWS int format, int texts, int heads, int groups, int n, int positions, int capacity, int bytes
 
 // scores [SIDE] of keys [SIDE][n]
@@ -263,7 +264,7 @@ static inline void score(const float *q, const float *keys, int n, const float *
     }
 }
 
-// SIDE rows from position s on, and their scales; in place of those that are not there, the last one and 0
+// SIDE rows from position s on, and their scales. Past the end: the last row again, with scale 0.
 static inline void rows_at(const uint8_t *text, int format, int width, int s, int positions, int64_t bytes,
                            const uint8_t *rows[SIDE], float *scales) {
     for (int p = 0; p < SIDE; p++) {
@@ -300,16 +301,19 @@ void row_scores(ROWS, const float *q, const uint8_t *keys, float *scores, int th
 
 // sums [count] += weights [SIDE] times values [SIDE][count]
 static inline void add(const float *values, const float *weights, int count, float *sums) {
-    if (count == PIECE) {
-        Lanes sum[PIECE / LANES], value;
-        memcpy(sum, sums, sizeof sum);
-        for (int p = 0; p < SIDE; p++)
-            for (int i = 0; i < PIECE / LANES; i++)
-                memcpy(&value, values + p * PIECE + i * LANES, sizeof value), sum[i] += weights[p] * value;
-        memcpy(sums, sum, sizeof sum);
-    } else
-        for (int p = 0; p < SIDE; p++)
-            for (int i = 0; i < count; i++) sums[i] += weights[p] * values[p * count + i];
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Lanes even, odd = {0}, value;
+        memcpy(&even, sums + i, sizeof even);
+        for (int p = 0; p < SIDE; p += 2) {
+            memcpy(&value, values + p * count + i, sizeof value), even += weights[p] * value;
+            memcpy(&value, values + (p + 1) * count + i, sizeof value), odd += weights[p + 1] * value;
+        }
+        even += odd;
+        memcpy(sums + i, &even, sizeof even);
+    }
+    for (; i < count; i++)
+        for (int p = 0; p < SIDE; p++) sums[i] += weights[p] * values[p * count + i];
 }
 
 // weights [texts][heads][positions] -> out [texts][heads][n], the sums of the values

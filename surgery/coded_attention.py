@@ -1,5 +1,5 @@
 """
-Attention whose cache is kept by bits (value_cache/coded_cache.py), for a Llama-type model of Hugging Face.
+Attention whose cache is kept by bits (value_cache/coded_cache.py), for a Llama-type model of Hugging Face or a GPT-NeoX.
 
 The model's own cache object keeps uint8 bytes in place of a layer's keys; in place of its values it keeps the first positions
 whole, in float16. Of what was read, those alone stay in float. There are two forms:
@@ -21,7 +21,7 @@ from common.cli import fail
 from model import rotate
 from surgery.latent_cache import growing, norm_of, trains
 from surgery.layers import find_layers
-from surgery.low_rank_modules import Turns, check_attention
+from surgery.low_rank_modules import Turns, check_attention, head_size
 from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
 from value_cache.coded_reader import reader_of
 
@@ -110,10 +110,11 @@ class CodedAttention(nn.Module):
 
     def __init__(self, attn, code, turns, step):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = attn.q_proj, attn.k_proj, attn.v_proj
+        for name in ("query_key_value",) if hasattr(attn, "query_key_value") else ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, getattr(attn, name))
         self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense") if hasattr(attn, name))
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
-        self.n, self.scaling, self.layer_idx = attn.head_dim, attn.scaling, attn.layer_idx
+        self.n, self.scaling, self.layer_idx = head_size(attn), attn.scaling, attn.layer_idx
         self.code, self.turns, self.step = code, turns, step
         self.reader = None  # a CodedReader; False where there is none
         self.norm = None  # version_of() the keys' norm, and its norm_of()
@@ -121,15 +122,23 @@ class CodedAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **_):
-        x, T, cache = hidden_states, hidden_states.shape[1], past_key_values
+    def project(self, x):
+        """-> queries, keys, values (B, T, heads n)"""
+        if not hasattr(self, "query_key_value"):
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # every head's q, k and v lie side by side
+        return (part.flatten(2) for part in by_head.unbind(-2))
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
+        x, T, cache = hidden_states, hidden_states.shape[1], layer_past if past_key_values is None else past_key_values
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
-        now = torch.cat([self.k_proj(x), self.v_proj(x)], -1).to(self.code.mean.dtype)
+        q, *now = self.project(x)
+        now = torch.cat(now, -1).to(self.code.mean.dtype)
         layer = growing(cache, self.layer_idx)
         with torch.autocast(x.device.type, enabled=False):
             kept = self.append(now, attention_mask, cache)
-        q, S = self.q_norm(self.heads(self.q_proj(x))), kept.rows.shape[1]
+        q, S = self.q_norm(self.heads(q)), kept.rows.shape[1]
         if T == 1 and layer and (norm := self.norm_in_place(q)):
             return self.o_proj(self.read_in_place(q[:, :, 0], kept, layer, norm, attention_mask)), None
         cos, sin = self.turns(S, x)
@@ -234,8 +243,8 @@ def coded_layers(hf):
     """The attention layers of a model whose cache can be coded, or one line."""
     layers = find_layers(hf)
     check_attention(hf, layers)
-    if any(layer.fused for layer in layers) or not hasattr(hf.base_model.layers[0], "input_layernorm"):
-        fail(f"a coded cache: a {hf.config.model_type} has q, k and v in one matrix, give a Llama, Mistral or Qwen")
+    if not hasattr(hf.base_model.layers[0], "input_layernorm"):
+        fail(f"a coded cache: a {hf.config.model_type} has no input_layernorm, give a Llama, Mistral, Qwen or GPT-NeoX")
     if slides(hf.config.get_text_config()):
         fail(f"a coded cache: this {hf.config.model_type} forgets what lies outside a sliding window, give another model")
     return layers
@@ -256,17 +265,18 @@ def gather(subject, windows):
     """
     hf, layers = subject.model, coded_layers(subject.model)
     made, x, G = {}, [[] for _ in layers], [0] * len(layers)
-    linears = [layer.linears[f"{layer.name}.{part}"] for layer in layers for part in ("k_proj", "v_proj")]
-    hooks = [m.register_forward_hook(lambda m, inputs, output: made.__setitem__(m, output)) for m in linears]
+    linears = [list(layer.linears.values()) for layer in layers]
+    rows = [torch.cat([layer.rows["k"], layer.rows["v"]]) for layer in layers]  # of their outputs, side by side
+    hooks = [m.register_forward_hook(lambda m, inputs, output: made.__setitem__(m, output)) for m in sum(linears, [])]
     try:
         for ids, _ in windows:
             logits = subject.logits(subject.trunk(subject.lookup(ids).requires_grad_(True)))[0].float()
             labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-            loss, outputs = F.cross_entropy(logits, labels, reduction="sum"), [made[m] for m in linears]
-            gradients = torch.autograd.grad(loss, outputs)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            gradients = dict(zip(made, torch.autograd.grad(loss, list(made.values()))))
             for i, found in enumerate(x):
-                found.append(torch.cat(outputs[2 * i : 2 * i + 2], -1).detach().half().cpu())
-                g = torch.cat(gradients[2 * i : 2 * i + 2], -1)[0, WHOLE:].double().cpu()
+                found.append(torch.cat([made[m] for m in linears[i]], -1)[..., rows[i]].detach().half().cpu())
+                g = torch.cat([gradients[m] for m in linears[i]], -1)[0, WHOLE:, rows[i]].double().cpu()
                 G[i] = G[i] + g.T @ g / (len(g) * len(windows))
     finally:
         for hook in hooks:
@@ -304,9 +314,9 @@ def code_cache(subject, windows, share, form):
 
 def blocks_for(hf, form):
     """What fit() takes."""
-    layer = coded_layers(hf)[0]
-    n = hf.get_submodule(layer.name).head_dim
-    return blocks_of(len(layer.rows["k"]) // n, n) if form == "fast" else None
+    layer, (cos, _) = coded_layers(hf)[0], Turns(hf.base_model.rotary_emb)(1, hf.get_input_embeddings().weight)
+    n = head_size(hf.get_submodule(layer.name))
+    return blocks_of(len(layer.rows["k"]) // n, n, 2 * cos.shape[-1]) if form == "fast" else None
 
 
 def numbers_of(hf):

@@ -79,7 +79,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     q = query[:, :, 0].float() * (n**-0.5 if scaling is None else scaling)
     scores = rows.scores("int8", q, layer.keys, layer.length, layer.groups)
     if attention_mask is not None:
-        mask = attention_mask[:, 0]  # (B or 1, 1, S)
+        mask = attention_mask[:, :, -1]  # (B or 1, H or 1, S)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return rows.sums("int8", scores.softmax(-1), layer.values, n, layer.groups)[:, None].to(query.dtype), None
 

@@ -102,7 +102,7 @@ class LatentAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = q, k, v
         self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense", "c_proj") if hasattr(attn, name))
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
-        self.n = attn.head_dim if hasattr(attn, "head_dim") else attn.head_size
+        self.n = head_size(attn)
         self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
         self.turn = None  # of turn_to_keys()
 
@@ -240,6 +240,11 @@ def unset(n_in, n_out, bias=None):
     return linear(torch.empty(n_out, n_in, device=None if bias is None else bias.device), bias)
 
 
+def head_size(attn):
+    """Numbers of a head of an attention layer of Hugging Face; None where it does not say."""
+    return getattr(attn, "head_dim", getattr(attn, "head_size", None))
+
+
 def check_attention(hf, layers):
     """Refuse a model whose attention LatentAttention does not compute."""
     kind = hf.config.model_type
@@ -250,7 +255,7 @@ def check_attention(hf, layers):
         known = all(hasattr(attn, name) for name in ("scaling", "layer_idx")) and (
             hasattr(attn, "o_proj") or hasattr(attn, "dense")
         )
-        n = getattr(attn, "head_dim", getattr(attn, "head_size", None))
+        n = head_size(attn)
         by_head = all(
             norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
         )

@@ -35,17 +35,18 @@ def levels():
     return torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in gaussian_codes(FAST_WINDOW))])
 
 
-def coded(share, form="small"):
+def coded(share, form="small", kind="llama"):
     """(the untouched toy, the toy with a coded cache, its codes)"""
     torch.manual_seed(0)
-    untouched = toys.llama()
+    untouched = getattr(toys, kind)()
     model = copy.deepcopy(untouched)
     return untouched, model, modules.code_cache(Subject(model), WINDOWS, share, form)
 
 
-@pytest.fixture(scope="module", params=modules.STREAMS)
+@pytest.fixture(scope="module", params=["fast llama", "small llama", "fast neox", "small neox"])
 def at_quarter(request):
-    return *coded(0.25, request.param), request.param
+    form, kind = request.param.split()
+    return *coded(0.25, form, kind), form
 
 
 # -- the mathematics --------------------------------------------------------------------------------------------------
@@ -201,9 +202,10 @@ def test_no_bits_and_short_texts_are_refused():
 # -- in a model of Hugging Face ---------------------------------------------------------------------------------------
 
 
-def test_with_all_bits_it_is_the_untouched_model():
-    untouched, model, _ = coded(0.55)  # 8 bits of each number, the most there are
-    few = coded(0.15)[1]
+@pytest.mark.parametrize("form, kind", [("small", "llama"), ("fast", "neox")])
+def test_with_all_bits_it_is_the_untouched_model(form, kind):
+    untouched, model, _ = coded(0.55, form, kind)  # 8 bits of each number, the most there are
+    few = coded(0.15, form, kind)[1]
     with torch.no_grad():
         before, after, less = (m(IDS).logits for m in (untouched, model, few))
     assert (after - before).square().mean() < 2e-3 * before.var()
@@ -226,11 +228,11 @@ def test_chunks_and_single_tokens_read_the_same(at_quarter):
 @torch.no_grad()
 def test_the_bytes_that_are_allocated_are_those_that_were_paid(at_quarter):
     untouched, model, codes, form = at_quarter
-    D = 2 * 2 * 8
+    layers, D = modules.numbers_of(untouched)
     of_token = modules.kept_of_id(model, form) + sum(code.bytes_per_token for code in codes)
-    assert 0.23 * 2 * 3 * D < of_token <= 0.25 * 2 * 3 * D
-    assert cache_bytes(model, IDS[0]) == of_token + 3 * 2 * D * WHOLE / 40
-    assert cache_bytes(untouched, IDS[0]) == 4 * 3 * D  # float32
+    assert 0.23 * 2 * layers * D < of_token <= 0.25 * 2 * layers * D
+    assert cache_bytes(model, IDS[0]) == of_token + layers * 2 * D * WHOLE / 40
+    assert cache_bytes(untouched, IDS[0]) == 4 * layers * D  # float32
 
 
 @compiled
@@ -245,7 +247,7 @@ def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads, normed):
     D, S, B = groups * n, 150, 3
     normal = partial(torch.randn, generator=draw)
     x = [normal(8, 60, 2 * D) @ normal(2 * D, 2 * D)]
-    code = fit(x, normal(8, 60, 4), [torch.eye(2 * D)], 2 * D * 2, blocks_of(groups, n))[0]
+    code = fit(x, normal(8, 60, 4), [torch.eye(2 * D)], 2 * D * 2, blocks_of(groups, n, turned))[0]
     assert all(code.bits)
     x, q, pads = 9 * normal(B, S, 2 * D), normal(B, heads, n), None if pads is None else torch.tensor(pads)
     rows = torch.nn.functional.pad(code.write(x.flatten(0, 1), None).unflatten(0, (B, S)), (0, 0, 0, 9))[:, :S]
@@ -309,8 +311,9 @@ def test_a_norm_of_another_kind_is_not_taken_for_one():
 def test_what_is_decoded_does_not_depend_on_the_way(at_quarter):
     """Token by token, past the first room for cosines; after a crop, and from a copy; with scores times a whole number."""
     model = copy.deepcopy(at_quarter[1])
-    for layer in model.model.layers:
-        layer.self_attn.scaling = 1
+    for module in model.modules():
+        if isinstance(module, modules.CodedAttention):
+            module.scaling = 1
     ids = torch.cat([IDS[:1], IDS[1:3].view(1, -1)], 1)
     cache, found = None, []
     for part in ids.split(1, 1):
@@ -368,9 +371,9 @@ def test_a_step_of_padding_alone_leaves_the_first_positions_where_they_are(at_qu
     torch.testing.assert_close(rest[:, -2:], whole[:, -2:])
 
 
-@pytest.mark.parametrize("form", modules.STREAMS)
-def test_the_folder_reads_back_and_a_damaged_one_is_one_line(tmp_path, capsys, form):
-    untouched, model, codes = coded(0.12, form)
+@pytest.mark.parametrize("form, kind", [("fast", "llama"), ("small", "llama"), ("fast", "neox")])
+def test_the_folder_reads_back_and_a_damaged_one_is_one_line(tmp_path, capsys, form, kind):
+    untouched, model, codes = coded(0.12, form, kind)
     for p in (*untouched.parameters(), *model.parameters()):
         p.data.copy_(p.data.half())  # as they are stored
     toys.save_tokenizer(tmp_path / "tokenizer")
@@ -403,17 +406,13 @@ def test_gradients_pass_and_rows_without_ids_are_refused(at_quarter):
     model = copy.deepcopy(at_quarter[1])
     model.requires_grad_(True)
     model(IDS, use_cache=False).logits[:, WHOLE:].square().mean().backward()
-    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+    for layer in modules.find_layers(model):
+        gradients = torch.cat([linear.weight.grad for linear in layer.linears.values()])
+        assert all(gradients[layer.rows[target]].abs().sum() > 0 for target in "qkv")
     model(IDS[:1, :7])
     refused = pytest.raises(ValueError, match="give the model input_ids")  # not the ids of the call before
     with refused if at_quarter[3] == "small" else nullcontext():
         model(inputs_embeds=torch.randn(1, 7, 32))
-
-
-def test_a_fused_model_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        modules.install_cache(toys.neox(), [])
-    assert "give a Llama" in capsys.readouterr().err
 
 
 def test_a_head_that_turns_neighbours_is_refused(capsys):
@@ -432,3 +431,13 @@ def test_a_sliding_window_is_refused(capsys):
     with pytest.raises(SystemExit):
         modules.install_cache(sliding, [])
     assert "sliding window" in capsys.readouterr().err
+
+
+def test_a_gpt_neox_is_packed_whole(operate, tmp_path):
+    result = operate("--bytes", 0.6, "--cache_bytes", 0.4, "--out", tmp_path / "packed", "--answer_tokens", 0, model="neox")
+    assert result.status == 0, result.err
+    read, _ = load(tmp_path / "packed")
+    layers, numbers = modules.numbers_of(toys.neox())
+    assert cache_bytes(read, IDS[0]) <= layers * numbers * 2 * (0.4 + WHOLE / 40)
+    for layer in read.gpt_neox.layers:
+        assert isinstance(layer.attention, modules.CodedAttention) and not hasattr(layer.attention.query_key_value, "weight")

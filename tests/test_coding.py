@@ -246,11 +246,23 @@ def test_the_library_is_compiled_once_and_never_read_where_others_write(monkeypa
         kernels.library.cache_clear()
         assert kernels.library() is not None and len(ran) == calls
     (file,) = (tmp_path / "nanopca").iterdir()
-    monkeypatch.setattr(kernels, "processor", lambda: "another")
-    assert kernels.kept("cc") not in (None, file)
+    assert kernels.library_file("another", []) not in (None, file)
     (tmp_path / "nanopca").chmod(0o777)
     kernels.library.cache_clear()
-    assert kernels.kept("cc") is None and kernels.library() is not None and len(ran) == 4
+    assert kernels.library() is not None and len(ran) == 4
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"no library")
+    with monkeypatch.context() as m:
+        m.setattr(kernels, "library_file", lambda *given: damaged)
+        kernels.library.cache_clear()
+        assert kernels.library() is not None and len(ran) == 6 and damaged.read_bytes() == file.read_bytes()
+
+    def no_home(path):
+        raise RuntimeError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kernels.Path, "expanduser", no_home)
+    assert kernels.library_file("cc", []) is None
 
 
 def test_long_columns_lie_in_several_streams(draft, monkeypatch):
@@ -428,6 +440,7 @@ def test_the_compiled_encoder_finds_the_same_streams(window, width, monkeypatch,
     """As torch, whose number of streams that are encoded at once does not matter. width: of registers."""
     if width:
         monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O1", f"-DWIDTH={width}"))  # compiled in a fifth of the time
+        monkeypatch.setattr(kernels, "library_file", lambda *given: None)
         kernels.library.cache_clear()
         request.addfinalizer(kernels.library.cache_clear)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))

@@ -64,6 +64,7 @@ def test_every_way_to_attend_is_equal(tiny_model, shape, way):
     with torch.no_grad():
         expected, state = model(x)[0], {name: tensor.clone() for name, tensor in model.state_dict().items()}
         torch.testing.assert_close(cached_logits(decoder(model, way), x, 5), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoder(model, way)(x[:, :1])[0], expected[:, :1], atol=1e-4, rtol=1e-4)  # without a cache
         assert torch.equal(model(x)[0], expected)  # the model is as it was, and can be saved
         assert state.keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -153,17 +154,56 @@ def test_whole_numbers_are_within_half_a_step(kv_dtype, levels, r, loops, monkey
     assert (store.rows.dtype, store.rows.shape[-1]) == (torch.int8, 2 + (r if levels == 127 else (r + 1) // 2))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("groups, n", [(1, 200), (2, 64), (3, 5)])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_the_loops_read_what_torch_reads(kv_dtype, groups, n, monkeypatch):
+def test_the_loops_write_and_read_what_torch_does(kv_dtype, groups, n, threads, monkeypatch):
+    """Also after the cache has been cut and filled again; a number that is none stays one."""
     torch.manual_seed(0)
-    store = Store(kv_dtype, 2, 90, groups * n, "cpu")
-    store.append(torch.randn(2, 83, groups * n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(2, 83, groups * n) * 10 ** torch.linspace(-6, 3, 83)[:, None]
     q, weights = torch.randn(2, 6, n), torch.randn(2, 6, 83).softmax(-1)
-    found = store.scores(q, groups), store.sums(weights, groups)
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    for here, there in zip(found, (store.scores(q, groups), store.sums(weights, groups))):
-        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-4)
+    weights[..., -1] = 0
+    found = []
+    for _ in range(2):
+        store = Store(kv_dtype, 2, 90, groups * n, "cpu")
+        store.append(x[:, :60].flip(1))
+        store.length = 0
+        for part in x.split([50, 1, 32], 1):
+            store.append(part)
+        found.append((store.rows[:, :83].clone(), store.scores(q, groups), store.sums(weights, groups)))
+        store.length = 0
+        store.append(x[:, :9].masked_fill(torch.arange(groups * n) == 3, torch.nan))
+        assert store.read(torch.float32)[..., 3].isnan().all() and store.scores(q, groups)[:, : 6 // groups].isnan().all()
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    assert torch.equal(found[0][0], found[1][0])
+    for here, there in zip(*found):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4 * there.abs().max().item())
+
+
+@pytest.mark.parametrize("kv_dtype, r", [("int8", 7), ("int4", 6)])
+def test_a_scale_at_an_odd_byte_is_read(kv_dtype, r):
+    store, x = Store(kv_dtype, 1, 4, r, "cpu"), torch.randn(1, 1, r)
+    store.append(x)
+    assert (store.read(torch.float32) - x).abs().max() < 0.1 * x.abs().max()
+
+
+def test_small_numbers_are_read_in_half_precision():
+    store, x = Store("int8", 1, 4, 32, "cpu"), 1e-5 * torch.randn(1, 4, 32)
+    store.append(x)
+    torch.testing.assert_close(store.read(torch.float16).float(), x, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_full_cache_and_one_of_other_texts_are_refused(tiny_model, way):
+    model = decoder(tiny_model(), way)
+    cache = KVCache(model, 2, 4, "int8")
+    with torch.no_grad():
+        model.hidden(ids(model, 2, 4), cache)
+        for x in (ids(model, 2, 1), ids(model, 1, 1)):
+            with pytest.raises(ValueError, match="room for 2 of 4"):
+                model.hidden(x, cache)
+            cache.truncate(3 if len(x) == 2 else 4)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4", "float16"])

@@ -27,7 +27,7 @@ z' = (1 - c) z + (c (1 - c))^(1/2) gain noise has the error c, uncorrelated with
 
 **A form to be read where it lies.** Forecasts need all positions of all layers before at every step. Without them, and with
 bases of small blocks, a step restores little: sums of the values' z suffice, and each key needs the z of its block. A block of
-the keys has BLOCK neighbouring rotary frequencies of all heads: heads correlate most where they turn alike. The values are one
+the keys has neighbouring rotary frequencies of all heads: heads correlate most where they turn alike. The values are one
 block. Keys and values have a stream and a gain each: the keys of some tokens are large where their values are not.
 
 Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its components with bits, P known numbers.
@@ -50,7 +50,7 @@ SAMPLE = 8192  # tokens to which levels are fitted
 WHOLE_RANGE = 5  # bits from which on no number of a component is clipped
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
 LAYERS_BEFORE = 2  # that a forecast reads
-BLOCK = 8  # rotary frequencies
+BLOCK = 48  # numbers of keys, about: to restore a key takes so many products for each of its numbers
 LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, and two are what it takes
 
 
@@ -152,10 +152,16 @@ def least_bits(layers, streams=1):
     return GAIN_BITS * layers * streams + LEAST
 
 
-def blocks_of(groups, n):
-    """The blocks of a layer with so many heads of keys, of n numbers each, and as many of values; a stream for each of them."""
-    key, frequency = torch.arange(groups * n), (torch.arange(n) % -(-n // 2) // BLOCK).repeat(groups)
-    return [[key[frequency == f] for f in frequency.unique()], [groups * n + key]]
+def blocks_of(groups, n, turned):
+    """
+    The blocks of a layer with so many heads of keys, of n numbers each, and as many of values; a stream for each of them.
+
+    turned: the first numbers of a head that are rotated, in pairs that lie half as far apart
+    """
+    key, number = torch.arange(groups * n), torch.arange(n)
+    pair = torch.where(number < turned, number % max(1, turned // 2), number // 2)  # a pair for each frequency, and of the rest
+    block = (pair // max(1, round(BLOCK / 2 / groups))).repeat(groups)
+    return [[key[block == b] for b in block.unique()], [groups * n + key]]
 
 
 def coded(x):

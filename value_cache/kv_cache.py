@@ -16,9 +16,13 @@ class Store:
         self.rows = rows.empty(kv_dtype, B, capacity, r, device)
 
     def append(self, x):
-        """x (B, T, r)"""
-        start, self.length = self.length, self.length + x.shape[1]
-        self.rows[:, start : self.length] = rows.pack(self.kv_dtype, x)
+        """x (B, T, r). Raises ValueError where the memory is for other texts, or full."""
+        end = self.length + x.shape[1]
+        if len(x) != len(self.rows) or end > self.rows.shape[1]:
+            texts, capacity = self.rows.shape[:2]
+            raise ValueError(f"{len(x)} texts of {end} positions: the cache has room for {texts} of {capacity}")
+        self.rows[:, self.length : end] = rows.pack(self.kv_dtype, x)
+        self.length = end
 
     def read(self, dtype):
         """-> (B, S, r)"""

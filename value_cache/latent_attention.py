@@ -25,7 +25,7 @@ Three ways to attend:
     fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
 
 Plain keys and values know the first two. restore converts the whole cache to the model's dtype at each step; late and fold read
-its rows where they lie (rows.py).
+its rows where they lie (rows.py), but for compressed keys that are rotated, which they convert.
 
 late and fold also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They serve single tokens;
 a prompt is restored once for all of its queries. All three give the same output to 1e-4.
@@ -41,7 +41,7 @@ import torch.nn as nn
 from common.modules import linear, shared_copy
 from common.timing import by_turns
 from model import NO_CACHE, CausalSelfAttention, NoRotary
-from value_cache.kv_cache import InPlace, KVCache, Store
+from value_cache.kv_cache import InPlace, KVCache, LayerCache, Store
 from value_cache.rows import FLOATS
 
 WAYS = ("restore", "late", "fold")
@@ -114,7 +114,13 @@ class LateAttention(CausalSelfAttention):
         self.restoring = restoring(self, self.arithmetic)
 
     def forward(self, x, cache=NO_CACHE):
-        return super().forward(x, cache if x.shape[1] > 1 or cache is NO_CACHE else InPlace(cache))
+        if x.shape[1] > 1:
+            return super().forward(x, cache)
+        if cache is NO_CACHE:
+            cache = LayerCache(
+                *(Store("float32", len(x), 1, proj.out_features, x.device) for proj in (self.k_proj, self.v_proj))
+            )
+        return super().forward(x, InPlace(cache))
 
     def attend(self, q, k, v):
         if not isinstance(k, Store):

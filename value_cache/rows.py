@@ -1,8 +1,9 @@
 """
 Rows of a cache, what it keeps of a position, in one of five number formats; and one query that reads them where they lie.
 
-A row is D numbers, of all heads. float32, bfloat16 and float16 are these numbers. int8 has whole numbers from -127 to 127, int4
-from -7 to 7, two in a byte (packing.pack_halves); a scale for the row follows, a bfloat16: the largest number / 127 or 7.
+A row is D numbers, of all heads. float32, bfloat16 and float16 store the numbers themselves. int8 has whole numbers from -127
+to 127, int4 from -7 to 7, two in a byte (packing.pack_halves). The row's scale follows, a bfloat16: the largest number / 127
+or 7.
 
 Compiled loops (common/kernels.c) read rows on a CPU, for queries in float32. Elsewhere torch converts all rows first.
 
@@ -47,22 +48,30 @@ def unpack(kv_dtype, rows, D, dtype):
     """Rows (..., width) -> numbers (..., D) of a dtype; no copy where rows are of this dtype."""
     if kv_dtype in FLOATS:
         return rows.to(dtype)
-    integers, scale = rows[..., :-SCALE], rows[..., -SCALE:].contiguous().view(torch.bfloat16)
+    # a copy, since bytes at an odd place cannot be read as a bfloat16
+    integers, scale = rows[..., :-SCALE], rows[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     integers = integers if kv_dtype == "int8" else unpack_halves(integers, D)
-    return integers.to(dtype) * scale.to(dtype)
+    exact = torch.float32 if dtype == torch.float16 else dtype  # float16 has no small scales
+    return (integers.to(exact) * scale.to(exact)).to(dtype)
 
 
 def by_loops(x):
-    """Whether the loops take queries or numbers x."""
+    """Whether the loops take numbers x."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and kernels.library() is not None
+
+
+def reads(x, rows, n):
+    """Whether the loops take queries or weights x, and heads of n numbers."""
+    return by_loops(x) and not rows.requires_grad and n <= kernels.WIDEST
 
 
 def scores(kv_dtype, q, rows, length, groups):
     """One query of each text, scaled (B, H, n); the first `length` of rows (B, capacity, width) are keys -> (B, H, length)"""
     (B, H, n), threads = q.shape, torch.get_num_threads()
-    if by_loops(q) and n <= kernels.WIDEST:
+    if reads(q, rows, n):
         out = torch.empty(B, H, length)
-        kernels.bind("row_scores", *shape(kv_dtype, H, groups, n, length, rows))(q.contiguous(), rows, out, threads)
+        loop = kernels.bind("row_scores", *first_arguments(kv_dtype, B, H, groups, n, length, rows))
+        loop(q.contiguous(), rows, out, threads)
         return out
     k = unpack(kv_dtype, rows[:, :length], groups * n, q.dtype).unflatten(-1, (groups, n)).transpose(1, 2)  # (B, G, S, n)
     return (q.unflatten(1, (groups, -1)) @ k.transpose(-1, -2)).flatten(1, 2)
@@ -71,14 +80,18 @@ def scores(kv_dtype, q, rows, length, groups):
 def sums(kv_dtype, weights, rows, n, groups):
     """Each head's sum of the values in rows (B, capacity, width), by weights (B, H, S) -> (B, H, n)"""
     (B, H, length), threads = weights.shape, torch.get_num_threads()
-    if by_loops(weights) and n <= kernels.WIDEST:
+    if reads(weights, rows, n):
         out = torch.empty(B, H, n)
-        kernels.bind("row_sums", *shape(kv_dtype, H, groups, n, length, rows))(weights.contiguous(), rows, out, threads)
+        loop = kernels.bind("row_sums", *first_arguments(kv_dtype, B, H, groups, n, length, rows))
+        loop(weights.contiguous(), rows, out, threads)
         return out
     v = unpack(kv_dtype, rows[:, :length], groups * n, weights.dtype).unflatten(-1, (groups, n)).transpose(1, 2)
     return (weights.unflatten(1, (groups, -1)) @ v).flatten(1, 2)
 
 
-def shape(kv_dtype, H, groups, n, length, rows):
-    """What both loops take first."""
-    return KV_DTYPES.index(kv_dtype), len(rows), H, groups, n, length, rows.shape[1], rows.shape[2] * rows.element_size()
+def first_arguments(kv_dtype, B, H, groups, n, length, rows):
+    """Of row_scores and row_sums. Raises ValueError where rows are not what is read, since the loops do not look."""
+    fits = len(rows) == B and 0 < length <= rows.shape[1] and H % groups == 0
+    if not fits or rows.shape[2] != empty(kv_dtype, 0, 0, groups * n).shape[2]:
+        raise ValueError(f"{B} texts, {H} heads, {groups} x {n} numbers of {length} positions do not fit {tuple(rows.shape)}")
+    return KV_DTYPES.index(kv_dtype), B, H, groups, n, length, rows.shape[1], rows.shape[2] * rows.element_size()
