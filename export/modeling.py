@@ -47,7 +47,7 @@ class PackedModel:
             install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], layers)
         self.post_init()
         # LayerCodes: a key must be read back as it was written. Not of the class: transformers 4 would look for them too early.
-        self._keep_in_fp32_modules_strict = {"self_attn.code"}
+        self._keep_in_fp32_modules_strict = {"self_attn.code", "attention.code"}
 
 
 class Levels(nn.Module):

@@ -110,9 +110,9 @@ class CodedAttention(nn.Module):
 
     def __init__(self, attn, code, turns, step):
         super().__init__()
-        for name in ("query_key_value",) if hasattr(attn, "query_key_value") else ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, getattr(attn, name))
-        self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense") if hasattr(attn, name))
+        for name, module in attn.named_children():  # under their names: a packed model's plan has them
+            if name in ("query_key_value", "q_proj", "k_proj", "v_proj", "o_proj", "dense"):
+                setattr(self, name, module)
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n, self.scaling, self.layer_idx = head_size(attn), attn.scaling, attn.layer_idx
         self.code, self.turns, self.step = code, turns, step
@@ -129,6 +129,9 @@ class CodedAttention(nn.Module):
         by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # every head's q, k and v lie side by side
         return (part.flatten(2) for part in by_head.unbind(-2))
 
+    def project_out(self, y):
+        return self.o_proj(y) if hasattr(self, "o_proj") else self.dense(y)
+
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
         x, T, cache = hidden_states, hidden_states.shape[1], layer_past if past_key_values is None else past_key_values
         if getattr(cache, "is_compileable", False):
@@ -140,7 +143,7 @@ class CodedAttention(nn.Module):
             kept = self.append(now, attention_mask, cache)
         q, S = self.q_norm(self.heads(q)), kept.rows.shape[1]
         if T == 1 and layer and (norm := self.norm_in_place(q)):
-            return self.o_proj(self.read_in_place(q[:, :, 0], kept, layer, norm, attention_mask)), None
+            return self.project_out(self.read_in_place(q[:, :, 0], kept, layer, norm, attention_mask)), None
         cos, sin = self.turns(S, x)
         q = rotate(q, cos[:, S - T :], sin[:, S - T :])
         with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +154,7 @@ class CodedAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v.to(q.dtype), attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
-        return self.o_proj(y.transpose(1, 2).flatten(-2)), None
+        return self.project_out(y.transpose(1, 2).flatten(-2)), None
 
     def append(self, now, mask, cache):
         """Keys and values at hand (B, T, D) -> a Kept of all positions."""

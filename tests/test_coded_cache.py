@@ -433,7 +433,7 @@ def test_a_sliding_window_is_refused(capsys):
     assert "sliding window" in capsys.readouterr().err
 
 
-def test_a_gpt_neox_is_packed_whole(operate, tmp_path):
+def test_a_gpt_neox_is_packed_whole(operate, run_main, tmp_path):
     result = operate("--bytes", 0.6, "--cache_bytes", 0.4, "--out", tmp_path / "packed", "--answer_tokens", 0, model="neox")
     assert result.status == 0, result.err
     read, _ = load(tmp_path / "packed")
@@ -441,3 +441,5 @@ def test_a_gpt_neox_is_packed_whole(operate, tmp_path):
     assert cache_bytes(read, IDS[0]) <= layers * numbers * 2 * (0.4 + WHOLE / 40)
     for layer in read.gpt_neox.layers:
         assert isinstance(layer.attention, modules.CodedAttention) and not hasattr(layer.attention.query_key_value, "weight")
+    exported = run_main("-m", "export", "--model", tmp_path / "packed", "--out", tmp_path / "compact", "--compact")
+    assert exported.status == 0 and exported.last["moved"] < 1e-3, exported.err
