@@ -28,11 +28,16 @@ def flag(default=MISSING, help="", choices=None, low=None, high=None, above=None
 
 def fail(message):
     """End the program on a user's mistake: the message names the flag or file, then what to do."""
-    path = Path(sys.argv[0])
-    program = path.parent.name if path.name == "__main__.py" else path.name  # python -m surgery
     words = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # a file could steer a terminal
-    print(f"{program}: error: {words}", file=sys.stderr)
+    print(f"{program_name()}: error: {words}", file=sys.stderr)
     sys.exit(2)
+
+
+def program_name():
+    """train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`"""
+    file, spec = Path(sys.argv[0]), getattr(sys.modules["__main__"], "__spec__", None)
+    by_module = spec is not None and spec.origin is not None and Path(spec.origin) == file.resolve()
+    return spec.name.removesuffix(".__main__") if by_module else file.name
 
 
 def last_words(kind, error, trace):
@@ -84,7 +89,7 @@ def value_type(hint):
 
 def build_parser(cls, presets, description, epilog=None, prog=None):
     parser = Parser(
-        prog=prog,
+        prog=prog or program_name(),
         description=description,
         epilog=epilog,
         allow_abbrev=False,

@@ -132,7 +132,7 @@ def test_mistakes_are_one_line(evaluate, own_clinic, tmp_path, assert_one_line_e
     toys.save_tokenizer(tmp_path / "few", 260)
     (tmp_path / "b.txt").write_text("")
     for argv, words in (
-        (["--stride", 33], ["--stride 33", "--window 32"]),
+        (["--stride", 33], ["surgery.eval: error: --stride 33", "--window 32"]),
         (["--reference", tmp_path / "coarse"], ["--reference", "a.txt", "different tokens"]),
         (["--reference", tmp_path / "wide"], ["310", "300", "same tokenizer"]),
         (["--reference", tmp_path / "nowhere"], ["--reference", "nowhere"]),
