@@ -35,9 +35,8 @@ def fail(message):
 
 def program_name():
     """train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`"""
-    file, spec = Path(sys.argv[0]), getattr(sys.modules["__main__"], "__spec__", None)
-    by_module = spec is not None and spec.origin is not None and Path(spec.origin) == file.resolve()
-    return spec.name.removesuffix(".__main__") if by_module else file.name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec and spec.origin == sys.argv[0] else Path(sys.argv[0]).name
 
 
 def last_words(kind, error, trace):
@@ -116,7 +115,7 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None
     Read the command line into cls: its defaults, then the preset's values, then what was given.
 
     presets: name -> {field: value}; the preset is chosen by the field `preset`. prog: what --help calls the program, if it is
-    not the file's name.
+    not program_name().
     Returns (the instance, the dict of flags that were given).
     """
     sys.excepthook = last_words

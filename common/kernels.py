@@ -38,8 +38,9 @@ def library():
     openmp = [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))[:1]]
     file = library_file(compiler, openmp)
     try:
-        return ctypes.CDLL(str(file))
-    except OSError:  # it is not there yet, or damaged
+        if file and file.exists():
+            return ctypes.CDLL(str(file))
+    except OSError:  # damaged
         pass
     try:
         with tempfile.TemporaryDirectory() as folder:  # ours alone: nobody else can put a library there
@@ -77,13 +78,18 @@ def library_file(compiler, openmp):
 
 
 def keep(made, file):
-    """Copy a library to its file, whole or not at all, where that can be."""
+    """Copy a library to its file, whole or not at all, where that can be. Nobody else may read it."""
+    part = None
     try:
-        part = file.with_suffix(f".{os.getpid()}")
-        shutil.copy(made, part)
+        number, part = tempfile.mkstemp(dir=file.parent)
+        with open(number, "wb") as out:
+            out.write(Path(made).read_bytes())
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(part, file)
     except OSError:
-        part.unlink(missing_ok=True)
+        if part:
+            Path(part).unlink(missing_ok=True)
 
 
 def bind(name, *first):

@@ -129,7 +129,7 @@ def main(argv=None):
     subject, tokenizer = load_subject(name, args.tokenizer)
     check_window(args, name, subject)
     if "cache" in systems and isinstance(subject, OwnSubject):
-        fail("--system cache is for a Llama, Mistral or Qwen of Hugging Face: give --system table,weights")
+        fail("--system cache is for a Llama, Mistral, Qwen or GPT-NeoX of Hugging Face: give --system table,weights")
     if "cache" in systems:
         coded_layers(subject.model)  # refuses others
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)

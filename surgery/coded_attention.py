@@ -127,13 +127,14 @@ class CodedAttention(nn.Module):
         if not hasattr(self, "query_key_value"):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # every head's q, k and v lie side by side
-        return (part.flatten(2) for part in by_head.unbind(-2))
+        return tuple(part.flatten(2) for part in by_head.unbind(-2))
 
     def project_out(self, y):
         return self.o_proj(y) if hasattr(self, "o_proj") else self.dense(y)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
-        x, T, cache = hidden_states, hidden_states.shape[1], layer_past if past_key_values is None else past_key_values
+        x, T = hidden_states, hidden_states.shape[1]
+        cache = layer_past if past_key_values is None else past_key_values  # a GPT-NeoX has the first name for it
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
         q, *now = self.project(x)
@@ -195,7 +196,7 @@ class CodedAttention(nn.Module):
         columns = self.turns.columns(kept.rows.shape[1], q)
         scores = reader.scores(q, kept.rows, layer.first, norm, columns, self.scaling)
         if mask is not None:
-            mask = mask[:, 0, -1:]  # (B or 1, 1, S)
+            mask = mask[:, :, -1]  # (B or 1, H or 1, S)
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return reader.outputs(scores.softmax(-1), kept.rows, layer.first)
 
@@ -316,10 +317,12 @@ def code_cache(subject, windows, share, form):
 
 
 def blocks_for(hf, form):
-    """What fit() takes."""
+    """The `blocks` of fit(): None for the form `small`."""
+    if form == "small":
+        return None
     layer, (cos, _) = coded_layers(hf)[0], Turns(hf.base_model.rotary_emb)(1, hf.get_input_embeddings().weight)
     n = head_size(hf.get_submodule(layer.name))
-    return blocks_of(len(layer.rows["k"]) // n, n, 2 * cos.shape[-1]) if form == "fast" else None
+    return blocks_of(len(layer.rows["k"]) // n, n, 2 * cos.shape[-1])
 
 
 def numbers_of(hf):

@@ -433,13 +433,14 @@ def test_a_sliding_window_is_refused(capsys):
     assert "sliding window" in capsys.readouterr().err
 
 
-def test_a_gpt_neox_is_packed_whole(operate, run_main, tmp_path):
-    result = operate("--bytes", 0.6, "--cache_bytes", 0.4, "--out", tmp_path / "packed", "--answer_tokens", 0, model="neox")
-    assert result.status == 0, result.err
-    read, _ = load(tmp_path / "packed")
-    layers, numbers = modules.numbers_of(toys.neox())
-    assert cache_bytes(read, IDS[0]) <= layers * numbers * 2 * (0.4 + WHOLE / 40)
-    for layer in read.gpt_neox.layers:
-        assert isinstance(layer.attention, modules.CodedAttention) and not hasattr(layer.attention.query_key_value, "weight")
-    exported = run_main("-m", "export", "--model", tmp_path / "packed", "--out", tmp_path / "compact", "--compact")
-    assert exported.status == 0 and exported.last["moved"] < 1e-3, exported.err
+SIZES = [(3, 64, 64, 48), (8, 64, 16, 48), (12, 64, 16, 48), (40, 16, 4, 80), (4, 8, 0, 32)]
+
+
+@pytest.mark.parametrize("groups, n, turned, size", SIZES)
+def test_blocks_part_the_keys_and_no_pair(groups, n, turned, size):
+    keys, (values,) = blocks_of(groups, n, turned)
+    assert torch.cat(keys).sort().values.tolist() == list(range(groups * n)) and len(keys[0]) == size
+    assert values.tolist() == list(range(groups * n, 2 * groups * n))
+    for block in keys:
+        numbers = set((block % n).tolist())
+        assert all((i + turned // 2) % turned in numbers for i in numbers if i < turned)

@@ -6,7 +6,7 @@ import torch
 from common import kernels
 from common.dataset import write_dataset
 from model import NO_CACHE
-from value_cache import KV_DTYPES
+from value_cache import KV_DTYPES, rows
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache, Store
 from value_cache.latent_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
@@ -192,6 +192,17 @@ def test_small_numbers_are_read_in_half_precision():
     store, x = Store("int8", 1, 4, 32, "cpu"), 1e-5 * torch.randn(1, 4, 32)
     store.append(x)
     torch.testing.assert_close(store.read(torch.float16).float(), x, rtol=0, atol=2e-7)
+
+
+UNFIT = [("float32", 2, 4, 3), ("float16", 1, 4, 3), ("float16", 2, 5, 3), ("float16", 2, 4, 2)]
+
+
+@pytest.mark.parametrize("kv_dtype, B, length, groups", UNFIT)
+def test_rows_that_do_not_fit_are_refused(kv_dtype, B, length, groups):
+    store = Store("float16", 2, 4, 12, "cpu")
+    store.append(torch.randn(2, 4, 12))
+    with pytest.raises(ValueError, match="do not fit rows of"):
+        rows.scores(kv_dtype, torch.randn(B, 6, 4), store.rows, length, groups)
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

@@ -50,7 +50,7 @@ SAMPLE = 8192  # tokens to which levels are fitted
 WHOLE_RANGE = 5  # bits from which on no number of a component is clipped
 PRIOR = 4  # what a level weighs that no number has chosen, in numbers
 LAYERS_BEFORE = 2  # that a forecast reads
-BLOCK = 48  # numbers of keys, about: to restore a key takes so many products for each of its numbers
+BLOCK = 48  # numbers of keys, about; two of each head at least. To restore a number of a key takes so many products
 LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, and two are what it takes
 
 
@@ -154,9 +154,10 @@ def least_bits(layers, streams=1):
 
 def blocks_of(groups, n, turned):
     """
-    The blocks of a layer with so many heads of keys, of n numbers each, and as many of values; a stream for each of them.
+    A layer with so many heads of keys, of n numbers each, and as many of values -> [the blocks of the keys, [the values]].
 
-    turned: the first numbers of a head that are rotated, in pairs that lie half as far apart
+    turned: how many first numbers of a head are rotated, number i with number i + turned / 2. A block has whole pairs, of all
+    heads.
     """
     key, number = torch.arange(groups * n), torch.arange(n)
     pair = torch.where(number < turned, number % max(1, turned // 2), number // 2)  # a pair for each frequency, and of the rest

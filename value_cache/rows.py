@@ -68,10 +68,10 @@ def reads(x, rows, n):
 def scores(kv_dtype, q, rows, length, groups):
     """One query of each text, scaled (B, H, n); the first `length` of rows (B, capacity, width) are keys -> (B, H, length)"""
     (B, H, n), threads = q.shape, torch.get_num_threads()
+    given = first_arguments(kv_dtype, B, H, groups, n, length, rows)
     if reads(q, rows, n):
         out = torch.empty(B, H, length)
-        loop = kernels.bind("row_scores", *first_arguments(kv_dtype, B, H, groups, n, length, rows))
-        loop(q.contiguous(), rows, out, threads)
+        kernels.bind("row_scores", *given)(q.contiguous(), rows, out, threads)
         return out
     k = unpack(kv_dtype, rows[:, :length], groups * n, q.dtype).unflatten(-1, (groups, n)).transpose(1, 2)  # (B, G, S, n)
     return (q.unflatten(1, (groups, -1)) @ k.transpose(-1, -2)).flatten(1, 2)
@@ -80,18 +80,20 @@ def scores(kv_dtype, q, rows, length, groups):
 def sums(kv_dtype, weights, rows, n, groups):
     """Each head's sum of the values in rows (B, capacity, width), by weights (B, H, S) -> (B, H, n)"""
     (B, H, length), threads = weights.shape, torch.get_num_threads()
+    given = first_arguments(kv_dtype, B, H, groups, n, length, rows)
     if reads(weights, rows, n):
         out = torch.empty(B, H, n)
-        loop = kernels.bind("row_sums", *first_arguments(kv_dtype, B, H, groups, n, length, rows))
-        loop(weights.contiguous(), rows, out, threads)
+        kernels.bind("row_sums", *given)(weights.contiguous(), rows, out, threads)
         return out
     v = unpack(kv_dtype, rows[:, :length], groups * n, weights.dtype).unflatten(-1, (groups, n)).transpose(1, 2)
     return (weights.unflatten(1, (groups, -1)) @ v).flatten(1, 2)
 
 
 def first_arguments(kv_dtype, B, H, groups, n, length, rows):
-    """Of row_scores and row_sums. Raises ValueError where rows are not what is read, since the loops do not look."""
+    """The first arguments of row_scores and row_sums, which do not look at rows. Raises ValueError where these do not fit."""
+    like = empty(kv_dtype, 0, 0, groups * n)
     fits = len(rows) == B and 0 < length <= rows.shape[1] and H % groups == 0
-    if not fits or rows.shape[2] != empty(kv_dtype, 0, 0, groups * n).shape[2]:
-        raise ValueError(f"{B} texts, {H} heads, {groups} x {n} numbers of {length} positions do not fit {tuple(rows.shape)}")
+    if not fits or (rows.dtype, rows.shape[2]) != (like.dtype, like.shape[2]):
+        what = f"{B} texts, {H} heads, {groups} x {n} numbers of {length} positions in {kv_dtype}"
+        raise ValueError(f"{what} do not fit rows of {tuple(rows.shape)}, {rows.dtype}")
     return KV_DTYPES.index(kv_dtype), B, H, groups, n, length, rows.shape[1], rows.shape[2] * rows.element_size()
