@@ -61,9 +61,8 @@ def loss_through_cache(model, saved, kv_dtype, device):
 def decoding_task(model, kv_dtype, way, B, context, steps, device):
     """A task that reads `steps` tokens up to the context, with a cache of its own."""
     cache = KVCache(model, B, context, kv_dtype)
-    idx = torch.randint(model.config.vocab_size, (B, context), device=device)
-    model.hidden(idx[:, : context - steps], cache)
-    return Decode(decoder(model, way), cache, idx[:, context - steps :])
+    cache.fill(context - steps)
+    return Decode(decoder(model, way), cache, torch.randint(model.config.vocab_size, (B, steps), device=device))
 
 
 class NanoGPT:

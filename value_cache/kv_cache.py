@@ -5,6 +5,8 @@ It allocates (B, capacity, r) numbers for the keys of a layer, and as many for i
 tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the cache holds the compressed numbers.
 """
 
+import torch
+
 from value_cache import rows
 
 
@@ -90,6 +92,11 @@ class KVCache:
         """Forget the positions from `length` on."""
         for store in self.stores():
             store.length = length
+
+    def fill(self, length):
+        """Random numbers up to a length, where steps are timed: their time does not depend on what the cache holds."""
+        for store in self.stores():
+            store.append(torch.randn(self.batch, length - store.length, store.r, device=store.rows.device))
 
     def bytes(self):
         """Bytes allocated, those of the scales included."""

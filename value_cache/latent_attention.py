@@ -269,7 +269,7 @@ def time_ways(model, ways, B, context, kv_dtype, steps=8):
     cache, device = KVCache(model, B, context, kv_dtype), model.lm_head.weight.device
     steps = min(steps, context - 1) or 1
     tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
-    model.hidden(tokens[:, :1].expand(B, context - steps), cache)
+    cache.fill(context - steps)
     tasks = {way: Decode(decoder(model, way), cache, tokens) for way in ways}
     found = by_turns({way: (task.prepare, task.run) for way, task in tasks.items()}, rounds=3)
     return {way: statistics.median(times) / steps for way, times in found.items()}
