@@ -22,12 +22,17 @@ SCALE = 2  # bytes
 SMALLEST = 1e-30  # a scale: a row of zeros is not divided by zero
 
 
+def row_of(kv_dtype, D):
+    """-> (dtype, width) of a row of D numbers"""
+    if kv_dtype in FLOATS:
+        return FLOATS[kv_dtype], D
+    return torch.int8, (D if kv_dtype == "int8" else (D + 1) // 2) + SCALE
+
+
 def empty(kv_dtype, B, capacity, D, device=None):
     """Memory for rows (B, capacity, width)."""
-    if kv_dtype in FLOATS:
-        return torch.empty(B, capacity, D, dtype=FLOATS[kv_dtype], device=device)
-    width = (D if kv_dtype == "int8" else (D + 1) // 2) + SCALE
-    return torch.empty(B, capacity, width, dtype=torch.int8, device=device)
+    dtype, width = row_of(kv_dtype, D)
+    return torch.empty(B, capacity, width, dtype=dtype, device=device)
 
 
 def pack(kv_dtype, x):
@@ -60,40 +65,43 @@ def by_loops(x):
     return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and kernels.library() is not None
 
 
-def reads(x, rows, n):
-    """Whether the loops take queries or weights x, and heads of n numbers."""
-    return by_loops(x) and not rows.requires_grad and n <= kernels.WIDEST
-
-
 def scores(kv_dtype, q, rows, length, groups):
     """One query of each text, scaled (B, H, n); the first `length` of rows (B, capacity, width) are keys -> (B, H, length)"""
-    (B, H, n), threads = q.shape, torch.get_num_threads()
-    given = first_arguments(kv_dtype, B, H, groups, n, length, rows)
-    if reads(q, rows, n):
-        out = torch.empty(B, H, length)
-        kernels.bind("row_scores", *given)(q.contiguous(), rows, out, threads)
-        return out
-    k = unpack(kv_dtype, rows[:, :length], groups * n, q.dtype).unflatten(-1, (groups, n)).transpose(1, 2)  # (B, G, S, n)
-    return (q.unflatten(1, (groups, -1)) @ k.transpose(-1, -2)).flatten(1, 2)
+    n = q.shape[2]
+    found = in_place("row_scores", kv_dtype, q, rows, length, groups, n, length)
+    return found if found is not None else by_group(q, groups, heads(kv_dtype, rows, length, groups, n, q.dtype).mT)
 
 
 def sums(kv_dtype, weights, rows, n, groups):
     """Each head's sum of the values in rows (B, capacity, width), by weights (B, H, S) -> (B, H, n)"""
-    (B, H, length), threads = weights.shape, torch.get_num_threads()
-    given = first_arguments(kv_dtype, B, H, groups, n, length, rows)
-    if reads(weights, rows, n):
-        out = torch.empty(B, H, n)
-        kernels.bind("row_sums", *given)(weights.contiguous(), rows, out, threads)
-        return out
-    v = unpack(kv_dtype, rows[:, :length], groups * n, weights.dtype).unflatten(-1, (groups, n)).transpose(1, 2)
-    return (weights.unflatten(1, (groups, -1)) @ v).flatten(1, 2)
+    length = weights.shape[2]
+    found = in_place("row_sums", kv_dtype, weights, rows, length, groups, n, n)
+    return found if found is not None else by_group(weights, groups, heads(kv_dtype, rows, length, groups, n, weights.dtype))
 
 
-def first_arguments(kv_dtype, B, H, groups, n, length, rows):
-    """The first arguments of row_scores and row_sums, which do not look at rows. Raises ValueError where these do not fit."""
-    like = empty(kv_dtype, 0, 0, groups * n)
+def in_place(loop, kv_dtype, x, rows, length, groups, n, width):
+    """
+    What a loop makes of x (B, H, ...) and rows: (B, H, width), or None where no loop serves them. Raises ValueError where rows
+    do not fit, since the loops do not look.
+    """
+    B, H = x.shape[:2]
     fits = len(rows) == B and 0 < length <= rows.shape[1] and H % groups == 0
-    if not fits or (rows.dtype, rows.shape[2]) != (like.dtype, like.shape[2]):
+    if not fits or (rows.dtype, rows.shape[2]) != row_of(kv_dtype, groups * n):
         what = f"{B} texts, {H} heads, {groups} x {n} numbers of {length} positions in {kv_dtype}"
         raise ValueError(f"{what} do not fit rows of {tuple(rows.shape)}, {rows.dtype}")
-    return KV_DTYPES.index(kv_dtype), B, H, groups, n, length, rows.shape[1], rows.shape[2] * rows.element_size()
+    if not by_loops(x) or rows.requires_grad or n > kernels.WIDEST:
+        return None
+    out, row_bytes = torch.empty(B, H, width), rows.shape[2] * rows.element_size()
+    call = kernels.bind(loop, KV_DTYPES.index(kv_dtype), B, H, groups, n, length, rows.shape[1], row_bytes)
+    call(x.contiguous(), rows, out, torch.get_num_threads())
+    return out
+
+
+def heads(kv_dtype, rows, length, groups, n, dtype):
+    """-> (B, G, S, n)"""
+    return unpack(kv_dtype, rows[:, :length], groups * n, dtype).unflatten(-1, (groups, n)).transpose(1, 2)
+
+
+def by_group(x, groups, y):
+    """x (B, H, i), y (B, G, i, j), which H / G heads share -> their products (B, H, j)"""
+    return (x.unflatten(1, (groups, -1)) @ y).flatten(1, 2)
