@@ -72,7 +72,7 @@ def library_file(compiler, openmp):
     made_of = repr((compiler, openmp, FLAGS, torch.__version__, sorted(set(cpu)))).encode()
     made_of += b"".join(source.read_bytes() for source in sorted(SOURCE.parent.glob("*.c")))
     file = folder / f"kernels_{hashlib.sha256(made_of).hexdigest()[:20]}.so"
-    found = [path.lstat() for path in (folder, file) if path.exists() or path.is_symlink()]
+    found = [path.lstat() for path in (folder, file) if os.path.lexists(path)]
     ours = all(stat.st_uid == os.getuid() and not S_ISLNK(stat.st_mode) and not stat.st_mode & 0o022 for stat in found)
     return file if cpu and ours else None
 

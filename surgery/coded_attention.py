@@ -21,7 +21,7 @@ from common.cli import fail
 from model import rotate
 from surgery.latent_cache import growing, norm_of, trains
 from surgery.layers import find_layers
-from surgery.low_rank_modules import Turns, check_attention, head_size
+from surgery.low_rank_modules import Turns, check_attention, head_size, masked
 from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
 from value_cache.coded_reader import reader_of
 
@@ -195,10 +195,7 @@ class CodedAttention(nn.Module):
             layer.first = reader.first_positions(kept.whole, kept.pads, self.turns, self.k_norm)
         columns = self.turns.columns(kept.rows.shape[1], q)
         scores = reader.scores(q, kept.rows, layer.first, norm, columns, self.scaling)
-        if mask is not None:
-            mask = mask[:, :, -1]  # (B or 1, H or 1, S)
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return reader.outputs(scores.softmax(-1), kept.rows, layer.first)
+        return reader.outputs(masked(scores, mask).softmax(-1), kept.rows, layer.first)
 
     def _apply(self, fn, recurse=True):
         """What .to() and the like call: the reader is made anew."""

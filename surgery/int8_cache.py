@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from common.cli import fail
 from surgery.coded_attention import CodedAttention, slides
-from surgery.low_rank_modules import LatentAttention
+from surgery.low_rank_modules import LatentAttention, masked
 from value_cache import rows
 
 NAME = "int8_cache"
@@ -78,10 +78,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         return sdpa_attention_forward(module, query, k, v, attention_mask, scaling=scaling, **kwargs)
     q = query[:, :, 0].float() * (n**-0.5 if scaling is None else scaling)
     scores = rows.scores("int8", q, layer.keys, layer.length, layer.groups)
-    if attention_mask is not None:
-        mask = attention_mask[:, :, -1]  # (B or 1, H or 1, S)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return rows.sums("int8", scores.softmax(-1), layer.values, n, layer.groups)[:, None].to(query.dtype), None
+    weights = masked(scores, attention_mask).softmax(-1)
+    return rows.sums("int8", weights, layer.values, n, layer.groups)[:, None].to(query.dtype), None
 
 
 def int8_cache(hf):

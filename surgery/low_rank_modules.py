@@ -88,6 +88,14 @@ class Turns:
         return columns
 
 
+def masked(scores, mask):
+    """Scores (B, H, S) of one query under an attention's mask (B or 1, H or 1, T, S) or None; the query is its last row."""
+    if mask is None:
+        return scores
+    mask = mask[:, :, -1]
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
 class LatentAttention(nn.Module):
     """
     Attention that caches latents in place of keys and values: r numbers a token where k and v share a latent, r_k + r_v where
@@ -183,10 +191,7 @@ class LatentAttention(nn.Module):
         value_cache's LateAttention does this for our own models and our cache, and shares restore_sums(). Here the cache is
         Hugging Face's, there are masks and grouped heads, and the scores are there.
         """
-        if mask is not None:
-            mask = mask[:, 0, -1:]  # (B, 1, S)
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        sums = scores.softmax(-1) @ c  # (B, H, r)
+        sums = masked(scores, mask).softmax(-1) @ c  # (B, H, r)
         up, bias = self.heads(self.v_proj.up.weight.T).permute(1, 0, 2), self.v_proj.up.bias  # (G, r, n)
         return restore_sums(sums, up, None if bias is None else self.heads(bias))
 
