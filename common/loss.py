@@ -28,14 +28,16 @@ class HeadLoss(torch.autograd.Function):
         """x (N, m), targets (N,), tables (V, m_i) side by side, the m_i add up to m. learns: whether gradients are wanted."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, table = x.to(dtype), [t.to(dtype) for t in tables]
+        # Detached, since torch 2.5 compiles forward() with gradients on, and refuses to write into a part of a tensor that needs one.
+        x, table = x.detach().to(dtype), [t.detach().to(dtype) for t in tables]
         table = table[0] if len(table) == 1 else torch.cat(table, 1)
         loss, dx, gradients = 0, torch.empty_like(x), [None] * len(tables)
-        for x_c, y_c, dx_c in zip(x.split(CHUNK), targets.split(CHUNK), dx.split(CHUNK)):
+        for start in range(0, len(x), CHUNK):
+            x_c, y_c = x[start : start + CHUNK], targets[start : start + CHUNK]
             logits = x_c @ table.T
             loss += sum_and_gradient(logits, y_c)
             if learns:
-                torch.mm(logits, table, out=dx_c)
+                dx[start : start + CHUNK] = logits @ table
                 for i, part in enumerate(x_c.split([t.shape[1] for t in tables], 1)):
                     if ctx.needs_input_grad[3 + i]:  # a frozen table needs none
                         more = (logits.T @ part).float()
