@@ -21,6 +21,7 @@ import torch
 from common.cli import LARGE, fail
 from common.factor_files import read_factors
 from common.files import written_whole
+from common.modules import check_filled, fresh_memory_is_nan
 from common.train_rules import check_model
 from common.untrusted import COUNT, WHOLE, check_plain, expect, expect_fields, load_tensors, reading
 from model import ACTIVATIONS, BLOCKS, GPT, GPTConfig
@@ -222,8 +223,10 @@ def start_from(model, previous, path, factors=None):
 
 def build(checkpoint, **changes):
     """The model of a checkpoint, with all of its weights. changes: fields of its config, e.g. dropout."""
-    model = GPT(GPTConfig(**checkpoint["config"] | changes))
-    model.load_state_dict(checkpoint["model"])
+    with fresh_memory_is_nan():
+        model = GPT(GPTConfig(**checkpoint["config"] | changes))
+        model.load_state_dict(checkpoint["model"])
+    check_filled(model, "the checkpoint")
     return model
 
 

@@ -1,8 +1,45 @@
-"""Small modules, and how they are made and shared."""
+"""Small modules, how they are made and shared, and whether all of a model has been filled."""
 
 import copy
+from contextlib import contextmanager
 
+import torch
 import torch.nn as nn
+
+from common.cli import fail
+
+
+@contextmanager
+def fresh_memory_is_nan():
+    """
+    A context in which memory that nothing has written to yet, as torch.empty() gives it, holds NaN.
+
+    Whole numbers get the largest of their kind. So check_filled() finds what a reader forgot.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # torch.utils.deterministic.fill_uninitialized_memory, true by default
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def check_filled(model, source):
+    """
+    End in one line if a parameter or a buffer of a model has no memory, or still holds what fresh_memory_is_nan() put there.
+
+    All numbers must come from the file that the model was read from, or be computed from its config. In bytes and booleans no
+    value is free to mean "not filled", so they are not checked. source: for the message.
+    """
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.is_meta or is_fresh(t):
+            fail(f"{source}: {name} comes neither from the file nor from the config: write the file again")
+
+
+def is_fresh(t):
+    if t.is_floating_point():
+        return bool(t.isnan().any())
+    return t.dtype in (torch.int16, torch.int32, torch.int64) and t.numel() > 0 and bool((t == torch.iinfo(t.dtype).max).all())
 
 
 def linear(weight, bias=None):

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 
+from common.modules import check_filled, fresh_memory_is_nan
 from surgery.coded_attention import coded_layers, install_cache
 from surgery.coded_modules import install_coded
 from surgery.low_rank_modules import install
@@ -11,14 +12,28 @@ from util_factorization.trellis import WINDOW, Code, float16_code, shapes
 from value_cache.coded_cache import LayerCode
 
 
-class LowRankModel:
+class CompactModel:
+    """Before a standard class of Hugging Face. from_pretrained() refuses files that do not fill all of the model."""
+
+    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
+
+    @classmethod
+    def from_pretrained(cls, *given, output_loading_info=False, **options):
+        with fresh_memory_is_nan():
+            model, info = super().from_pretrained(*given, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):  # transformers draws them at random, after a warning
+            raise ValueError(f"{given[0]} lacks {missing[0]}: write the folder again")
+        if not hasattr(model, "hf_device_map"):  # of accelerate, which may leave weights on the disk
+            check_filled(model, given[0])
+        return (model, info) if output_loading_info else model
+
+
+class LowRankModel(CompactModel):
     """
-    Before a standard class of Hugging Face: config.surgery says which parts have factors, and the cache holds latents.
+    config.surgery says which parts have factors, and the cache holds latents.
 
     Keys are counted from the first in the cache, so a text can be padded on the left. A static cache is refused.
     """
-
-    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -29,14 +44,12 @@ class LowRankModel:
         self.post_init()
 
 
-class PackedModel:
+class PackedModel(CompactModel):
     """
-    Before a standard class of Hugging Face: config.surgery says which matrices are packed, and how the cache is.
+    config.surgery says which matrices are packed, and how the cache is.
 
     Packed matrices are read on the CPU. Tokens are to be given as input_ids where the cache is packed.
     """
-
-    _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
 
     def __init__(self, config):
         super().__init__(config)

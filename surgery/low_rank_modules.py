@@ -245,6 +245,11 @@ def unset(n_in, n_out, bias=None):
     return linear(torch.empty(n_out, n_in, device=None if bias is None else bias.device), bias)
 
 
+def unset_table(V, r):
+    """An Embedding whose rows are to be filled in, where new tensors are made now: torch.device("meta") gives it no memory."""
+    return nn.Embedding.from_pretrained(torch.empty(V, r), freeze=False)
+
+
 def head_size(attn):
     """Numbers of a head of an attention layer of Hugging Face; None where it does not say."""
     return getattr(attn, "head_dim", getattr(attn, "head_size", None))
@@ -302,13 +307,12 @@ def install(hf, plan):
 
 def install_table(hf, plan):
     V, d = hf.get_input_embeddings().weight.shape
-    here = torch.get_default_device()
-    wte = nn.utils.skip_init(nn.Embedding, V, plan["rank"], device=here)
+    wte = unset_table(V, plan["rank"])
     table = FactorizedTable(wte, unset(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
     if plan["head"] is None:
         head = TiedHead(table, unset(d, plan["rank"]))
     else:
-        head = FactorizedHead(nn.utils.skip_init(nn.Embedding, V, plan["head"], device=here), unset(d, plan["head"]))
+        head = FactorizedHead(unset_table(V, plan["head"]), unset(d, plan["head"]))
     hf.set_input_embeddings(table)
     hf.set_output_embeddings(head)
     return table, head

@@ -11,6 +11,7 @@ import torch
 
 from common.cli import fail
 from common.hugging_face import check_works, read, read_tokenizer, weightless
+from common.modules import check_filled, fresh_memory_is_nan
 from common.untrusted import reading
 from surgery import coded_folder, low_rank_folder
 from surgery.model_folder import WEIGHTS, read_plan
@@ -37,12 +38,14 @@ def load(folder, device="cpu", packed=True):
         if args and packed and str(device) != "cpu":
             fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
         config = read(AutoConfig, "config", folder, "", local_files_only=True)
-        for buffers in (False, True):
-            with weightless(most, buffers):
-                hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-            if not buffers:
-                kind.check(hf, plan, tensors)
-        kind.fill(hf, plan, tensors, *args)
+        with fresh_memory_is_nan():
+            for buffers in (False, True):
+                with weightless(most, buffers):
+                    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+                if not buffers:
+                    kind.check(hf, plan, tensors)
+            kind.fill(hf, plan, tensors, *args)
+        check_filled(hf, folder)
         tokenizer, rows = read_tokenizer(folder, "", local_files_only=True), config.get_text_config().vocab_size
         if len(tokenizer) > rows:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
