@@ -325,12 +325,16 @@ def train(argv):
     from common.checkpoint import move_to
     from common.device import ends_in_one_line, hardware
     from common.nanogpt import load_module
+    from common.train_step import why_it_does_not_compile
     from common.training_cost import measure, plans, write_text
 
     move_to(torch.zeros(1), args.device)  # ends where there is no such device
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # as train.py does
     if args.compile:
+        tiny, ones = torch.nn.Linear(8, 8, device=args.device), torch.ones(1, 8, device=args.device)
+        if why_not := why_it_does_not_compile(lambda: torch.compile(tiny)(ones).sum().backward()):
+            fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or mend the compiler")
         torch._dynamo.config.cache_size_limit = 64  # all models share one forward(): each is compiled by itself
     if args.vs:
         load_module(args.vs, "--vs")  # ends where it is not nanoGPT's

@@ -43,7 +43,7 @@ from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
 from common.stopping import Watch
 from common.modules import AtTable
-from common.train_step import Tally, autocast_of, spread, to_device, trained_flops
+from common.train_step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
 from util_factorization.calibrate import calibrate
 from util_factorization.straight_through import NoRounding, StraightThrough
 
@@ -142,10 +142,35 @@ if start.state:
     start.state = None  # frees its memory
 parameters = model.count_parameters()
 progress.say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")
-if args.compile:
-    progress.say("compiling: the first step takes a minute or more")
+
+# -- compiling --------------------------------------------------------------------------------------------------------
+
+trainer, compiled = model, args.compile and step < last_step  # an evaluation alone is not compiled
+
+
+def first_pass():
+    """The first forward and backward pass of a model, in which torch compiles it."""
     model.compile()
-trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None) if world_size > 1 else model
+    with autocast:
+        loss = objective(*batch(step, 0))
+    loss.backward()
+
+
+if compiled:
+    progress.say("compiling: this takes a minute or more")
+    with ends_in_one_line(args, device):
+        why_not = why_it_does_not_compile(first_pass)
+    optimizer.zero_grad(set_to_none=True)
+    if why_not and given.get("compile"):
+        fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or mend the compiler")
+    if why_not:
+        compiled, model._compiled_call_impl = False, None  # what compile() sets; torch has no call that takes it back
+        progress.say(f"not compiled, and slower: torch cannot compile here ({why_not}). --no-compile does not try")
+if world_size > 1:
+    trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+run.open()
+
+# -- evaluating, saving, stopping -------------------------------------------------------------------------------------
 
 flops_trained = trained_flops(model, args.block_size)  # a token of training
 peak = peak_flops(device, args.dtype)
@@ -303,6 +328,7 @@ if master:
         seconds=seconds,
         tokens_per_second=step * tokens_per_step / seconds if step else None,
         **rounding.facts,
+        compiled=compiled,
         peak_memory_bytes=peak_memory(device),
         hardware=hardware(device),
     )

@@ -74,10 +74,14 @@ def ends_in_one_line(args, device, then="--init_from resume goes on from last.pt
         if is_initialized() and (isinstance(error, DistBackendError) or any(w in str(error) for w in LOST)):
             print(f"another process of this run ended, see above: {then}", file=sys.stderr)
             sys.exit(1)
-        words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in words):
+        if not out_of_memory(error):
             raise
         fail(f"out of memory on {hardware(device)}: lower --batch_size {args.batch_size} or --block_size {args.block_size}")
+
+
+def out_of_memory(error):
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
 def hardware(device):

@@ -49,6 +49,9 @@ class NoRunFolder:
 
     writes = False
 
+    def open(self):
+        pass
+
     def log(self, step, **values):
         pass
 
@@ -66,12 +69,19 @@ class RunFolder:
     writes = True
 
     def __init__(self, args, resumed_at=None):
-        """Claim args.out_dir. resumed_at: the step a resume goes on from; None claims the folder for a new run."""
-        self.path = Path(args.out_dir)
-        config = self.path / "config.json"
+        """
+        Claim args.out_dir, or end in one line. open() writes the first files.
+
+        resumed_at: the step a resume goes on from; None claims the folder for a new run.
+        """
+        self.args, self.path, self.resumed_at = args, Path(args.out_dir), resumed_at
         self.claim = claim_folder(self.path, "--out_dir")
         if resumed_at is None:
-            self._refuse_another_run(config, args)
+            self._refuse_another_run(self.path / "config.json", args)
+
+    def open(self):
+        """Write config.json, and begin metrics.jsonl or go on with it."""
+        args, resumed_at, config = self.args, self.resumed_at, self.path / "config.json"
         facts = dict(args=asdict(args), **provenance(args.device))
         if resumed_at is not None and config.exists():
             before = read_json(config, {"resumed?": list, "args": dict}, *ANOTHERS)

@@ -5,6 +5,9 @@ from contextlib import nullcontext
 import torch
 from torch.distributed import all_reduce
 
+from common.cli import reason
+from common.device import out_of_memory
+
 
 def autocast_of(device, dtype):
     """A context for the forward pass in an arithmetic, e.g. "bfloat16"."""
@@ -16,6 +19,22 @@ def to_device(tensors, device):
     if device.startswith("cuda"):
         return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
     return [t.to(device) for t in tensors]
+
+
+def why_it_does_not_compile(first_pass):
+    """
+    Call what makes torch compile, a first forward and backward pass -> None, or in a few words why the compiler failed.
+
+    The random numbers stay as they were. Too little memory is not the compiler's fault: it stays an error.
+    """
+    cards = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(cards):
+            first_pass()
+    except Exception as error:  # Dynamo, Inductor, Triton and a C++ compiler each raise errors of their own
+        if out_of_memory(error):
+            raise
+        return reason(str(error).split("\n\n")[0])  # advice for torch's developers follows
 
 
 def trained_flops(model, T):
