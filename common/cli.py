@@ -13,6 +13,8 @@ import typing
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
+from common.versions import check_torch
+
 LARGE = 10**9  # a number with a range that states no upper end is at most this: larger ones are slips
 
 
@@ -35,6 +37,8 @@ def fail(message):
 
 def program_name():
     """train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`"""
+    if sys.argv[0] == "-m":  # its package is still being imported
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name.removesuffix(".__main__") if spec and spec.origin == sys.argv[0] else Path(sys.argv[0]).name
 
@@ -119,6 +123,7 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None
     Returns (the instance, the dict of flags that were given).
     """
     sys.excepthook = last_words
+    check_torch(fail)
     parser = build_parser(cls, presets or {}, description, epilog, prog)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)

@@ -20,7 +20,9 @@ from common.gguf_head import check_gguf
 from common.modules import check_filled, fresh_memory_is_nan
 from common.tokenizer import check_definition
 from common.untrusted import check_plain, expect, of_reader, read_json, reading
+from common.versions import check_transformers
 
+check_transformers(fail)
 GROWTH = 2.5  # float32 over the bytes of a file in half precision, and room for what is not stored
 GROWTH_GGUF = 32  # at a bit a number
 GENERATION = {name: (range(1, 65), None) for name in ("num_beams?", "num_return_sequences?", "num_beam_groups?")}

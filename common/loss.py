@@ -28,7 +28,7 @@ class HeadLoss(torch.autograd.Function):
         """x (N, m), targets (N,), tables (V, m_i) side by side, the m_i add up to m. learns: whether gradients are wanted."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        # Detached, since torch 2.5 compiles forward() with gradients on, and refuses to write into a part of a tensor that needs one.
+        # Detached: torch 2.5 compiles forward() with gradients on, and refuses to write into a part of a tensor that needs one.
         x, table = x.detach().to(dtype), [t.detach().to(dtype) for t in tables]
         table = table[0] if len(table) == 1 else torch.cat(table, 1)
         loss, dx, gradients = 0, torch.empty_like(x), [None] * len(tables)

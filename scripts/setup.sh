@@ -1,60 +1,55 @@
 # Sourced by every script (or run alone): puts a Python with everything in requirements.txt first on PATH.
 #
-#   the active environment   if it has the pinned packages and torch >= 2.5.1
+#   the active environment   if it has the packages that go with its torch, which is torch >= 2.5.1
 #   .venv                    otherwise; made here by uv, or venv and pip. An active torch >= 2.5.1 is never replaced:
 #                            .venv then borrows that environment's packages and adds the missing ones
 #   SKIP_SETUP=1             takes the active Python as it is (a cluster without a network)
+#   SETUP_TESTS=1            asks for the tools of the tests too; without it a run does not need them
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"
 
-setup_has_all() {  # a python whose packages meet requirements.txt; reads metadata only, 0.1 s
-  "$1" - <<'PY' 2>/dev/null
-import importlib.metadata as metadata, sys
-from packaging.requirements import Requirement
-from packaging.version import Version
-for line in open("requirements.txt"):
-    line = line.split("#")[0].strip()
-    if not line: continue
-    need = Requirement(line)
-    if need.marker and not need.marker.evaluate(): continue
-    have = Version(metadata.version(need.name))
-    if not (have >= Version("2.5.1") if need.name == "torch" else have in need.specifier): sys.exit(1)
-PY
-}
+setup_mistake() { echo "setup: error: $*" >&2; exit 2; }
 
-setup_has_torch() {
-  "$1" -c 'import importlib.metadata as m, re, sys; v = re.findall(r"\d+", m.version("torch"))
-sys.exit([int(n) for n in v[:3]] < [2, 5, 1])' 2>/dev/null
+setup_has() { "$1" common/versions.py met "$2" 2>/dev/null; }  # setup_has PYTHON main|tests
+
+setup_has_all() { setup_has "$1" main && { [ -z "${SETUP_TESTS:-}" ] || setup_has "$1" tests; }; }
+
+setup_install() {  # setup_install main|tests: into .venv what it lacks
+  local list=.venv/requirements_$1.txt override=()
+  .venv/bin/python common/versions.py list "$1" > "$list"
+  if ! grep -q '^torch==' .venv/requirements_main.txt; then  # uv does not see a torch that is borrowed, and peft asks for one
+    echo "torch; python_version < '3'" > .venv/no_torch.txt
+    override=(--override .venv/no_torch.txt)
+  fi
+  { command -v uv >/dev/null && uv pip install --quiet --python .venv/bin/python ${override[@]+"${override[@]}"} -r "$list"; } ||
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$list"
 }
 
 setup_make_venv() {
-  local active=$1 wanted=requirements.txt keep=()
+  local active=$1
   echo "setup: installing requirements.txt into .venv (some minutes, once; SKIP_SETUP=1 skips it)" >&2
+  "$active" common/versions.py notes >&2
   if [ ! -x .venv/bin/python ]; then
     if command -v uv >/dev/null; then uv venv --quiet --seed --python "$active" .venv; else "$active" -m venv .venv; fi
   fi
-  if setup_has_torch "$active"; then
+  if "$active" common/versions.py list main | grep -q '^torch=='; then :; else
     echo "setup: keeping the torch that is installed in $("$active" -c 'import sys; print(sys.prefix)')" >&2
     "$active" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
       > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_environment.pth"
-    wanted=.venv/requirements_without_torch.txt
-    grep -v '^torch==' requirements.txt > "$wanted"
-    echo "torch; python_version < '3'" > .venv/no_torch.txt  # uv does not see a borrowed one, and peft asks for one
-    keep=(--override .venv/no_torch.txt)
   fi
-  { command -v uv >/dev/null && uv pip install --quiet --python .venv/bin/python ${keep[@]+"${keep[@]}"} -r "$wanted"; } ||
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted"
+  setup_install main || return
+  setup_install tests || echo "setup: the tools of the tests cannot be had, see above: all runs but bash scripts/test.sh" >&2
 }
 
 if [ "${SKIP_SETUP:-}" != 1 ]; then
-  active=$(command -v python3 || command -v python) || { echo "setup: error: no python3 on PATH: install Python 3.10 or newer" >&2; exit 2; }
+  active=$(command -v python3 || command -v python) || setup_mistake "no python3 on PATH: install Python 3.10 to 3.13"
   "$active" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "setup: error: $active is $("$active" -V): put Python 3.10 or newer first on PATH" >&2; exit 2; }
+    setup_mistake "$active is $("$active" -V): put Python 3.10 to 3.13 first on PATH"
   if ! setup_has_all "$active"; then
     if ! { [ -x .venv/bin/python ] && setup_has_all .venv/bin/python; }; then
       setup_make_venv "$active" && setup_has_all .venv/bin/python ||
-        { echo "setup: error: .venv could not be filled from requirements.txt: see the lines above; delete .venv to start afresh" >&2; exit 2; }
+        setup_mistake ".venv could not be filled from requirements.txt: see the lines above; delete .venv to start afresh"
     fi
     active=$repo/.venv/bin/python
     export PATH="$repo/.venv/bin:$PATH"

@@ -5,6 +5,11 @@ Surgery: q, k and v of a real model, or its token table, replaced by low-rank ve
     model, tokenizer = load("model_weights/smaller")  # what `python -m surgery --out model_weights/smaller` wrote
 """
 
+from common.cli import fail
+from common.versions import check_transformers
+
+check_transformers(fail)  # before any module of surgery imports it
+
 
 def load(folder, device="cpu", packed=True):
     """

@@ -85,7 +85,7 @@ def test_a_checkpoint_that_is_read_is_filled(tiny_model, tmp_path):
 
 
 def test_a_part_that_a_reader_forgets_is_one_line(folders, monkeypatch, capsys):
-    """As torch 2.5 did: torch.get_default_device() does not see torch.device("meta"), and the table got memory that nobody filled."""
+    """So it was on torch 2.5, whose torch.get_default_device() does not see torch.device("meta")."""
     monkeypatch.setattr(low_rank_modules, "unset_table", lambda V, r: nn.utils.skip_init(nn.Embedding, V, r, device="cpu"))
     with pytest.raises(SystemExit):
         load(folders / "low_rank")

@@ -10,6 +10,8 @@ import pytest
 from conftest import REPO
 from shell import run, succeed
 
+from common import versions
+
 PROGRAMS = [
     "train.py",
     "report.py",
@@ -44,16 +46,98 @@ def test_setup_keeps_a_complete_environment(copy):
     assert Path(done.stdout.strip()).parent == Path(sys.executable).parent and not (copy / ".venv").exists()
 
 
-def test_setup_tells_a_complete_environment_from_another(copy, tmp_path):
+@pytest.fixture
+def house(copy, tmp_path):
+    """A folder with setup.sh and what it asks. Called with the lines of a requirements.txt."""
+
+    def make(*lines):
+        (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n# for the tests\npytest==0.1\n")
+        return tmp_path
+
+    for name in ("scripts/setup.sh", "common/versions.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(copy / name, tmp_path / name)
+    return make
+
+
+def test_setup_tells_a_complete_environment_from_another(house):
     """What a script checks before it takes the active environment, held against requirements it meets and does not."""
-    shutil.copytree(copy / "scripts", tmp_path / "scripts")
-    numpy, torch = (importlib.metadata.version(name) for name in ("numpy", "torch"))
+    numpy = importlib.metadata.version("numpy")
     for lines, complete in [
         ([f"numpy=={numpy}  # a comment", "torch==99.0  # any from 2.5.1 on will do"], True),
         (["numpy==0.1"], False),
         (["a-package-that-is-not-there==1.0"], False),
-        (["numpy==0.1; python_version < '3.0'", f"torch=={torch}"], True),
+        (["numpy==0.1; python_version < '3.0'"], True),
+        (["numpy==0.1", f"# torch<99: numpy=={numpy}"], True),
+        ([f"numpy=={numpy}", "# torch<99: numpy==0.1"], False),
     ]:
-        (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n")
-        assert (run("source scripts/setup.sh && setup_has_all python", tmp_path).returncode == 0) == complete, lines
-    assert run("source scripts/setup.sh && setup_has_torch python", tmp_path).returncode == 0
+        assert (run("source scripts/setup.sh && setup_has_all python", house(*lines)).returncode == 0) == complete, lines
+    assert run("source scripts/setup.sh && SETUP_TESTS=1 setup_has_all python", house(f"numpy=={numpy}")).returncode
+
+
+def test_a_tool_of_the_tests_that_cannot_be_had_stops_the_tests_alone(house):
+    """A stub stands for the Python of .venv: what it installs of the main part is there, the tests' part cannot be had."""
+    folder = house("a-package-that-is-not-there==1.0")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    cases = """
+        *"pip install"*main.txt) touch main ;;
+        *"pip install"*tests.txt) exit 1 ;;
+        *"met main") [ -f main ] ;;
+        *"met tests") exit 1 ;;
+    """
+    text = f'#!/bin/bash\ncase "$*" in {cases} *) exec {sys.executable} "$@" ;; esac\n'
+    (folder / ".venv" / "bin" / "python").write_text(text)
+    (folder / "uv").write_text("#!/bin/sh\nexit 1\n")
+    for program in (folder / ".venv" / "bin" / "python", folder / "uv"):
+        program.chmod(0o755)
+    setup = 'PATH="$PWD:$PATH"; source scripts/setup.sh && echo "$SETUP_PYTHON"'
+    done = succeed(setup, folder, SKIP_SETUP="")
+    assert (
+        done.stdout.strip() == str(folder / ".venv" / "bin" / "python") and "all runs but bash scripts/test.sh" in done.stderr
+    )
+    assert "cannot be had" not in succeed(setup, folder, SKIP_SETUP="").stderr  # it is not tried at each command
+    refused = run(setup, folder, SKIP_SETUP="", SETUP_TESTS="1")
+    assert refused.returncode == 2 and "delete .venv to start afresh" in refused.stderr
+
+
+TRANSFORMERS = ["torch>=2.6; extra == 'torch'", "numpy>=1.17", "torch>=9.9; extra == 'all'"]
+
+
+def test_what_goes_with_an_older_torch(monkeypatch):
+    """On the project's own requirements.txt."""
+    pins = {part: versions.wanted(None, part) for part in ("main", "tests")}
+    older, newer = versions.wanted("2.5.1+cu121"), versions.wanted("2.13.0+cpu")
+    assert any(line.startswith("torch==") for line in pins["main"]) and any("hypothesis" in line for line in pins["tests"])
+    assert newer == [line for line in pins["main"] if not line.startswith("torch==")]
+    (kept, pinned), *more = [pair for pair in zip(older, newer) if pair[0] != pair[1]]
+    assert kept.startswith("transformers==") and pinned.startswith("transformers==") and not more
+
+    monkeypatch.setattr(versions, "installed", dict(torch="2.4.1", transformers="5.20.2").get)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert "torch 2.4.1 is older than 2.5.1" in next(versions.notes(None))
+    first, second = versions.notes("2.5.1")
+    assert kept in first and pinned in first and "does not compile on Python 3.13" in second
+    assert not list(versions.notes("2.6.0"))
+    monkeypatch.setattr(sys, "version_info", (3, 15, 0))
+    assert "3.10 to 3.13" in "".join(versions.notes("2.13.0"))
+
+
+def test_an_environment_that_cannot_work_is_one_line_with_the_command(monkeypatch):
+    said = []
+    monkeypatch.setattr(versions.metadata, "requires", lambda name: TRANSFORMERS)
+    for torch, tests in {"2.4.1": (True, True), "2.5.1+cu124": (False, True), "2.6.0": (False, False)}.items():
+        monkeypatch.setattr(versions, "installed", dict(torch=torch, transformers="5.20.2").get)
+        for check, fails in zip((versions.check_torch, versions.check_transformers), tests):
+            check(said.append)
+            assert bool(said) == fails, (torch, said)
+            assert all("setup.sh" in line and "pip install" in line and torch in line for line in said)
+            said.clear()
+    monkeypatch.setattr(versions, "installed", {}.get)  # other lines say that a package is missing
+    versions.check_torch(said.append)
+    versions.check_transformers(said.append)
+    assert not said
+
+
+def test_a_program_ends_in_one_line_where_torch_is_too_old(monkeypatch, run_main, assert_one_line_error):
+    monkeypatch.setattr(versions, "installed", dict(torch="2.4.1").get)
+    assert_one_line_error(run_main("train.py", "--max_iters", 1), "train.py: error: torch 2.4.1", "torch>=2.5.1")

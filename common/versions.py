@@ -1,0 +1,118 @@
+"""
+Which packages go with this Python and its torch. A program that cannot work with what is installed says so in one line.
+
+scripts/setup.sh asks it, by its path:
+
+    python common/versions.py list main      the lines of requirements.txt for pip; main: all but the tools of the tests
+    python common/versions.py met tests      status 0 if what is installed meets the lines
+    python common/versions.py notes          what is not as pinned or will not work, a line each
+
+An installed torch from OLDEST on is kept. A line "# torch<2.6: transformers==5.19.0" replaces a pin beside an older torch. Only
+the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
+"""
+
+import importlib.metadata as metadata
+import re
+import sys
+from pathlib import Path
+
+OLDEST = "2.5.1"
+TESTS = "# for the tests"
+COMPILES_ON_3_13 = "2.6"  # the first torch whose torch.compile runs on Python 3.13
+
+
+def release(version):
+    """ "2.5.1+cu124" -> (2, 5, 1)"""
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def older(version, than):
+    return release(version) < release(than)
+
+
+def installed(name):
+    """The version of a package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- what a program needs -----------------------------------------------------------------------------------------------
+
+
+def check_torch(fail):
+    """fail(message) if the installed torch is older than this project runs on."""
+    if (torch := installed("torch")) and older(torch, OLDEST):
+        fail(f"torch {torch} is too old: bash scripts/setup.sh, or pip install 'torch>={OLDEST}'")
+
+
+def check_transformers(fail):
+    """fail(message) if the installed transformers wants a newer torch. It would import, and then lack its models."""
+    torch, transformers = installed("torch"), installed("transformers")
+    for line in metadata.requires("transformers") or [] if torch and transformers else []:
+        if (found := re.match(r"torch>=([\d.]+);.*extra == .torch.$", line)) and older(torch, found[1]):
+            pin = next(line for line in wanted(torch) if line.startswith("transformers=="))
+            fail(
+                f"transformers {transformers} needs torch {found[1]}, and torch {torch} is installed: bash scripts/setup.sh, "
+                f"or pip install {pin}"
+            )
+
+
+# -- what setup.sh installs ---------------------------------------------------------------------------------------------
+
+
+def wanted(torch, part="main"):
+    """The lines of requirements.txt for a torch that is kept, or None; of one that is kept there is no line."""
+    text = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8")
+    replaced, lines = {}, text.split(TESTS)[part == "tests"].splitlines()
+    for line in lines:
+        if (found := re.match(r"# torch<([\d.]+): ((\S+)==\S+)", line)) and torch and older(torch, found[1]):
+            replaced[found[3]] = found[2]
+    lines = [line.split("#")[0].strip() for line in lines]
+    names = {line: re.match(r"[\w.-]+", line)[0] for line in lines if line}
+    return [replaced.get(name, line) for line, name in names.items() if not (name == "torch" and torch)]
+
+
+def is_met(line):
+    from packaging.requirements import Requirement
+
+    need = Requirement(line)
+    if need.marker and not need.marker.evaluate():
+        return True
+    have = installed(need.name)
+    return have is not None and need.specifier.contains(have, prereleases=True)
+
+
+def are_met(lines):
+    try:
+        return all(map(is_met, lines))
+    except ImportError:  # an environment without the package `packaging` lacks others too
+        return False
+
+
+def notes(torch):
+    """What is not as pinned, or will not work, beside a torch that is kept, or None."""
+    python = sys.version_info[:2]
+    if not torch and (old := installed("torch")):
+        yield f"torch {old} is older than {OLDEST}: .venv gets the pinned one, a download of gigabytes"
+    if torch:
+        for line, pinned in zip(wanted(torch), wanted("999")):
+            if line != pinned:
+                yield f"torch {torch} is kept, so {line} is taken: {pinned} needs a newer torch"
+        if python >= (3, 13) and older(torch, COMPILES_ON_3_13):
+            yield f"torch {torch} does not compile on Python 3.13, as torch {COMPILES_ON_3_13} does: models train uncompiled"
+    if python > (3, 13):
+        yield f"Python {python[0]}.{python[1]} has not been tried: 3.10 to 3.13 have"
+
+
+if __name__ == "__main__":
+    kept = installed("torch")
+    if kept and older(kept, OLDEST):
+        kept = None
+    if sys.argv[1] == "notes":
+        print("".join(f"setup: {line}\n" for line in notes(kept)), end="")
+    elif sys.argv[1] == "list":
+        print("\n".join(wanted(kept, sys.argv[2])))
+    else:
+        sys.exit(not are_met(wanted(kept, sys.argv[2])))
