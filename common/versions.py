@@ -7,7 +7,7 @@ scripts/setup.sh asks it, by its path:
     python common/versions.py met tests      status 0 if what is installed meets the lines
     python common/versions.py notes          what is not as pinned or will not work, a line each
 
-An installed torch from OLDEST on is kept. A line "# torch<2.6: transformers==5.19.0" replaces a pin beside an older torch. Only
+An installed torch from OLDEST on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch. Only
 the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
 """
 
@@ -48,15 +48,21 @@ def check_torch(fail):
 
 
 def check_transformers(fail):
-    """fail(message) if the installed transformers wants a newer torch. It would import, and then lack its models."""
+    """
+    fail(message) if the installed transformers wants a newer torch. It would import, and then lack its models.
+
+    Its metadata says which torch it wants; an older torch that we have tried has a line of its own in requirements.txt.
+    """
     torch, transformers = installed("torch"), installed("transformers")
-    for line in metadata.requires("transformers") or [] if torch and transformers else []:
-        if (found := re.match(r"torch>=([\d.]+);.*extra == .torch.$", line)) and older(torch, found[1]):
-            pin = next(line for line in wanted(torch) if line.startswith("transformers=="))
-            fail(
-                f"transformers {transformers} needs torch {found[1]}, and torch {torch} is installed: bash scripts/setup.sh, "
-                f"or pip install {pin}"
-            )
+    if not torch or not transformers:
+        return
+    pin, pinned = (next(line for line in wanted(t) if line.startswith("transformers==")) for t in (torch, "999"))
+    asked = [re.match(r"torch>=([\d.]+);.*extra == .torch.$", line) for line in metadata.requires("transformers") or []]
+    if any(found and older(torch, found[1]) for found in asked) or (pin != pinned and older(pin.split("==")[1], transformers)):
+        fail(
+            f"transformers {transformers} needs a newer torch than {torch}, which is installed: bash scripts/setup.sh, or "
+            f"pip install {pin}"
+        )
 
 
 # -- what setup.sh installs ---------------------------------------------------------------------------------------------

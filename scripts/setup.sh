@@ -15,15 +15,15 @@ setup_has() { "$1" common/versions.py met "$2" 2>/dev/null; }  # setup_has PYTHO
 
 setup_has_all() { setup_has "$1" main && { [ -z "${SETUP_TESTS:-}" ] || setup_has "$1" tests; }; }
 
-setup_install() {  # setup_install main|tests: into .venv what it lacks
-  local list=.venv/requirements_$1.txt override=()
-  .venv/bin/python common/versions.py list "$1" > "$list"
-  if ! grep -q '^torch==' .venv/requirements_main.txt; then  # uv does not see a torch that is borrowed, and peft asks for one
-    echo "torch; python_version < '3'" > .venv/no_torch.txt
-    override=(--override .venv/no_torch.txt)
+setup_install() {  # setup_install VENV main|tests: what it lacks
+  local python=$1/bin/python list=$1/requirements_$2.txt override=()
+  "$python" common/versions.py list "$2" > "$list"
+  if ! grep -q '^torch==' "$1/requirements_main.txt"; then  # uv does not see a torch that is borrowed, and peft asks for one
+    echo "torch; python_version < '3'" > "$1/no_torch.txt"
+    override=(--override "$1/no_torch.txt")
   fi
-  { command -v uv >/dev/null && uv pip install --quiet --python .venv/bin/python ${override[@]+"${override[@]}"} -r "$list"; } ||
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$list"
+  { command -v uv >/dev/null && uv pip install --quiet --python "$python" ${override[@]+"${override[@]}"} -r "$list"; } ||
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$list"
 }
 
 setup_make_venv() {
@@ -38,8 +38,8 @@ setup_make_venv() {
     "$active" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
       > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_environment.pth"
   fi
-  setup_install main || return
-  setup_install tests || echo "setup: the tools of the tests cannot be had, see above: all runs but bash scripts/test.sh" >&2
+  setup_install .venv main || return
+  setup_install .venv tests || echo "setup: the tools of the tests cannot be had, see above: all runs but bash scripts/test.sh" >&2
 }
 
 if [ "${SKIP_SETUP:-}" != 1 ]; then

@@ -136,6 +136,11 @@ def test_an_environment_that_cannot_work_is_one_line_with_the_command(monkeypatc
     versions.check_torch(said.append)
     versions.check_transformers(said.append)
     assert not said
+    monkeypatch.setattr(versions.metadata, "requires", lambda name: ["torch>=2.5; extra == 'torch'"])  # as 5.19.0 says
+    for transformers, fails in {"5.18.0": False, "5.19.0": True}.items():
+        monkeypatch.setattr(versions, "installed", dict(torch="2.5.1", transformers=transformers).get)
+        versions.check_transformers(said.append)
+        assert bool(said) == fails
 
 
 def test_a_program_ends_in_one_line_where_torch_is_too_old(monkeypatch, run_main, assert_one_line_error):
