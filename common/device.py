@@ -20,6 +20,7 @@ from torch.distributed import (
 )
 
 from common.cli import fail
+from common.versions import build_of_torch
 
 # Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
 PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
@@ -52,7 +53,8 @@ def end_processes():
 
 def pick_card(device, world_size):
     if not torch.cuda.is_available():
-        fail(f"--device {device}, but no CUDA device is here: give --preset laptop, or --device cpu --dtype float32")
+        why = f"torch {build_of_torch()}, sees no CUDA device here"
+        fail(f"--device {device}, but {why}: give --preset laptop, or --device cpu --dtype float32")
     if device == "cuda" or world_size > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if int(device.split(":")[1]) >= torch.cuda.device_count():

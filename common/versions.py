@@ -6,19 +6,24 @@ scripts/setup.sh asks it, by its path:
     python common/versions.py list main      the lines of requirements.txt for pip; main: all but the tools of the tests
     python common/versions.py met tests      status 0 if what is installed meets the lines
     python common/versions.py notes          what is not as pinned or will not work, a line each
+    python common/versions.py build          the torch and the CUDA that it is built for: "2.5.1, built for CUDA 12.4"
 
 An installed torch from OLDEST on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch. Only
 the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
 """
 
 import importlib.metadata as metadata
+import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 OLDEST = "2.5.1"
 TESTS = "# for the tests"
 COMPILES_ON_3_13 = "2.6"  # the first torch whose torch.compile runs on Python 3.13
+DRIVER = "580"  # of a card: the oldest that serves CUDA 13, which the pinned torch is built for
 
 
 def release(version):
@@ -36,6 +41,23 @@ def installed(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def build_of_torch():
+    """Which torch is installed, and for what, in words."""
+    spec = importlib.util.find_spec("torch")
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    cuda = re.search(r"^cuda\b.*= '([\d.]+)'", text, flags=re.M)
+    return f"{installed('torch').split('+')[0]}, built {f'for CUDA {cuda[1]}' if cuda else 'without CUDA'}"
+
+
+def driver():
+    """The version of the cards' driver, or None."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = re.match(r"[\d.]+", subprocess.run(asked, capture_output=True, text=True).stdout)
+    return found and found[0]
 
 
 # -- what a program needs -----------------------------------------------------------------------------------------------
@@ -102,6 +124,11 @@ def notes(torch):
     python = sys.version_info[:2]
     if not torch and (old := installed("torch")):
         yield f"torch {old} is older than {OLDEST}: .venv gets the pinned one, a download of gigabytes"
+    if not torch and (version := driver()) and older(version, DRIVER):
+        yield (
+            f"the pinned torch needs driver {DRIVER} for its CUDA 13, and this one is {version}: to use the card, install a torch "
+            f"that fits it into an environment first (pip install torch=={OLDEST}), activate that, and start again"
+        )
     if torch:
         for line, pinned in zip(wanted(torch), wanted("999")):
             if line != pinned:
@@ -116,7 +143,9 @@ if __name__ == "__main__":
     kept = installed("torch")
     if kept and older(kept, OLDEST):
         kept = None
-    if sys.argv[1] == "notes":
+    if sys.argv[1] == "build":
+        print(build_of_torch())
+    elif sys.argv[1] == "notes":
         print("".join(f"setup: {line}\n" for line in notes(kept)), end="")
     elif sys.argv[1] == "list":
         print("\n".join(wanted(kept, sys.argv[2])))

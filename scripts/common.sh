@@ -15,10 +15,15 @@ source scripts/stages.sh
 
 if [ -z "${PRESET:-}" ]; then
   # nvidia-smi first: it answers at once, importing torch takes seconds
-  if command -v nvidia-smi >/dev/null && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  if command -v nvidia-smi >/dev/null && python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     PRESET=${WITH_GPU:-gpt2}
   else
-    PRESET=${LAPTOP:-laptop}
+    PRESET=${LAPTOP:-laptop} build=$(python common/versions.py build)
+    if command -v nvidia-smi >/dev/null; then
+      echo "on the CPU: nvidia-smi is here, and torch $build, sees no card. To use one, install a torch that its driver serves"
+    elif [[ $build != *without* ]]; then
+      echo "on the CPU: torch $build, finds no driver here"
+    fi
   fi
 fi
 if [ -z "${OUT:-}" ]; then
