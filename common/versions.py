@@ -8,7 +8,7 @@ scripts/setup.sh asks it, by its path:
     python common/versions.py notes          what is not as pinned or will not work, a line each
     python common/versions.py build          the torch and the CUDA that it is built for: "2.5.1, built for CUDA 12.4"
 
-An installed torch from OLDEST on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch. Only
+An installed torch from oldest() on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch. Only
 the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
 """
 
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 OLDEST = "2.5.1"
+OLDEST_ON_3_13 = "2.6"  # torch 2.5 has a build for Python 3.13, which can neither save a model nor compile one
 TESTS = "# for the tests"
-COMPILES_ON_3_13 = "2.6"  # the first torch whose torch.compile runs on Python 3.13
 DRIVER = "580"  # of a card: the oldest that serves CUDA 13, which the pinned torch is built for
 
 
@@ -35,12 +35,21 @@ def older(version, than):
     return release(version) < release(than)
 
 
+def oldest():
+    """The oldest torch that works with this Python."""
+    return OLDEST if sys.version_info < (3, 13) else OLDEST_ON_3_13
+
+
 def installed(name):
     """The version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def python():
+    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def build_of_torch():
@@ -65,8 +74,8 @@ def driver():
 
 def check_torch(fail):
     """fail(message) if the installed torch is older than this project runs on."""
-    if (torch := installed("torch")) and older(torch, OLDEST):
-        fail(f"torch {torch} is too old: bash scripts/setup.sh, or pip install 'torch>={OLDEST}'")
+    if (torch := installed("torch")) and older(torch, oldest()):
+        fail(f"torch {torch} is too old for {python()}: bash scripts/setup.sh, or pip install 'torch>={oldest()}'")
 
 
 def check_transformers(fail):
@@ -121,27 +130,26 @@ def are_met(lines):
 
 def notes(torch):
     """What is not as pinned, or will not work, beside a torch that is kept, or None."""
-    python = sys.version_info[:2]
     if not torch and (old := installed("torch")):
-        yield f"torch {old} is older than {OLDEST}: .venv gets the pinned one, a download of gigabytes"
+        yield (
+            f"torch {old} is too old for {python()}, which needs {oldest()}: .venv gets the pinned one, a download of gigabytes"
+            + (f". Python 3.12 works with torch {OLDEST}" if not older(old, OLDEST) else "")
+        )
     if not torch and (version := driver()) and older(version, DRIVER):
         yield (
-            f"the pinned torch needs driver {DRIVER} for its CUDA 13, and this one is {version}: to use the card, install a torch "
+            f"the pinned torch needs driver {DRIVER} for its CUDA 13, this one is {version}: to use the card, install a torch "
             f"that fits it into an environment first (pip install torch=={OLDEST}), activate that, and start again"
         )
-    if torch:
-        for line, pinned in zip(wanted(torch), wanted("999")):
-            if line != pinned:
-                yield f"torch {torch} is kept, so {line} is taken: {pinned} needs a newer torch"
-        if python >= (3, 13) and older(torch, COMPILES_ON_3_13):
-            yield f"torch {torch} does not compile on Python 3.13, as torch {COMPILES_ON_3_13} does: models train uncompiled"
-    if python > (3, 13):
-        yield f"Python {python[0]}.{python[1]} has not been tried: 3.10 to 3.13 have"
+    for line, pinned in zip(wanted(torch), wanted("999")) if torch else ():
+        if line != pinned:
+            yield f"torch {torch} is kept, so {line} is taken: {pinned} needs a newer torch"
+    if sys.version_info[:2] > (3, 13):
+        yield f"{python()} has not been tried: 3.10 to 3.13 have"
 
 
 if __name__ == "__main__":
     kept = installed("torch")
-    if kept and older(kept, OLDEST):
+    if kept and older(kept, oldest()):
         kept = None
     if sys.argv[1] == "build":
         print(build_of_torch())

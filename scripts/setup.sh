@@ -1,6 +1,6 @@
 # Sourced by every script (or run alone): puts a Python with everything in requirements.txt first on PATH.
 #
-#   the active environment   if it has the packages that go with its torch, which is torch >= 2.5.1
+#   the active environment   if it has the packages that go with its torch, which is torch >= 2.5.1 (2.6 on Python 3.13)
 #   .venv                    otherwise; made here by uv, or venv and pip. An active torch >= 2.5.1 is never replaced:
 #                            .venv then borrows that environment's packages and adds the missing ones
 #   SKIP_SETUP=1             takes the active Python as it is (a cluster without a network)

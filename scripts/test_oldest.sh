@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 pinned=$SETUP_PYTHON
-oldest=$(python -c 'from common.versions import OLDEST; print(OLDEST)')
+oldest=$(python -c 'from common.versions import oldest; print(oldest())')
 minor=$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=${XDG_CACHE_HOME:-$HOME/.cache}/nanopca/torch-$oldest-python$minor
 say() { echo "test.sh --oldest: $*"; }

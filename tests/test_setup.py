@@ -112,18 +112,28 @@ def test_what_goes_with_an_older_torch(monkeypatch):
     (kept, pinned), *more = [pair for pair in zip(older, newer) if pair[0] != pair[1]]
     assert kept.startswith("transformers==") and pinned.startswith("transformers==") and not more
 
-    monkeypatch.setattr(versions, "installed", dict(torch="2.4.1", transformers="5.20.2").get)
-    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
-    assert "torch 2.4.1 is older than 2.5.1" in next(versions.notes(None))
-    first, second = versions.notes("2.5.1")
-    assert kept in first and pinned in first and "does not compile on Python 3.13" in second
-    assert not list(versions.notes("2.6.0"))
+    monkeypatch.setattr(versions, "driver", lambda: None)
+    for python, torch, words in [
+        ((3, 12, 1), "2.4.1", ["torch 2.4.1 is too old for Python 3.12, which needs 2.5.1"]),
+        ((3, 13, 0), "2.5.1", ["torch 2.5.1 is too old for Python 3.13, which needs 2.6", "Python 3.12 works"]),
+    ]:
+        monkeypatch.setattr(sys, "version_info", python)
+        monkeypatch.setattr(versions, "installed", dict(torch=torch).get)
+        (note,) = versions.notes(None)
+        assert all(part in note for part in words) and "gigabytes" in note
+    monkeypatch.setattr(versions, "installed", {}.get)
+    for version, said in (("555.42.02", 1), ("580.65.06", 0)):  # of the first users' machine; of CUDA 13
+        monkeypatch.setattr(versions, "driver", lambda version=version: version)
+        assert len([note for note in versions.notes(None) if version in note and "torch==2.5.1" in note]) == said
+    (note,) = versions.notes("2.5.1")
+    assert kept in note and pinned in note and not list(versions.notes("2.6.0"))
     monkeypatch.setattr(sys, "version_info", (3, 15, 0))
     assert "3.10 to 3.13" in "".join(versions.notes("2.13.0"))
 
 
 def test_an_environment_that_cannot_work_is_one_line_with_the_command(monkeypatch):
     said = []
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
     monkeypatch.setattr(versions.metadata, "requires", lambda name: TRANSFORMERS)
     for torch, tests in {"2.4.1": (True, True), "2.5.1+cu124": (False, True), "2.6.0": (False, False)}.items():
         monkeypatch.setattr(versions, "installed", dict(torch=torch, transformers="5.20.2").get)
@@ -132,6 +142,10 @@ def test_an_environment_that_cannot_work_is_one_line_with_the_command(monkeypatc
             assert bool(said) == fails, (torch, said)
             assert all("setup.sh" in line and "pip install" in line and torch in line for line in said)
             said.clear()
+    monkeypatch.setattr(versions, "installed", dict(torch="2.5.1").get)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    versions.check_torch(said.append)
+    assert "torch>=2.6" in said.pop()
     monkeypatch.setattr(versions, "installed", {}.get)  # other lines say that a package is missing
     versions.check_torch(said.append)
     versions.check_transformers(said.append)
