@@ -8,8 +8,8 @@ scripts/setup.sh asks it, by its path:
     python common/versions.py notes          what is not as pinned or will not work, a line each
     python common/versions.py build          the torch and the CUDA that it is built for: "2.5.1, built for CUDA 12.4"
 
-An installed torch from oldest() on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch. Only
-the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
+An installed torch from oldest() on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch.
+Only the packages' metadata is read, and none of them is imported, so that it answers in 0.1 s.
 """
 
 import importlib.metadata as metadata
