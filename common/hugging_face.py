@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common.cli import fail
 from common.gguf_head import check_gguf
-from common.modules import check_filled, fresh_memory_is_nan
+from common.modules import check_complete, fresh_memory_is_nan
 from common.tokenizer import check_definition
 from common.untrusted import check_plain, expect, of_reader, read_json, reading
 from common.versions import check_transformers
@@ -231,12 +231,10 @@ def read_model(source, flag, **options):
 
     with fresh_memory_is_nan():
         model, info = read(AutoModelForCausalLM, "weights", source, flag, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):  # from_pretrained fills them with random numbers
-        fail(f"{flag} {source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
+    check_complete(model, info, f"{flag} {source}".strip())
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             fail(f"{flag} {source} has numbers in {name} that are not finite: give a whole model")
-    check_filled(model, f"{flag} {source}".strip())
     settings = Path(source) / "generation_config.json"
     if settings.is_file() and "gguf_file" not in options:
         read_json(settings, GENERATION, "the settings of a generation", "delete it, or give a whole model")

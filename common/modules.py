@@ -36,6 +36,18 @@ def check_filled(model, source):
             fail(f"{source}: {name} comes neither from the file nor from the config: write the file again")
 
 
+def check_complete(model, info, source):
+    """
+    check_filled() for what from_pretrained(output_loading_info=True) returned. transformers draws missing weights at random.
+
+    Of a model that accelerate has spread over devices, some weights may wait on the disk.
+    """
+    if missing := sorted(info["missing_keys"]):
+        fail(f"{source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
+    if not hasattr(model, "hf_device_map"):
+        check_filled(model, source)
+
+
 def is_fresh(t):
     if t.is_floating_point():
         return bool(t.isnan().any())

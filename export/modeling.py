@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from common.modules import check_filled, fresh_memory_is_nan
+from common.modules import check_complete, fresh_memory_is_nan
 from surgery.coded_attention import coded_layers, install_cache
 from surgery.coded_modules import install_coded
 from surgery.low_rank_modules import install
@@ -21,10 +21,7 @@ class CompactModel:
     def from_pretrained(cls, *given, output_loading_info=False, **options):
         with fresh_memory_is_nan():
             model, info = super().from_pretrained(*given, output_loading_info=True, **options)
-        if missing := sorted(info["missing_keys"]):  # transformers draws them at random, after a warning
-            raise ValueError(f"{given[0]} lacks {missing[0]}: write the folder again")
-        if not hasattr(model, "hf_device_map"):  # of accelerate, which may leave weights on the disk
-            check_filled(model, given[0])
+        check_complete(model, info, given[0])
         return (model, info) if output_loading_info else model
 
 

@@ -104,9 +104,11 @@ def first_steps(out, folder="gpt2"):
     steps, loss = list(losses(lines).items())[-1]
     found = dict(steps=steps, train_loss=loss, val_loss=evaluated[-1][1], tokens_per_second=speed(lines))
     found |= dict(peak_share=median(shares) if shares else None, done=summary is not None)
-    found |= dict(peak_memory_bytes=summary["peak_memory_bytes"], hardware=summary["hardware"]) if summary else {}
+    kept = ("peak_memory_bytes", "hardware", "compiled")
+    found |= {name: summary.get(name) for name in kept} if summary else {}
     share = f", {found['peak_share']:.1%} of the card's peak" if shares else ""
     memory = f", {found['peak_memory_bytes'] / 1e9:.2f} GB at most" if summary else ", not done"
+    memory += ", not compiled" * (found.get("compiled") is False)
     text = f"Step {steps}: training loss {loss:.4f}, validation loss {found['val_loss']:.4f}; "
     return found, text + f"{found['tokens_per_second']:,.0f} tokens/s{share}{memory}."
 

@@ -4,6 +4,7 @@ import torch
 
 from common import checkpoint
 from common.cli import fail
+from common.modules import check_complete, fresh_memory_is_nan
 from common.untrusted import reading
 from surgery.evaluator import measured
 from surgery.reading import load
@@ -48,7 +49,10 @@ class Predictor:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with reading(f"{flag} {name}", "a model that its own code loads", "give a folder of save_pretrained"):
-            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+            options = dict(trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
+            with fresh_memory_is_nan():
+                model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+            check_complete(model, info, f"{flag} {name}")
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
         return model.eval(), lambda: tokenizer
 

@@ -113,13 +113,20 @@ def test_a_checkpoint_and_its_folder_of_hugging_face_are_the_same_model(evaluate
         assert evaluate(kind, "--characters", 50).status == 0
 
 
-def test_code_in_a_folder_runs_only_where_it_is_trusted(evaluate, own_clinic, tmp_path, monkeypatch):
+def test_code_in_a_folder_runs_only_where_it_is_trusted(evaluate, own_clinic, tmp_path, monkeypatch, assert_one_line_error):
+    """Under another class's name, transformers does not find the head of a GPT-NeoX: its file has it as embed_out.weight."""
+    from safetensors.torch import load_file, save_file
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = shutil.copytree(own_clinic / "neox", tmp_path / "coded")
     config = json.loads((folder / "config.json").read_text()) | dict(auto_map=dict(AutoModelForCausalLM="modeling_toy.Toy"))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_toy.py").write_text(TOY_CODE)
     assert evaluate(folder).last["loss"] == evaluate("neox").last["loss"]
+    assert_one_line_error(evaluate(folder, "--trust_remote_code"), "lacks 1 weights, first lm_head.weight")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("embed_out.weight")
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     result = evaluate(folder, "--trust_remote_code")
     assert result.status == 0, result.err
     assert result.last["loss"] == pytest.approx(math.log(300), abs=1e-5)
