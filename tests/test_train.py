@@ -1,11 +1,13 @@
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import partialmethod
+from dataclasses import replace
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from conftest import REPO, TINY, as_flags
 from common import checkpoint, run_folder
 from common.dataset import Dataset
 from common.evaluate import evaluate
+from common.train_rules import check
 from model import GPT, GPTConfig
 from train_args import TrainArgs
 
@@ -272,6 +275,25 @@ def test_evaluating_a_run_changes_nothing_in_it(train, baseline):
 
 def test_bfloat16_trains(train, tmp_path):
     assert train(out_dir=tmp_path / "run", dtype="bfloat16").status == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_steps_and_goes_on_with_its_scale(train, tmp_path, monkeypatch, optimizer):
+    """As on a card, for which train.py keeps it. The scale begins so high that the first steps overflow."""
+    for place in ("train_args.check", "common.train_rules.check"):
+        monkeypatch.setattr(place, lambda args, *more: check(replace(args, dtype="float32"), *more))
+    monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    flags = dict(dtype="float16", optimizer=optimizer, lr_decay_iters=12, eval_interval=6, log_interval=3)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train(out_dir=whole, max_iters=12, **flags).status == 0
+    assert train(out_dir=halves, max_iters=6, **flags).status == 0
+    assert train(out_dir=halves, init_from="resume", max_iters=12, dtype=None).status == 0
+    one, two = (checkpoint.load(out / "last.pt") for out in (whole, halves))
+    assert one["scaler"] == two["scaler"] and one["scaler"]["scale"] < 2.0**26
+    skipped = sum(json.loads(line).get("skipped", 0) for line in (whole / "metrics.jsonl").read_text().splitlines())
+    assert skipped == math.log2(2.0**26 / one["scaler"]["scale"])
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    assert dict(losses(whole))[12] < dict(losses(whole))[0]
 
 
 def test_auto_settles_on_an_arithmetic_that_the_checkpoint_keeps(train, tmp_path):
