@@ -13,7 +13,6 @@ from train_args import parse_args
 
 args, given = parse_args()  # before torch is imported, so that --help answers at once
 
-import copy
 import math
 import sys
 from dataclasses import asdict
@@ -42,10 +41,7 @@ from common.progress import Progress
 from common.run_folder import NoRunFolder, RunFolder
 from common.start import begin
 from common.stopping import Watch
-from common.modules import AtTable
 from common.train_step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
-from util_factorization.calibrate import calibrate
-from util_factorization.straight_through import NoRounding, StraightThrough
 
 # -- where the run starts, and on what --------------------------------------------------------------------------------
 
@@ -101,30 +97,6 @@ def learning_rate(step):
     share = min((step - args.warmup_iters) / max(1, end - args.warmup_iters), 1)
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (args.learning_rate - args.min_lr)
 
-
-# -- rounding of the token table --------------------------------------------------------------------------------------
-
-CALIB_TOKENS = 16384
-
-
-def moments():
-    """What an error of the table costs, by calibrate() on training text: two matrices of the stored table's width."""
-    count = max(2, CALIB_TOKENS // args.block_size)
-    windows = dataset.fixed_windows(count, max(1, 4096 // args.block_size), args.block_size, split="train")
-    return calibrate(AtTable(copy.deepcopy(model)), windows, device, gradients=True)
-
-
-rounding = NoRounding()
-if args.code_wte is not None and start.writes:  # else a checkpoint is evaluated, whose table is rounded already
-    if world_size > 1:
-        fail(f"--code_wte {args.code_wte} works in one process: start it without torchrun")
-    table, counts = model.lm_head.weight, dataset.counts()
-    rounding = StraightThrough(table, args.code_wte, args.code_wte_every, counts, moments, start.state)
-    try:
-        if start.evaluates_at is not None:
-            rounding.calibrate(start.step)
-    except ValueError as error:
-        fail(f"--code_wte {args.code_wte}: {error}")
 
 # -- where the run stands ---------------------------------------------------------------------------------------------
 
@@ -202,9 +174,9 @@ def keep(evaluated):
     kept = tally.state | progress.state | random_state(device, world_size)  # every process asks for it
     if master:
         facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
-        facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None) | rounding.facts
+        facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None)
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, evaluated=evaluated)
-        state |= kept | rounding.state
+        state |= kept
         run.keep(model, start.base, facts, None if args.eval_only else state, evaluated and best["iter"] == step)
     watch.saved()
 
@@ -252,29 +224,26 @@ with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
 
         # 2. evaluate and save
         if step != start.evaluates_at and watch.asks_to_save(tally.in_a_row):  # after --checkpoint_minutes, or a signal
-            with progress.paused(), rounding.rounded():
+            with progress.paused():
                 keep(evaluated=False)
             watch.leave(step)
         if step % args.eval_interval == 0 or step in (start.evaluates_at, last_step):
             with progress.paused():
-                rounding.calibrate(step)
-                with rounding.rounded():
-                    if master:
-                        evaluation, best = evaluate_and_log()
-                    keep(evaluated=True)
+                if master:
+                    evaluation, best = evaluate_and_log()
+                keep(evaluated=True)
             stopped = args.patience is not None and not args.eval_only and patience_has_ended()
         if step == last_step or stopped:
             break
 
         # 3. forward and backward
-        with rounding.rounded(step):
-            for micro in range(micro_steps):
-                x, y = batch(step, micro)
-                trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
-                with autocast:
-                    loss = objective(x, y)
-                scaler.scale(loss / micro_steps).backward()
-                tally.add(loss.detach() / micro_steps)
+        for micro in range(micro_steps):
+            x, y = batch(step, micro)
+            trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
+            with autocast:
+                loss = objective(x, y)
+            scaler.scale(loss / micro_steps).backward()
+            tally.add(loss.detach() / micro_steps)
 
         # 4. clip, step, zero; a gradient that is not finite changes nothing
         scaler.unscale_(optimizer)
@@ -327,7 +296,6 @@ if master:
         tokens_per_step=tokens_per_step,
         seconds=seconds,
         tokens_per_second=step * tokens_per_step / seconds if step else None,
-        **rounding.facts,
         compiled=compiled,
         peak_memory_bytes=peak_memory(device),
         hardware=hardware(device),

@@ -66,18 +66,6 @@ class LoraArgs:
 
 
 @dataclass
-class CodeArgs:
-    code_wte: float | None = flag(
-        None,
-        "train with the token table rounded as it will be coded, to this share of its float16 bytes, e.g. 0.125; the gradient "
-        "passes straight through, evaluations and checkpoints have the rounded table",
-        above=0,
-        high=1,
-    )
-    code_wte_every: int = flag(10, "steps from one coding of the table to the next", low=1)
-
-
-@dataclass
 class StartArgs:
     init_from: str = flag(
         "scratch",
@@ -145,7 +133,7 @@ class RunArgs:
 
 
 @dataclass
-class TrainArgs(RunArgs, StartArgs, OptimArgs, ObjectiveArgs, CodeArgs, LoraArgs, ModelArgs):
+class TrainArgs(RunArgs, StartArgs, OptimArgs, ObjectiveArgs, LoraArgs, ModelArgs):
     pass
 
 

@@ -13,7 +13,7 @@ from common.device import set_random_state
 from common.factor_files import read_factors, read_facts
 from common.optimizer import resume_optimizer
 from common.run_folder import PREVIOUS
-from common.train_rules import check_schedule, check_shape, resume_args, trained_names
+from common.train_rules import check_schedule, check_shape, resume_args, trained_names, without_gone
 from common.untrusted import COUNT, expect, expect_fields, reading
 from model import GPT, GPTConfig
 
@@ -123,15 +123,13 @@ def read_stopped(args, given):
     path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
     previous = checkpoint.load(path, hint=hint, **base_files)
     with reading(path, *RESUMED):
+        previous["args"] = without_gone(previous["args"])
         expect_fields(previous["args"], type(args))
         for name in (*checkpoint.SHAPE, "n_embd_wte", "k_proj_dim", "v_proj_dim"):
             if name in previous["args"] and previous["args"][name] != previous["config"].get(name):
                 raise ValueError(f"its flags have {name} {previous['args'][name]}, its model {previous['config'].get(name)}")
         if not args.eval_only:
             expect(previous, STATE)
-            if previous["args"].get("code_wte") is not None:
-                expect(previous, dict(unrounded_wte=torch.Tensor))
-                checkpoint.check_tensor("unrounded_wte", previous["unrounded_wte"], previous["model"]["lm_head.weight"].shape)
     return previous, resume_args(previous["args"], given, type(args))
 
 

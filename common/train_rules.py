@@ -26,8 +26,6 @@ def check(a):
         fail(f"--v_recon_weight {a.v_recon_weight} has no effect with --objective v_recon: drop it")
     if a.objective == "v_recon" and not a.train_only:
         fail("--objective v_recon would shrink the values to nothing: give --train_only v_compress,v_restore too")
-    if a.code_wte is not None and a.lora_rank is not None:
-        fail(f"--code_wte {a.code_wte} rounds a table that trains, and --lora_rank freezes it: drop one of the two")
     if a.lora_rank is not None:
         check_lora(a)
     elif a.save_adapters_only:
@@ -60,8 +58,6 @@ def check_table(a):
 def check_shape(a):
     """The flags of the model's shape."""
     check_model(a)
-    if not a.tie_head and a.code_wte is not None:
-        fail(f"--code_wte {a.code_wte} needs a tied head: drop --no-tie_head")
     if (a.objective == "v_recon" or a.v_recon_weight) and (a.v_proj_dim is None or a.v_proj_narrow):
         flag = "--objective v_recon" if a.objective == "v_recon" else f"--v_recon_weight {a.v_recon_weight}"
         fail(f"{flag} needs restored values: give --v_proj_dim, and drop --v_proj_narrow")
@@ -121,8 +117,6 @@ def check_given(a, given):
     inert = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given.keys())
     if inert and a.lora_rank is None:
         fail(f"--{inert[0]} needs adapters: give --lora_rank too, or drop it")
-    if "code_wte_every" in given and a.code_wte is None:
-        fail(f"--code_wte_every {a.code_wte_every} has nothing to code: give --code_wte too, or drop it")
     if "muon_lr" in given and a.optimizer != "muon":
         fail(f"--muon_lr {a.muon_lr} has nothing to train: give --optimizer muon too, or drop it")
     counted = sorted({"max_iters", "eval_interval"} & given.keys())
@@ -151,6 +145,18 @@ def trained_names(args, names):
     if args.objective == "v_recon" and not all(".v_compress." in name or ".v_restore." in name for name in left):
         fail(f"--objective v_recon --train_only {args.train_only} would shrink the values: give v_compress,v_restore")
     return left
+
+
+# Flags that older versions had, with the value that left them off.
+GONE = {"code_wte": None, "code_wte_every": 10}
+
+
+def without_gone(stored):
+    """The flags in a checkpoint without those that are gone. Raises ValueError if the run used one of them."""
+    for name, off in GONE.items():
+        if stored.get(name, off) != off:
+            raise ValueError(f"it was trained with --{name} {stored[name]}, which only older versions have")
+    return {name: value for name, value in stored.items() if name not in GONE}
 
 
 # A resume may change only what leaves the steps planned so far as they were.

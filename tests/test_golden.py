@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from common import checkpoint
 from surgery import load
@@ -86,3 +87,13 @@ def test_a_smaller_model_computes_what_it_did(here, folder):
     by_bits = json.loads(Path(folder, "config.json").read_text())["surgery"].get("cache")
     close(once[KEPT], f"{folder}.once", SAME_CODES if by_bits else 1e-5)
     close(torch.stack(steps)[KEPT], f"{folder}.steps", SAME_CODES if by_bits else 1e-5)
+
+
+def test_a_run_with_a_flag_that_is_gone_is_one_line(here, train, assert_one_line_error):
+    """The run's own checkpoint has code_wte: null. One that used it cannot go on."""
+    path = Path("mid_run/last.pt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["args"]["code_wte"] is None
+    torch.save(saved | dict(args=saved["args"] | dict(code_wte=0.125)), path)
+    flags = dict.fromkeys([*TINY, "dataset", "compile"])
+    assert_one_line_error(train(**flags, init_from="resume", out_dir="mid_run"), "--code_wte 0.125", "older versions")
