@@ -177,7 +177,7 @@ def keep(evaluated):
         facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None)
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, evaluated=evaluated)
         state |= kept
-        run.keep(model, start.base, facts, None if args.eval_only else state, evaluated and best["iter"] == step)
+        run.keep(model, facts, None if args.eval_only else state, evaluated and best["iter"] == step)
     watch.saved()
 
 

@@ -60,9 +60,6 @@ class LoraArgs:
     lora_targets: str = flag(
         ",".join(LORA_TARGETS), "what gets an adapter, comma-separated; wte's acts in the lookup and in the tied head"
     )
-    save_adapters_only: bool = flag(
-        False, "checkpoints without the frozen base, which is read from where it came from, by hash"
-    )
 
 
 @dataclass

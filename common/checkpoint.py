@@ -2,46 +2,34 @@
 Checkpoints: plain dicts that load with weights_only=True and rebuild their model alone.
 
 ckpt.pt, the best by validation loss, has model, config, args, iter_num, data_step, tokens, starts_from and val_loss; last.pt
-has the optimizer's and the random numbers' states besides, which a resume needs. With --save_adapters_only, model holds the
-adapters alone, and base the files that the frozen weights come from and their hash.
+has the optimizer's and the random numbers' states besides, which a resume needs.
 
 A checkpoint may come from a stranger. Its config is checked, and the model that it describes is compared with the weights in
-the file, before any memory is taken for a model. The files that `base` names are paths from a stranger too: see follow().
+the file, before any memory is taken for a model.
 """
 
-import hashlib
-import sys
 import zipfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from common.cli import LARGE, fail
-from common.factor_files import read_factors
 from common.files import written_whole
 from common.modules import check_filled, fresh_memory_is_nan
 from common.train_rules import check_model
 from common.untrusted import COUNT, WHOLE, check_plain, expect, expect_fields, load_tensors, reading
 from model import ACTIVATIONS, BLOCKS, GPT, GPTConfig
 
-# The flags that name the files of a frozen base.
-BASE_FILES = ("prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz")
 
-
-def save(path, model, base=None, hint="make room, then resume the run", previous=None, **rest):
+def save(path, model, hint="make room, then resume the run", previous=None, **rest):
     """
     Write a checkpoint, whole or not at all.
 
-    base: see base_of(); with it, adapters alone are saved. previous: the name that the file there keeps. rest: other entries.
+    previous: the name that the file there keeps. rest: other entries.
     """
-    state = model.state_dict()
-    if base is not None:
-        state = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-        rest = dict(base=base, **rest)
     with written_whole(path, hint, previous=previous) as part:
-        torch.save(dict(model=state, config=asdict(model.config), **rest), part)
+        torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), part)
 
 
 def is_whole(path):
@@ -63,48 +51,27 @@ def is_adapter(name):
     return ".lora." in name
 
 
-def base_of(model, args):
-    """The files that the frozen weights come from, and the SHA-256 by which they are recognised."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not is_adapter(name):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    files = {name: getattr(args, name) for name in BASE_FILES}
-    return {name: file and str(Path(file).resolve()) for name, file in files.items()} | dict(sha256=digest.hexdigest())
-
-
 # What is read of a file; of its flags, args, by others than a resume.
 ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE, str: object}
 STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were trained already
-BASE = {name: (str, None) for name in BASE_FILES} | dict(prev_run_ckpt=str, sha256=str)
 ENTRIES = {
     "model": {str: torch.Tensor}, "config": dict, "args": ARGS, "iter_num": COUNT, "data_step": COUNT, "tokens": (COUNT, None),
-    "starts_from?": (STARTS_FROM, None), "val_loss?": (float, None), "base?": BASE,
+    "starts_from?": (STARTS_FROM, None), "val_loss?": (float, None),
 }  # fmt: skip
 
 
-def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)", whole=False, **base_files):
-    """
-    A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. Adapters that were saved alone get their base.
-
-    hint: what the error tells to do where there is no file. whole: refuse adapters that were saved alone. base_files: where
-    files of the base lie now, by name (BASE_FILES).
-    """
+def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)"):
+    """A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. hint: what to do if there is no file."""
     path = file_of(path)
     if not path.is_file():
         fail(f"Checkpoint not found: {path}: {hint}")
     with reading(path, "a checkpoint of this project", "give a ckpt.pt of train.py"):
-        checkpoint, size = load_tensors(path), path.stat().st_size
+        checkpoint = load_tensors(path)
         expect(checkpoint, ENTRIES)
-        config, state = checked_config(checkpoint["config"]), dict(checkpoint["model"])
         if "base" in checkpoint:
-            if whole:
-                raise ValueError("it is the base of adapters, and holds adapters alone")
-            base = follow(path, checkpoint["base"], base_files)
-            state |= read_base(path, base, replace(config, lora_rank=None)).state_dict()
-            size += file_of(base["prev_run_ckpt"]).stat().st_size
-        check_weights(state, config, size)
-    return dict(checkpoint, model=state)
+            raise ValueError("it holds adapters alone, by --save_adapters_only, which only older versions have")
+        check_weights(checkpoint["model"], checked_config(checkpoint["config"]), path.stat().st_size)
+    return checkpoint
 
 
 def file_of(path):
@@ -172,45 +139,6 @@ def check_tensor(name, tensor, shape):
         raise ValueError(f"{name[:80]} is no plain tensor of floats")
     if not tensor.isfinite().all():
         raise ValueError(f"{name[:80]} has numbers that are not finite")
-
-
-def follow(path, base, moved):
-    """
-    The files of a base, by name. moved: those that the user names; these are read wherever they are.
-
-    A file that only the checkpoint names is read where it lies in the folder that holds the run's folder, symbolic links
-    followed, and after a note on stderr. So a stranger's checkpoint cannot make a program read elsewhere.
-    """
-    runs = path.resolve().parent.parent
-    for name in BASE_FILES:
-        if not base[name] or name in moved:
-            continue
-        if not Path(base[name]).resolve().is_relative_to(runs):
-            fail(f"{path} holds adapters of {base[name]}, which is outside {runs}: give --{name} if you trust that file")
-        print(f"note: {path} holds adapters alone, reading their base {base[name]}", file=sys.stderr)
-    return base | moved
-
-
-def read_base(path, base, config):
-    """The model that the adapters in `path` belong to; an error where its files have changed. config: without adapters."""
-    hint = f"{path} holds adapters of it; say with --prev_run_ckpt where it lies now"
-    previous, before = load(base["prev_run_ckpt"], hint, whole=True), config
-    if config.rotary_pct:  # a run may have a length of its own
-        before = replace(config, block_size=previous["config"]["block_size"])
-    for name in [*SHAPE, "vocab_size"]:
-        if (found := getattr(before, name)) != previous["config"].get(name, found):
-            raise ValueError(f"{name} is {found}, its base has {previous['config'][name]}")
-    blueprint(config, previous["model"], file_of(base["prev_run_ckpt"]).stat().st_size + path.stat().st_size)
-    factors = None
-    if base["import_wte_npy"]:
-        shape = (config.vocab_size, config.n_embd_wte, config.n_embd)
-        files = (base["import_wte_npy"], base["import_scale_matrices_npz"])
-        factors = read_factors(*files, *shape, tied=config.n_embd_wte_scale_tying)
-    model = start_from(GPT(config), previous, base["prev_run_ckpt"], factors)
-    if base_of(model, SimpleNamespace(**base))["sha256"] != base["sha256"]:
-        files = ", ".join(base[name] for name in BASE_FILES if base[name])
-        fail(f"{path} holds adapters of another base than {files} (the hashes differ): give the files that it was trained with")
-    return model
 
 
 def start_from(model, previous, path, factors=None):

@@ -55,7 +55,7 @@ class NoRunFolder:
     def log(self, step, **values):
         pass
 
-    def keep(self, model, base, facts, state, is_best):
+    def keep(self, model, facts, state, is_best):
         pass
 
     def last_good(self):
@@ -140,14 +140,14 @@ class RunFolder:
         for copy in self.copies:
             copy.log(step, values)
 
-    def keep(self, model, base, facts, state, is_best):
+    def keep(self, model, facts, state, is_best):
         """Write last.pt, unless there is no state to go on with, and ckpt.pt where the model is the best so far."""
         flush(self.path / "metrics.jsonl")  # a resume keeps its lines up to this step
         if state:  # last.pt first: a resume after a crash between the two files writes ckpt.pt again
-            checkpoint.save(self.path / "last.pt", model, base, previous=PREVIOUS, **facts, **state)
+            checkpoint.save(self.path / "last.pt", model, previous=PREVIOUS, **facts, **state)
             self.kept = facts["iter_num"]
         if is_best:
-            checkpoint.save(self.path / "ckpt.pt", model, base, **facts)
+            checkpoint.save(self.path / "ckpt.pt", model, **facts)
 
     def last_good(self):
         """Which checkpoint there is to go on with, in words."""

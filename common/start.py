@@ -34,7 +34,6 @@ class Start:
     epoch_steps   steps of an epoch, or None where the run counts steps
     steps_before  steps of text that the weights had read before step 0 of this run
     starts_from   dict(part, ckpt, tokens): which weights are trained already, where they are from, on how many tokens; or None
-    base          of adapters that are saved alone: the files of the frozen weights and their hash; or None
     step          where the run goes on; 0 for a new one
     evaluates_at  the step that it evaluates first, whatever it is; None where it goes on between two evaluations
     last_step     where it ends
@@ -48,7 +47,6 @@ class Start:
     epoch_steps: int | None
     steps_before: int
     starts_from: dict | None
-    base: dict | None
     step: int
     evaluates_at: int | None
     last_step: int
@@ -107,7 +105,6 @@ def begin(args, given):
         # a new run goes on in the text where the run of its weights stopped, rather than read the beginning again
         steps_before=previous["data_step"] - step if previous else 0,
         starts_from=starts_from,
-        base=checkpoint.base_of(model, args) if args.save_adapters_only else None,
         step=step,
         evaluates_at=step if not goes_on or previous.get("evaluated", True) else None,  # older versions saved at evaluations
         last_step=last_step,
@@ -119,9 +116,8 @@ def begin(args, given):
 def read_stopped(args, given):
     """What a run left behind: last.pt to go on with, ckpt.pt to evaluate -> (its dict, its flags)."""
     hint = "start the run without --init_from resume, or give the --out_dir of one that was started"
-    base_files = {name: given[name] for name in checkpoint.BASE_FILES if name in given}
     path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
-    previous = checkpoint.load(path, hint=hint, **base_files)
+    previous = checkpoint.load(path, hint=hint)
     with reading(path, *RESUMED):
         previous["args"] = without_gone(previous["args"])
         expect_fields(previous["args"], type(args))

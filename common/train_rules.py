@@ -28,8 +28,6 @@ def check(a):
         fail("--objective v_recon would shrink the values to nothing: give --train_only v_compress,v_restore too")
     if a.lora_rank is not None:
         check_lora(a)
-    elif a.save_adapters_only:
-        fail("--save_adapters_only needs adapters: give --lora_rank too")
     if a.dtype == "float16" and not a.device.startswith("cuda"):
         fail(f"--dtype float16 needs a CUDA device, and --device is {a.device}: give --dtype float32 or bfloat16")
 
@@ -148,7 +146,7 @@ def trained_names(args, names):
 
 
 # Flags that older versions had, with the value that left them off.
-GONE = {"code_wte": None, "code_wte_every": 10}
+GONE = {"code_wte": None, "code_wte_every": 10, "save_adapters_only": False}
 
 
 def without_gone(stored):
@@ -173,8 +171,6 @@ def resume_args(stored, given, kind):
     stored: the flags in last.pt. given: the flags on the command line.
     """
     may_change = MAY_CHANGE_EVAL_ONLY if given.get("eval_only") else MAY_CHANGE
-    if stored.get("save_adapters_only"):  # the files of its base may have moved; a hash recognises them
-        may_change = may_change | {"prev_run_ckpt", "import_wte_npy", "import_scale_matrices_npz"}
     counted = ("max_iters", "eval_interval") if stored.get("max_epochs") else ("max_epochs",)
     for name in counted:
         if given.get(name, stored.get(name)) != stored.get(name):

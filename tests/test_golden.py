@@ -23,6 +23,7 @@ EXPECTED = np.load(GOLDEN / "expected.npz")
 IDS = torch.arange(7, 27)[None]
 KEPT = [0, 6, 15, 19]
 SAME_CODES = 3e-2  # of the largest logit, through a cache by bits: on another processor a number may fall to the code beside
+NO_FLAGS = dict.fromkeys([*TINY, "dataset", "compile"])  # of those that the fixture `train` gives
 FOLDERS = sorted({name.split(".")[0] for name in EXPECTED.files if "." in name})
 
 
@@ -45,11 +46,7 @@ def test_a_run_computes_what_it_did(here, run):
 
 
 def test_a_run_goes_on_to_the_same_losses(here, train):
-    flags = (
-        "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps warmup_iters eval_interval eval_iters".split()
-    )
-    flags += "log_interval learning_rate dropout device dtype dataset compile".split()
-    result = train(**dict.fromkeys(flags), init_from="resume", out_dir="mid_run", max_iters=12)
+    result = train(**NO_FLAGS | dict(init_from="resume", out_dir="mid_run", max_iters=12))
     assert result.status == 0, result.err
     lines = [json.loads(line) for line in Path("mid_run/metrics.jsonl").read_text().splitlines()]
     losses = [line.get("val_loss", line.get("train_loss")) for line in lines]
@@ -90,10 +87,12 @@ def test_a_smaller_model_computes_what_it_did(here, folder):
 
 
 def test_a_run_with_a_flag_that_is_gone_is_one_line(here, train, assert_one_line_error):
-    """The run's own checkpoint has code_wte: null. One that used it cannot go on."""
-    path = Path("mid_run/last.pt")
-    saved = torch.load(path, weights_only=True)
-    assert saved["args"]["code_wte"] is None
-    torch.save(saved | dict(args=saved["args"] | dict(code_wte=0.125)), path)
-    flags = dict.fromkeys([*TINY, "dataset", "compile"])
-    assert_one_line_error(train(**flags, init_from="resume", out_dir="mid_run"), "--code_wte 0.125", "older versions")
+    """The run's own checkpoint has code_wte: null and save_adapters_only: false. One that used a flag cannot go on."""
+    saved = torch.load("mid_run/last.pt", weights_only=True)
+    assert saved["args"]["code_wte"] is None and saved["args"]["save_adapters_only"] is False
+    torch.save(saved | dict(args=saved["args"] | dict(code_wte=0.125)), "mid_run/last.pt")
+    result = train(**NO_FLAGS | dict(init_from="resume", out_dir="mid_run"))
+    assert_one_line_error(result, "--code_wte 0.125", "older versions")
+    torch.save(saved | dict(base=dict(prev_run_ckpt="elsewhere")), "mid_run/ckpt.pt")
+    result = train(**NO_FLAGS | dict(init_from="resume", out_dir="mid_run", eval_only=True))
+    assert_one_line_error(result, "--save_adapters_only", "older versions")

@@ -6,7 +6,6 @@ Here few of each. bash scripts/hostile.sh 200 gives every file 200 and prints th
 
 import os
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,38 +50,6 @@ def used(model):
 def test_checkpoints(survives, tmp_path, tiny_model, parts):
     saved(tmp_path / "run" / "ckpt.pt", tiny_model(**parts))
     survives("checkpoint", tmp_path / "run", {"ckpt.pt": "torch"}, lambda run: used(checkpoint.build(checkpoint.load(run))))
-
-
-def test_adapters_that_name_a_base(survives, tmp_path, tiny_model):
-    """The base's paths are a stranger's: what lies outside of the runs' folder is not read."""
-    runs, parts = tmp_path / "runs", dict(lora_rank=2, lora_targets="wte,q_proj", lora_alpha=4.0)
-    saved(runs / "base" / "ckpt.pt", tiny_model())
-    saved(tmp_path / "outside" / "ckpt.pt", tiny_model())
-    model = tiny_model(**parts)
-    model.load_state_dict(tiny_model().state_dict(), strict=False)
-    files = SimpleNamespace(
-        prev_run_ckpt=str(tmp_path / "work" / "inside" / "base"), import_wte_npy="", import_scale_matrices_npz=""
-    )
-    saved(runs / "lora" / "ckpt.pt", model, base=checkpoint.base_of(model, files))
-
-    def read(folder):
-        return used(checkpoint.build(checkpoint.load(folder / "lora")))
-
-    survives("adapters with a base", runs, {"lora/ckpt.pt": "torch", "base/ckpt.pt": "torch"}, read)
-
-
-@pytest.mark.parametrize("named", ["outside/ckpt.pt", "runs/lora/link.pt", "runs/lora/../../outside/ckpt.pt"])
-def test_a_base_outside_is_not_read(tmp_path, tiny_model, named, capsys):
-    runs, model = tmp_path / "runs", tiny_model(lora_rank=2, lora_targets="wte", lora_alpha=4.0)
-    model.load_state_dict(tiny_model().state_dict(), strict=False)
-    saved(tmp_path / "outside" / "ckpt.pt", tiny_model())
-    files = SimpleNamespace(prev_run_ckpt=str(tmp_path / named), import_wte_npy="", import_scale_matrices_npz="")
-    saved(runs / "lora" / "ckpt.pt", model, base=checkpoint.base_of(model, files))
-    (runs / "lora" / "link.pt").symlink_to(tmp_path / "outside" / "ckpt.pt")
-    with pytest.raises(SystemExit):
-        checkpoint.load(runs / "lora")
-    assert "outside" in (words := capsys.readouterr().err) and "--prev_run_ckpt" in words
-    assert checkpoint.load(runs / "lora", prev_run_ckpt=str(tmp_path / "outside"))  # who names it trusts it
 
 
 def test_a_run_that_goes_on(survives, train, tmp_path):

@@ -207,9 +207,8 @@ def test_adapters_train_and_everything_else_stays(train, tmp_path, start, freeze
     assert curve_[-1][1] < curve_[0][1]
 
 
-@pytest.mark.parametrize("only", [False, True])
-def test_resumed_equals_uninterrupted(train, tmp_path, start, only):
-    flags = start | LORA | dict(save_adapters_only=only)
+def test_resumed_equals_uninterrupted(train, tmp_path, start):
+    flags = start | LORA
     assert train(out_dir=tmp_path / "whole", **flags).status == 0
     train(out_dir=tmp_path / "parts", **flags, max_iters=3, lr_decay_iters=6)
     # the first half's cosine has to be the whole's
@@ -225,36 +224,9 @@ NOT_GIVEN = dict.fromkeys(
 )  # what a resumed run has from its checkpoint
 
 
-def test_checkpoints_with_adapters_only_need_their_base_and_no_other(train, tmp_path, start, run_main, assert_one_line_error):
-    out = tmp_path / "lora"
-    assert train(out_dir=out, **start, **LORA, save_adapters_only=True).status == 0
-    saved = torch.load(out / "ckpt.pt", weights_only=True)
-    assert all(checkpoint.is_adapter(name) for name in saved["model"])
-    assert (out / "ckpt.pt").stat().st_size < (start["prev_run_ckpt"] / "ckpt.pt").stat().st_size
-    complete = checkpoint.load(out)  # completed by its base
-    checkpoint.build(complete)
-
-    evaluate = dict(out_dir=out, init_from="resume", eval_only=True, dataset=None, max_iters=None) | NOT_GIVEN
-    first = train(**evaluate)
-    assert first.status == 0, first.err
-    moved = tmp_path / "moved"
-    start["prev_run_ckpt"].rename(moved)
-    assert_one_line_error(train(**evaluate), "--prev_run_ckpt", "base")
-    factors = dict(import_wte_npy=moved / "wte_k8.npy", import_scale_matrices_npz=moved / "scale_k8.npz")
-    mended = [f"--{name}={path}" for name, path in dict(prev_run_ckpt=moved, **factors).items()]
-    assert_one_line_error(run_main("util_factorization/merge_lora.py", "--ckpt_path", out, "--out", tmp_path / "m.pt"), "base")
-    assert run_main("util_factorization/merge_lora.py", "--ckpt_path", out, "--out", tmp_path / "m.pt", *mended).status == 0
-    again = train(**evaluate, prev_run_ckpt=moved, **factors)
-    assert again.status == 0 and again.last["val_loss"] == first.last["val_loss"]
-
-    other = tmp_path / "other"
-    assert train(out_dir=other, seed=7).status == 0
-    assert_one_line_error(train(**evaluate, prev_run_ckpt=other, **factors), "another base", "hash")
-
-
 def test_merged_reloaded_and_unmerged_evaluate_alike(train, tmp_path, start, run_main, assert_one_line_error):
     out, merged = tmp_path / "lora", tmp_path / "merged" / "ckpt.pt"
-    unmerged = train(out_dir=out, **start, **LORA, save_adapters_only=True).last["best"]["val_loss"]
+    unmerged = train(out_dir=out, **start, **LORA).last["best"]["val_loss"]
     program = "util_factorization/merge_lora.py"
     result = run_main(program, "--ckpt_path", out, "--out", merged)
     assert result.status == 0 and result.last["parameters"]["adapters"] == 0
@@ -301,8 +273,7 @@ def test_a_dense_baseline_can_have_adapters_too(train, tmp_path, start):
         (dict(lora_rank=17, lora_targets="q_proj"), ["--lora_rank 17", "16 x 16"]),
         (dict(lora_alpha=0), ["--lora_alpha"]),
         (dict(lora_dropout=1.0), ["--lora_dropout"]),
-        (dict(lora_rank=None, lora_alpha=None, save_adapters_only=True), ["--save_adapters_only", "--lora_rank"]),
-        (dict(lora_rank=None, save_adapters_only=None), ["--lora_alpha", "--lora_rank"]),
+        (dict(lora_rank=None), ["--lora_alpha", "--lora_rank"]),
     ],
 )
 def test_mistakes(train, tmp_path, start, assert_one_line_error, flags, words):

@@ -17,9 +17,6 @@ from common.files import claim_new
 class Args:
     ckpt_path: str = flag(help="checkpoint with adapters, or the run folder that holds ckpt.pt")
     out: str = flag(help="the file to write; an existing one is left alone")
-    prev_run_ckpt: str = flag("", "where the base's checkpoint lies now, if adapters were saved alone and it has moved")
-    import_wte_npy: str = flag("", "where the base's wte factor file lies now")
-    import_scale_matrices_npz: str = flag("", "where the base's scale matrices' file lies now")
 
 
 def main(argv=None):
@@ -27,8 +24,7 @@ def main(argv=None):
 
     from common import checkpoint as ckpt
 
-    moved = {name: getattr(args, name) for name in ckpt.BASE_FILES if getattr(args, name)}
-    checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank", **moved)
+    checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank")
     if checkpoint["config"].get("lora_rank") is None:
         fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
     claim = claim_new(args.out)
@@ -37,7 +33,7 @@ def main(argv=None):
     model.merge_lora()
     kept = ("args", "iter_num", "data_step", "tokens", "starts_from", "val_loss")
     facts = {name: checkpoint[name] for name in kept if name in checkpoint}
-    facts["args"] = facts["args"] | dict(lora_rank=None, save_adapters_only=False)
+    facts["args"] = facts["args"] | dict(lora_rank=None)
     ckpt.save_new(args.out, model, **facts)
     claim.release()
     after = model.count_parameters()
