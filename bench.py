@@ -25,10 +25,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.nanogpt import check_checkout
 from common.cli import fail, finish, flag, parse, rounded
-from common.nanogpt import check_checkout
-from common.train_rules import check_device
 from train_args import PRESETS, ModelArgs, TrainArgs
+from training.rules import check_device
 
 # -- decode -----------------------------------------------------------------------------------------------------------
 
@@ -115,9 +115,9 @@ def decode(argv):
 
     import torch
 
-    from common.device import hardware
+    from benchmarks.decoding import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
     from common.timing import by_turns
-    from value_cache.decoding_cost import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
+    from training.device import hardware
     from value_cache.latent_attention import ways_of
 
     models = []
@@ -220,10 +220,10 @@ def generate(argv):
 
     import torch
 
-    from common.device import hardware
     from reports.markdown import table
     from surgery.decoding_speed import compare, open_model
     from surgery.subject import choose_model, longest_of
+    from training.device import hardware
 
     models = {name: open_model(name) for name in (args.models or choose_model()).split(",")}
     for name, hf in models.items():
@@ -322,11 +322,11 @@ def train(argv):
 
     import torch
 
-    from common.checkpoint import move_to
-    from common.device import ends_in_one_line, hardware
-    from common.nanogpt import load_module
-    from common.train_step import why_it_does_not_compile
-    from common.training_cost import measure, plans, write_text
+    from benchmarks.nanogpt import load_module
+    from benchmarks.training import measure, plans, write_text
+    from training.checkpoint import move_to
+    from training.device import ends_in_one_line, hardware
+    from training.step import why_it_does_not_compile
 
     move_to(torch.zeros(1), args.device)  # ends where there is no such device
     if args.device.startswith("cuda"):
@@ -368,7 +368,7 @@ READING = (
 
 def training_tables(rows):
     """Two markdown tables: speed, memory and FLOPs with the ratios to nanoGPT; milliseconds of the parts of our steps."""
-    from common.training_cost import PARTS
+    from benchmarks.training import PARTS
     from reports.markdown import table
 
     versus = any("over_best" in row for row in rows)

@@ -118,8 +118,8 @@ def main(argv=None):
 
     import torch
 
-    from common import checkpoint
     from model import NO_CACHE
+    from training import checkpoint
     from value_cache.generation import chooser, generate
     from value_cache.kv_cache import KVCache
     from value_cache.latent_attention import decoder, fastest, fastest_dtype, ways_of

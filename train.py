@@ -22,10 +22,10 @@ import torch
 from torch.distributed import broadcast
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint
+from training import checkpoint
 from common.cli import fail, finish
 from common.dataset import TrainingText
-from common.device import (
+from training.device import (
     end_processes,
     ends_in_one_line,
     hardware,
@@ -35,13 +35,13 @@ from common.device import (
     settle_dtype,
     start_processes,
 )
-from common.evaluate import Restored, evaluate
-from common.optimizer import make_optimizer, skip_where
-from common.progress import Progress
-from common.run_folder import NoRunFolder, RunFolder
-from common.start import begin
-from common.stopping import Watch
-from common.train_step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
+from training.evaluate import Restored, evaluate
+from training.optimizer import make_optimizer, skip_where
+from training.progress import Progress
+from training.run_folder import NoRunFolder, RunFolder
+from training.start import begin
+from training.stopping import Watch
+from training.step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
 
 # -- where the run starts, and on what --------------------------------------------------------------------------------
 

@@ -1,13 +1,13 @@
 """
 Every flag of train.py, once: name, default, help, range. The defaults are the baseline of the reference setup (GPT-2 124M,
-context 2048, 10,000 steps). A preset is a commented difference from the defaults. common/train_rules.py refuses flags that
+context 2048, 10,000 steps). A preset is a commented difference from the defaults. training/rules.py refuses flags that
 contradict each other. No torch here, so that --help answers at once.
 """
 
 from dataclasses import dataclass
 
 from common.cli import flag, parse
-from common.train_rules import LORA_TARGETS, check, check_given
+from training.rules import LORA_TARGETS, check, check_given
 
 # -- the flags, one dataclass per concern -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # fail() ends a program in one line; inside of another program it must not. Compiled loops need kernels.c and a compiler.
 REPLACED = {
     ("common.cli", "fail"): "def fail(message):\n    raise ValueError(message)",
-    ("common.kernels", "bind"): "def bind(name, *first):\n    return None  # torch alone, without a C compiler",
+    ("kernels.build", "bind"): "def bind(name, *first):\n    return None  # torch alone, without a C compiler",
 }
 
 

@@ -25,9 +25,9 @@ def factorized(args):
     """The dense model of --model with its table from the factor files."""
     import numpy as np
 
-    from common import checkpoint
-    from common.factor_files import read_factors
     from model import GPT, GPTConfig
+    from training import checkpoint
+    from training.factor_files import read_factors
 
     saved = checkpoint.load(args.model)
     config = asdict(GPTConfig(**saved["config"]))
@@ -50,7 +50,7 @@ def main(argv=None):
 
     import torch
 
-    from common.nanogpt import check_checkout, reallmasic
+    from benchmarks.nanogpt import check_checkout, reallmasic
 
     check_checkout(args.checkout, "--checkout")
     ours = factorized(args)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
 from common.cli import fail
 from export.card import facts_of_run, facts_of_smaller
 from export.compact import made_compact
 from export.multiplied import multiplied
 from export.standard import refuse_what_no_architecture_has, to_standard
 from export.tokenizer import tokenizer_for
+from training import checkpoint
 
 
 @dataclass

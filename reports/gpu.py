@@ -173,7 +173,7 @@ def main(argv=None):
 
     import torch
 
-    from common.device import hardware
+    from training.device import hardware
 
     sections = dict(
         arithmetic=("Arithmetic: 20 steps beside float32 on the CPU", arithmetic(out)),

@@ -4,9 +4,9 @@ import textwrap
 
 import torch
 
-from common import checkpoint
 from common.dataset import Dataset, find_folder
 from common.texts import codec_of
+from training import checkpoint
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache
 

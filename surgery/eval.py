@@ -90,8 +90,8 @@ def measure(args, model, reference, ids):
 
 def result(texts, windows, sums, counts):
     """What is said of some texts together. windows: a list of Measured."""
-    from common.evaluate import by_ranges
     from surgery.evaluator import over_tokens, paired, perplexity, summary
+    from training.evaluate import by_ranges
 
     tokens, size = int(counts.sum()), sum(len(text.encode()) for text in texts)
     words = sum(len(re.split(r"\s+", text)) for text in texts)  # as lm-eval counts them

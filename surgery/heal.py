@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.cli import fail
-from common.device import settle_dtype
-from common.train_step import autocast_of
 from model import adapt, merge_adapters
+from training.device import settle_dtype
+from training.step import autocast_of
 
 WARMUP = 0.1  # of the steps
 

@@ -13,11 +13,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.train_step import autocast_of
 from model import merge_adapters
 from surgery.coded import TABLES
 from surgery.heal import adapters_of, descend, distil
 from surgery.in_order import blocks_of, inputs_of, run
+from training.step import autocast_of
 from util_factorization.coding import to_int8
 from util_factorization.parents import factors_and_gains
 

@@ -1,5 +1,5 @@
 """
-A cache of latents that decoding reads where it lies, by a compiled loop (common/kernels.c), on a CPU in float32.
+A cache of latents that decoding reads where it lies, by a compiled loop (kernels/kernels.c), on a CPU in float32.
 
 The latents that keys and values share can be turned so that most of them are keys (turn_to_keys): 181 of 192 latents for 192
 keys and 192 values, on average. The loop restores the other keys, rotates and multiplies. No key is written to memory, and no
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from common.kernels import LANES, WIDEST, bind
+from kernels.build import LANES, WIDEST, bind
 from util_factorization.decompose_matrix import pivots
 
 PREFERENCE = 10  # a value takes the place of a key among the latents where it is so many times as good a pivot

@@ -3,11 +3,11 @@
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import check_tensor
 from common.cli import fail
 from common.files import written_whole
 from common.untrusted import COUNT, expect, load_tensors, reading
 from surgery.layers import heights
+from training.checkpoint import check_tensor
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS
 from util_factorization.calibrate import calibrate
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from common import checkpoint
 from common.cli import fail
 from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
 from model import NO_CACHE
 from surgery.model_folder import WEIGHTS
+from training import checkpoint
 from value_cache import generation
 from value_cache.kv_cache import KVCache
 

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from common.cli import fail
 from common.files import claim_folder, written_whole
-from common.run_folder import provenance
 from common.untrusted import read_json, read_json_lines
 from surgery.evaluator import answers
 from surgery.points import UNTOUCHED
 from surgery.surgeon import Cut, check_changes, fingerprint
+from training.run_folder import provenance
 
 # What tells which points are measured already. Older lines have no budget.
 LINE = dict(method=str, mode=str, targets=str) | {level: (float, None) for level in ("variance?", "rank?", "budget?")}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from common import checkpoint
-from common.start import begin
+from benchmarks.training import PARTS, NanoGPT, NanoGPTStep, Step, Trainee, matrix_rate, measure, peak_bytes, plans, write_text
 from common.timing import spread
-from common.training_cost import PARTS, NanoGPT, NanoGPTStep, Step, Trainee, matrix_rate, measure, peak_bytes, plans, write_text
 from train_args import PRESETS, TrainArgs
+from training import checkpoint
+from training.start import begin
 
 CONSTANT = dict(warmup_iters=0, min_lr=TINY["learning_rate"])  # a rate that never changes
 
@@ -70,7 +70,7 @@ def checkout(tmp_path):
 @pytest.fixture
 def no_process(monkeypatch):
     """Peak memory is not measured: each model would start a process of its own."""
-    monkeypatch.setattr("common.training_cost.peak_bytes", lambda *plan: 10**6)
+    monkeypatch.setattr("benchmarks.training.peak_bytes", lambda *plan: 10**6)
 
 
 # -- our step -----------------------------------------------------------------------------------------------------------

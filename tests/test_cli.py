@@ -7,7 +7,7 @@ from conftest import REPO
 
 from common.cli import fail, flag, last_words, parse
 from common.files import written_whole
-from common.run_folder import command
+from training.run_folder import command
 
 
 @dataclass

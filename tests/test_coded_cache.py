@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.kernels import library
+from kernels.build import library
 from model import rotate
 from surgery.coded_folder import save
 from surgery.decoding_speed import cache_bytes

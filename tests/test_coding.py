@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import kernels
+from kernels import build as kernels
 from surgery.coded_modules import CodedLinear
 from surgery.heal_coded import TrainableCodes
 from util_factorization import coded_matrix, coding, parents, trellis

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from common import train_step
 from model import GPT
+from training import step as train_step
 
 DTYPES = dict(float32=(1e-5, 1e-5), bfloat16=(1e-3, 3e-2), float16=(1e-4, 3e-3))  # of losses; of gradients, relative
 MODELS = dict(dense={}, tied=dict(n_embd_wte=4, n_embd_wte_scale_tying=True), adapters=dict(lora_rank=2, lora_alpha=4.0))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import kernels
 from common.dataset import write_dataset
+from kernels import build as kernels
 from model import NO_CACHE
 from value_cache import KV_DTYPES, rows
 from value_cache.generation import chooser, generate

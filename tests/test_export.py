@@ -10,7 +10,6 @@ import tiktoken
 import torch
 from tiktoken_ext import openai_public
 
-from common import checkpoint as ckpt
 from common.dataset import write_dataset
 from common.tokenizer import END_OF_TEXT, train_bpe
 from export.tokenizer import from_tiktoken, tokenizer_for
@@ -18,6 +17,7 @@ from surgery.coded_folder import save as save_coded
 from surgery.decoding_speed import cache_bytes
 from surgery.low_rank_folder import save
 from surgery.reading import load
+from training import checkpoint as ckpt
 from util_factorization.import_hf import from_hugging_face
 from value_cache.generation import chooser, generate
 from value_cache.kv_cache import KVCache

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from common.factor_files import json_beside, read_factors, write_factors
+from training.factor_files import json_beside, read_factors, write_factors
 
 V, k, d = 11, 3, 5
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from common import checkpoint
 from common.hugging_face import read_model
 from common.modules import check_filled, fresh_memory_is_nan
 from surgery import low_rank_modules
 from surgery.reading import load
+from training import checkpoint
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers

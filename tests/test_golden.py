@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from common import checkpoint
 from surgery import load
+from training import checkpoint
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 GOLDEN = Path(__file__).parent / "golden"

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import in_use
 
-from common import checkpoint as ckpt
+from training import checkpoint as ckpt
 from util_factorization.import_hf import from_hugging_face
 
 transformers = pytest.importorskip("transformers")

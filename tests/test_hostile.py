@@ -13,20 +13,20 @@ import torch
 from test_report import write_run
 from trials import all_survive
 
-from common import checkpoint
 from common.dataset import Dataset, TrainingText, write_dataset
-from common.device import start_processes
-from common.factor_files import read_factors, read_facts, write_factors
 from common.hugging_face import read_config
-from common.optimizer import make_optimizer
-from common.run_folder import RunFolder
-from common.start import begin, whole_last
 from common.texts import codec_of
 from common.tokenizer import train_bpe
 from common.untrusted import read_json, read_json_lines
 from reports import rows
 from reports.html import page
 from train_args import parse_args
+from training import checkpoint
+from training.device import start_processes
+from training.factor_files import read_factors, read_facts, write_factors
+from training.optimizer import make_optimizer
+from training.run_folder import RunFolder
+from training.start import begin, whole_last
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import REPO, TINY, as_flags
 
-from common import checkpoint, stopping
 from common.cli import last_words
-from common.optimizer import Both, Muon, skip_where
-from common.train_rules import resume_args
 from train_args import parse_args
+from training import checkpoint, stopping
+from training.optimizer import Both, Muon, skip_where
+from training.rules import resume_args
 
 
 def lines(folder):
@@ -97,7 +97,7 @@ def test_a_second_signal_stops_at_once(monkeypatch):
 
 
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path, monkeypatch, assert_one_line_error):
-    from common.run_folder import RunFolder
+    from training.run_folder import RunFolder
 
     assert train(out_dir=tmp_path / "whole").status == 0
     parts = tmp_path / "parts"

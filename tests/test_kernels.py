@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from common import kernels
+from kernels import build as kernels
 
 
 def test_without_a_compiler_there_is_a_word(monkeypatch):

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import checkpoint
 from model import GPT, effective_weight
 from train_args import LORA_TARGETS, PRESETS, TrainArgs
+from training import checkpoint
 
 ALL = ",".join(LORA_TARGETS)
 PLAIN = ("q_proj", "k_proj", "v_proj", "c_proj", "mlp_up", "mlp_down")  # ordinary linear layers

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common.optimizer import Both, Muon, make_optimizer, orthogonal
 from train_args import TrainArgs
+from training.optimizer import Both, Muon, make_optimizer, orthogonal
 
 
 def test_a_step_of_muon_is_that_of_torch():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.progress import Progress
+from training.progress import Progress
 
 STEPS = 1000
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
 from common.dataset import Dataset
+from training import checkpoint
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402

@@ -1,9 +1,8 @@
-"""Every command of the README, at toy size; the tree of its files; the Korean README beside it."""
+"""Every command of the README, at toy size; the Korean README beside it."""
 
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 from conftest import REPO
@@ -92,42 +91,16 @@ def environment_of(command):
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
-FILE = r"[\w./-]*\.(?:py|sh|md|txt|toml|npz|yaml|cff|css|js|c)|Makefile|LICENSE|\.gitignore|\.ci/run"
-
-
-def tree_files(readme):
-    """
-    The paths in the README's tree. A line names files, then its gloss; "folder/" before them holds for the lines below that
-    begin deeper, too.
-    """
-    tree = re.search(r"```\nnanopca/\n(.*?)```", readme, flags=re.S).group(1)
-    found, folder = [], ""
-    for line in tree.splitlines():
-        start = re.match(r"  (\w+/)  ", line)
-        if start or not line.startswith("   "):
-            folder = start.group(1) if start else ""
-        rest = line[start.end() :] if start else line
-        found += [folder + name for name in re.findall(rf"(?<![\w/])(?:{FILE})(?!\w)", rest)]
-    return found
-
-
-def test_the_tree_of_the_readme_has_every_file_and_no_other():
-    """All tracked files but those of tests/ and results/, each once, at its path."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
-    there = sorted(path for path in tracked if not path.startswith(("tests/", "results/")) and (REPO / path).exists())
-    assert sorted(tree_files((REPO / "README.md").read_text())) == there
-
-
 def facts_of(page):
     """
     What two languages have in common, a dict for each section: the commands, and, sorted, the numbers (also those of comments
-    and tables), the names in code, and the links. The tree of the files and the links between the two pages are left out.
+    and tables), the names in code, and the links. The list of the folders and the links between the two pages are left out.
     """
     found = []
     for section in re.split(r"^## ", page, flags=re.M):
         if "](README" in section:
             section = re.sub(r"\]\(README[^)]*\)", "]", section)
-        if "\nnanopca/\n" in section or section.startswith("파일\n"):
+        if section.startswith(("Files\n", "파일\n")):
             continue
         prose = re.sub(r"```.*?```", "", section, flags=re.S)
         found.append(
@@ -152,13 +125,6 @@ def test_a_number_that_one_language_lacks_is_noticed():
     page = (REPO / "README.md").read_text()
     for old, new in (("4.859", "4.858"), ("--rank 192", "--rank 191"), ("`fisher`", "`joint`"), ("(results/vdproj)", "(x)")):
         assert facts_of(page) != facts_of(page.replace(old, new))
-
-
-def test_a_file_that_the_tree_lacks_is_noticed():
-    readme = (REPO / "README.md").read_text()
-    files = tree_files(readme)
-    assert "model.py" in files and "common/cli.py" in files and "data/pile/prepare.py" in files
-    assert "model.py" not in tree_files(readme.replace("  model.py ", "  "))
 
 
 def test_the_version_is_the_same_everywhere():

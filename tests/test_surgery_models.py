@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import checkpoint
 from common.dataset import Dataset, write_dataset
-from common.evaluate import evaluate
 from common.tokenizer import train_bpe
 from model import GPT, GPTConfig
 from surgery.evaluator import Evaluator, answers
@@ -23,6 +21,8 @@ from surgery.reading import load as load_small
 from surgery.subject import OwnSubject, Subject, load_subject
 from surgery.surgeon import Surgeon, check_changes, fingerprint
 from surgery.texts import encode
+from training import checkpoint
+from training.evaluate import evaluate
 from util_factorization import MATRIX_METHODS
 from util_factorization import METHODS as TABLE_METHODS
 from util_factorization.calibrate import calibrate

@@ -15,12 +15,12 @@ import shell
 import torch
 from conftest import REPO, TINY, as_flags
 
-from common import checkpoint, run_folder
 from common.dataset import Dataset
-from common.evaluate import evaluate
-from common.train_rules import check
 from model import GPT, GPTConfig
 from train_args import TrainArgs
+from training import checkpoint, run_folder
+from training.evaluate import evaluate
+from training.rules import check
 
 
 def losses(folder):
@@ -280,7 +280,7 @@ def test_bfloat16_trains(train, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_skips_steps_and_goes_on_with_its_scale(train, tmp_path, monkeypatch, optimizer):
     """As on a card, for which train.py keeps it. The scale begins so high that the first steps overflow."""
-    for place in ("train_args.check", "common.train_rules.check"):
+    for place in ("train_args.check", "training.rules.check"):
         monkeypatch.setattr(place, lambda args, *more: check(replace(args, dtype="float32"), *more))
     monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
     flags = dict(dtype="float16", optimizer=optimizer, lr_decay_iters=12, eval_interval=6, log_interval=3)

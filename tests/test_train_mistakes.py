@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import REPO, TINY, as_flags
 
-from common import checkpoint
 from common.dataset import write_dataset
-from common.factor_files import write_factors
-from common.trackers import TRACKERS
-from common.train_rules import trained_names
 from model import GPTConfig
 from train_args import PRESETS, LoraArgs, ModelArgs, TrainArgs, parse_args
+from training import checkpoint
+from training.factor_files import write_factors
+from training.rules import trained_names
+from training.trackers import TRACKERS
 
 
 def losses(folder):
@@ -178,11 +178,10 @@ def attributes_of(source, *objects):
 
 
 def test_every_flag_is_read_somewhere_documented_and_kept(train, tmp_path):
-    names = ("start", "dataset", "device", "evaluate", "optimizer", "progress", "run_folder", "train_step",
-             "stopping", "trackers")  # fmt: skip
-    files = ["train.py", *(f"common/{name}.py" for name in names)]
+    names = "start device evaluate optimizer progress run_folder step stopping trackers".split()
+    files = ["train.py", "common/dataset.py", *(f"training/{name}.py" for name in names)]
     read = set().union(*(attributes_of((REPO / file).read_text(), "args", "a") for file in files))
-    read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of train_rules.py only checks
+    read |= attributes_of(inspect.getsource(trained_names), "args")  # the rest of rules.py only checks
     read |= attributes_of((REPO / "model.py").read_text(), "config", "c") & {f.name for f in fields(GPTConfig)}
     read |= {"preset"} | TRACKERS.keys()  # read by cli.parse and by RunFolder
     train(out_dir=tmp_path / "run", eval_only=True)
@@ -239,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 
 def test_an_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch):
-    from common import run_folder
+    from training import run_folder
 
     def interrupt(self, step, **values):
         if "train_loss" in values:

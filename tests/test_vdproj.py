@@ -11,14 +11,14 @@ import torch
 from conftest import REPO, TINY, as_flags
 from torch.nn import functional as F
 
-from common import checkpoint
 from common.dataset import Dataset
-from common.evaluate import Restored, evaluate, position_bins
-from common.train_rules import trained_names
 from model import GPT, GPTConfig
 from reports.claims import cache_claims, judge
 from reports.rows import Row, read_rows
 from train_args import PRESETS, TrainArgs, parse_args
+from training import checkpoint
+from training.evaluate import Restored, evaluate, position_bins
+from training.rules import trained_names
 
 SHAPE = dict(rotary_pct=0.25, parallel_residual=True, norms_per_layer=1, tie_head=False, n_embd=16, n_head=2, dropout=0.0)
 EPOCHS = dict(max_iters=None, eval_interval=None, max_epochs=3, max_train_samples=40, warmup_iters=0, min_lr=1e-2)

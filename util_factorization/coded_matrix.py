@@ -10,7 +10,7 @@ rows (trellis.py). The means m_g are those of the group's coordinates. Where row
 
 **Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
 streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
-product() read the tensors in blocks, by compiled loops (common/kernels.c) or in torch. The matrix is never whole in float,
+product() read the tensors in blocks, by compiled loops (kernels/kernels.c) or in torch. The matrix is never whole in float,
 unless one asks for matrix().
 """
 
@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 
-from common.kernels import bind
+from kernels.build import bind
 from util_factorization.packing import stream_bytes, unpack, unpack_all
 from util_factorization.parents import ROW_FACTORS, ROW_GAINS, factors_and_gains
 from util_factorization.trellis import MOST_BITS, WINDOW

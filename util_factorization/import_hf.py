@@ -173,7 +173,7 @@ def main(argv=None):
     if importlib.util.find_spec("transformers") is None:
         fail("the package transformers is not installed: pip install transformers")
 
-    from common import checkpoint
+    from training import checkpoint
 
     model, facts = read_checkpoint(args.model, "--model", args.block_size, args.dataset)
     checkpoint.save_new(args.out, model, **facts)

@@ -22,7 +22,7 @@ class Args:
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
 
-    from common import checkpoint as ckpt
+    from training import checkpoint as ckpt
 
     checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank")
     if checkpoint["config"].get("lora_rank") is None:

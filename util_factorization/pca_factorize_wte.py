@@ -79,8 +79,8 @@ def check_names(args, given, n_ranks):
 
 def calibration(args, checkpoint, dataset):
     """C and G (or None) of the checkpoint's model, see calibrate.py, and facts about the calibration text."""
-    from common import checkpoint as ckpt
     from common.dataset import Dataset
+    from training import checkpoint as ckpt
     from util_factorization.calibrate import calibrate
 
     text = Dataset(args.calib_dataset, "--calib_dataset") if args.calib_dataset else dataset
@@ -106,8 +106,8 @@ def calibration(args, checkpoint, dataset):
 
 def read_dense(ckpt_path):
     """(The file or source, its checkpoint); an error unless the token table is dense, tied and without adapters."""
-    from common import checkpoint as ckpt
     from common.hugging_face import is_hub_id
+    from training import checkpoint as ckpt
 
     path = Path(ckpt_path)
     if is_hub_id(ckpt_path) or (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
@@ -166,8 +166,8 @@ def main(argv=None):
     import numpy as np
     import torch
 
-    from common.factor_files import method_in_names, sha256, write_factors
     from common.plots import draw, scree
+    from training.factor_files import method_in_names, sha256, write_factors
     from util_factorization.decompose_table import decompose
 
     if args.device != "cpu" and not torch.cuda.is_available():

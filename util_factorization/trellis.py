@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.kernels import LANES, bind
+from kernels.build import LANES, bind
 
-WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode (common/trellis.c knows both)
+WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode (kernels/trellis.c knows both)
 FAST_WINDOW = 8  # of what is encoded again and again: a cache, a table in training
 MOST_BITS = 8  # of a number
 PAIRS = (1, 3, 5, 7)  # bits for two numbers, of the codes between

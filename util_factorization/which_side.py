@@ -26,9 +26,9 @@ def main(argv=None):
     import torch
     from torch.nn import functional as F
 
-    from common import checkpoint as ckpt
     from common.dataset import Dataset
-    from common.factor_files import read_factors, read_facts
+    from training import checkpoint as ckpt
+    from training.factor_files import read_factors, read_facts
 
     checkpoint = ckpt.load(args.ckpt_path)
     if checkpoint["config"]["n_embd_wte"] is not None or checkpoint["config"].get("lora_rank") is not None:

@@ -1,5 +1,5 @@
 """
-Attention of one query over a cache kept by bits, read where it lies, by compiled loops (common/streams.c), on a CPU in float32.
+Attention of one query over a cache kept by bits, read in place, by compiled loops (kernels/streams.c), on a CPU in float32.
 
 A key is mean + gain sum_i z_i a_i over the numbers of its block. Scores need each key once, rotated; it is never written to
 memory. A head's output is the mean, and the sum of the weights times gain times z, restored: one sum a head instead of S
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from common.kernels import LANES, bind
+from kernels.build import LANES, bind
 from model import rotate
 from value_cache.coded_cache import WHOLE
 from value_cache.streams import GAINS, compiled, layout

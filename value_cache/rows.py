@@ -5,14 +5,14 @@ A row is D numbers, of all heads. float32, bfloat16 and float16 store the number
 to 127, int4 from -7 to 7, two in a byte (packing.pack_halves). The row's scale follows, a bfloat16: the largest number / 127
 or 7.
 
-Compiled loops (common/kernels.c) read rows on a CPU, for queries in float32. Elsewhere torch converts all rows first.
+Compiled loops (kernels/kernels.c) read rows on a CPU, for queries in float32. Elsewhere torch converts all rows first.
 
 Shapes: B texts, S positions in the cache, H heads of queries, G heads of keys and values, n numbers a head, D = G n.
 """
 
 import torch
 
-from common import kernels
+from kernels import build as kernels
 from util_factorization.packing import pack_halves, unpack_halves
 from value_cache import KV_DTYPES
 

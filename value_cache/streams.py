@@ -5,7 +5,7 @@ A stream is a trellis (trellis.py) whose step t adds bits[t] bits. A number's va
 those before it, FAST_WINDOW in all. Before the first number the bits are 0. The gain's number follows in four bits. A row is
 the bytes of this stream from last to first, so that a processor reads two neighbours as one number.
 
-Compiled loops (common/streams.c) read and write rows on a CPU in float32; torch does it elsewhere.
+Compiled loops (kernels/streams.c) read and write rows on a CPU in float32; torch does it elsewhere.
 
 Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
 """
@@ -13,7 +13,7 @@ Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDO
 import torch
 from torch.nn import functional as F
 
-from common.kernels import LANES, bind
+from kernels.build import LANES, bind
 from util_factorization.packing import pack_rows, row_bytes, unpack_rows
 from util_factorization.trellis import FAST_WINDOW
 

@@ -34,11 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, trackers
 from common.cli import fail
-from common.device import hardware
 from common.files import claim_folder, flush, remove, written_whole
 from common.untrusted import COUNT, read_json, read_json_lines
+from training import checkpoint, trackers
+from training.device import hardware
 
 ANOTHERS = ("a run's config.json", "choose another --out_dir")
 PREVIOUS = "last.previous.pt"  # the last.pt before the last one, should that be damaged

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
 from common.cli import fail
 from common.dataset import Dataset
-from common.device import set_random_state
-from common.factor_files import read_factors, read_facts
-from common.optimizer import resume_optimizer
-from common.run_folder import PREVIOUS
-from common.train_rules import check_schedule, check_shape, resume_args, trained_names, without_gone
 from common.untrusted import COUNT, expect, expect_fields, reading
 from model import GPT, GPTConfig
+from training import checkpoint
+from training.device import set_random_state
+from training.factor_files import read_factors, read_facts
+from training.optimizer import resume_optimizer
+from training.rules import check_schedule, check_shape, resume_args, trained_names, without_gone
+from training.run_folder import PREVIOUS
 
 # What last.pt has for a resume, besides what ckpt.pt has.
 BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)

@@ -6,7 +6,7 @@ import torch
 from torch.distributed import all_reduce
 
 from common.cli import reason
-from common.device import out_of_memory
+from training.device import out_of_memory
 
 
 def autocast_of(device, dtype):

@@ -8,7 +8,7 @@ import time
 import torch
 from torch.distributed import ReduceOp, all_reduce
 
-from common.device import end_processes
+from training.device import end_processes
 
 TWICE = 0.5  # seconds within which two signals are one: a terminal sends Ctrl-C to a script's children, and so may the script
 

@@ -15,16 +15,16 @@ from statistics import median
 import numpy as np
 import torch
 
-from common.checkpoint import move_to
+from benchmarks.nanogpt import nanogpt
 from common.cli import fail
 from common.dataset import Dataset, TrainingText, write_dataset
-from common.device import matrix_rate, peak_memory, wait_for
-from common.nanogpt import nanogpt
-from common.optimizer import make_optimizer
-from common.start import begin
 from common.timing import by_turns, spread
-from common.train_step import autocast_of, to_device, trained_flops
 from model import GPTConfig
+from training.checkpoint import move_to
+from training.device import matrix_rate, peak_memory, wait_for
+from training.optimizer import make_optimizer
+from training.start import begin
+from training.step import autocast_of, to_device, trained_flops
 
 PARTS = ("data", "forward", "loss", "backward", "clip", "optimizer")
 TOKENS = 2**20  # of the text that is read: 2 MB

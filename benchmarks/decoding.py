@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import torch
 
-from common import checkpoint
+from benchmarks.nanogpt import nanogpt
 from common.cli import fail
 from common.dataset import Dataset
-from common.evaluate import evaluate
-from common.nanogpt import nanogpt
 from model import GPT, GPTConfig
+from training import checkpoint
+from training.evaluate import evaluate
 from value_cache.kv_cache import KVCache
 from value_cache.latent_attention import Decode, decoder
 

@@ -17,9 +17,9 @@ import torch
 from common.cli import LARGE, fail
 from common.files import written_whole
 from common.modules import check_filled, fresh_memory_is_nan
-from common.train_rules import check_model
 from common.untrusted import COUNT, WHOLE, check_plain, expect, expect_fields, load_tensors, reading
 from model import ACTIVATIONS, BLOCKS, GPT, GPTConfig
+from training.rules import check_model
 
 
 def save(path, model, hint="make room, then resume the run", previous=None, **rest):
