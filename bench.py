@@ -65,7 +65,7 @@ class DecodeFlags(OurFlags):
 
 
 def check_decode(args):
-    from value_cache import KV_DTYPES
+    from kv_cache import KV_DTYPES
 
     if bool(args.runs) == bool(args.shape):
         fail("--runs and --shape: give one of the two, trained models or a shape")
@@ -117,8 +117,8 @@ def decode(argv):
 
     from benchmarks.decoding import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
     from common.timing import by_turns
+    from kv_cache.own_attention import ways_of
     from training.device import hardware
-    from value_cache.latent_attention import ways_of
 
     models = []
     for dtype in args.dtypes.split(","):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 from common.texts import codec_of
-from value_cache import KV_DTYPES
+from kv_cache import KV_DTYPES
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Args:
     kv_dtype: str | None = flag(None, "what the cache keeps; left out, the model's own dtype", choices=KV_DTYPES)
     attend: str = flag(
         "auto",
-        "how the model reads its cache, see value_cache/latent_attention.py; auto takes the fastest here",
+        "how the model reads its cache, see kv_cache/own_attention.py; auto takes the fastest here",
         choices=("auto", "restore", "late", "fold"),
     )
     dataset: str | None = flag(None, "a dataset that has the tokenizer; left out, the one that the checkpoint trained on")
@@ -118,11 +118,11 @@ def main(argv=None):
 
     import torch
 
+    from kv_cache.generate import chooser, generate
+    from kv_cache.own_attention import decoder, fastest, fastest_dtype, ways_of
+    from kv_cache.own_cache import KVCache
     from model import NO_CACHE
     from training import checkpoint
-    from value_cache.generation import chooser, generate
-    from value_cache.kv_cache import KVCache
-    from value_cache.latent_attention import decoder, fastest, fastest_dtype, ways_of
 
     saved = checkpoint.load(args.ckpt_path, hint="train it first, or give another --ckpt_path")
     model = checkpoint.build(saved, dropout=0.0).eval()

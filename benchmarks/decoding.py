@@ -9,11 +9,11 @@ import torch
 from benchmarks.nanogpt import nanogpt
 from common.cli import fail
 from common.dataset import Dataset
+from kv_cache.own_attention import Decode, decoder
+from kv_cache.own_cache import KVCache
 from model import GPT, GPTConfig
 from training import checkpoint
 from training.evaluate import evaluate
-from value_cache.kv_cache import KVCache
-from value_cache.latent_attention import Decode, decoder
 
 # name in the table, folder of the trained model, the parts that compress
 MODELS = (

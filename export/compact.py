@@ -4,11 +4,11 @@ import json
 
 import torch
 
+from bits.trellis import gaussian_codes
 from export.bundle import bundle
 from export.multiplied import plain_config
+from kv_cache.bit_code import LayerCode
 from surgery.low_rank_modules import install, set_factors
-from util_factorization.trellis import gaussian_codes
-from value_cache.coded_cache import LayerCode
 
 CODE = "modeling_nanopca"
 TITLE = {

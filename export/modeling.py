@@ -3,13 +3,13 @@
 import torch
 import torch.nn as nn
 
+from bits.coded_matrix import CodedMatrix
+from bits.modules import install_coded
+from bits.trellis import WINDOW, Code, float16_code, shapes
 from common.modules import check_complete, fresh_memory_is_nan
-from surgery.coded_attention import coded_layers, install_cache
-from surgery.coded_modules import install_coded
+from kv_cache.bit_code import LayerCode
+from kv_cache.hf_bits import coded_layers, install_cache
 from surgery.low_rank_modules import install
-from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.trellis import WINDOW, Code, float16_code, shapes
-from value_cache.coded_cache import LayerCode
 
 
 class CompactModel:

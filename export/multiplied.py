@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from surgery.layers import find_layers
-from surgery.low_rank_modules import LatentAttention, LowRank, Uncut
+from kv_cache.hf_attention import LatentAttention
+from kv_cache.hf_layers import find_layers
+from util_factorization.modules import LowRank, Uncut
 
 
 def plain_config(hf, **changes):

@@ -21,7 +21,7 @@ enum { LANES = WIDTH };
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 
-// -- a matrix kept by bits (util_factorization/coded_matrix.py and trellis.py) ---------------------------------------
+// -- a matrix kept by bits (bits/coded_matrix.py and trellis.py) ---------------------------------------
 
 enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as there; depths are 0 to 16 half bits
 enum { STEP = 32 };                                 // numbers after which a stream of any depth is at a byte's first bit
@@ -163,9 +163,9 @@ void coded_parents(int rows, int wide, const void *parent, const uint8_t *relati
     }
 }
 
-// -- attention over a cache's rows (value_cache/rows.py) --------------------------------------------------------------
+// -- attention over a cache's rows (kv_cache/number_formats.py) --------------------------------------------------------------
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // number formats, as in value_cache/__init__.py
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // number formats, as in kv_cache/__init__.py
 enum { WIDEST = 1024, PIECE = 64 };  // numbers of a head; numbers that are summed together
 enum { BLOCK = 64, SIDE = 8 };       // positions of a task; positions that are read together
 
@@ -341,7 +341,7 @@ void row_sums(ROWS, const float *weights, const uint8_t *values, float *out, int
     }
 }
 
-// -- attention over latents of keys (surgery/latent_cache.py) ---------------------------------------------------------
+// -- attention over latents of keys (kv_cache/hf_latents.py) ---------------------------------------------------------
 
 // rows [SIDE][r + more], latents first: fills in the rest, products of the latents with weights [r][more].
 static void restore(float *rows, int r, int more, const float *weights) {

@@ -1,4 +1,4 @@
-// Loops over a cache kept by bits (value_cache/streams.py and coded_reader.py). kernels.c includes them.
+// Loops over a cache kept by bits (kv_cache/bit_streams.py and coded_reader.py). kernels.c includes them.
 
 enum { CACHE_WINDOW = 8, STATES = 256, GAINS = 16, GAIN_BITS = 4 };  // as there
 

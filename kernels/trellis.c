@@ -1,4 +1,4 @@
-// The best stream of bits for numbers (util_factorization/trellis.py, value_cache/streams.py). kernels.c includes it.
+// The best stream of bits for numbers (bits/trellis.py, kv_cache/bit_streams.py). kernels.c includes it.
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 

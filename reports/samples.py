@@ -6,9 +6,9 @@ import torch
 
 from common.dataset import Dataset, find_folder
 from common.texts import codec_of
+from kv_cache.generate import chooser, generate
+from kv_cache.own_cache import KVCache
 from training import checkpoint
-from value_cache.generation import chooser, generate
-from value_cache.kv_cache import KVCache
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 40
 WIDTH = 80  # of a line in characters: "  B (k=128) wrote: " stands before it

@@ -205,9 +205,9 @@ def opened(args):
 
 def pack(args):
     """--bytes, --cache_bytes: write the packed model."""
+    from kv_cache.hf_bits import check_cache
     from reports.packed import packed_table
     from surgery.checks import check_subject
-    from surgery.coded_attention import check_cache
     from surgery.evaluator import Evaluator
     from surgery.pack_model import pack_model
     from surgery.surgeon import digest
@@ -238,11 +238,11 @@ def main(argv=None):
     if by_bits:
         return pack(args)
 
+    from kv_cache.hf_attention import check_attention
+    from kv_cache.hf_layers import find_layers
     from reports.surgery import write_report
     from surgery.checks import check_ranks, check_subject
     from surgery.evaluator import Evaluator
-    from surgery.layers import find_layers
-    from surgery.low_rank_modules import check_attention
     from surgery.moments import calibration
     from surgery.surgeon import Surgeon, digest
     from surgery.sweep import prepare_folder, read_records, sweep

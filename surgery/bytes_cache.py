@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import torch
 
-from surgery.coded_attention import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
+from bits.integers import in_groups
+from kv_cache.bit_code import WHOLE, fit
+from kv_cache.hf_bits import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
 from surgery.subject import Subject
-from util_factorization.rounding import in_groups
-from value_cache.coded_cache import WHOLE, fit
 
 FORMS = {"bits": "small", "bits read in place": "fast"}  # of a coded cache, by a row's name
 

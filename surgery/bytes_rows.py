@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm import tqdm
 
+from bits.encode import decompose_by, draft_layer, draft_table, groups_by_weight
+from bits.integers import in_groups
+from bits.trellis import float16_code
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
-from util_factorization.coding import decompose_by, draft_layer, draft_table, groups_by_weight
-from util_factorization.rounding import in_groups
-from util_factorization.trellis import float16_code
 
 DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
 

@@ -115,8 +115,8 @@ def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     systems = plan(args)
 
+    from kv_cache.hf_bits import coded_layers
     from surgery.checks import check_window
-    from surgery.coded_attention import coded_layers
     from surgery.evaluator import Evaluator
     from surgery.subject import OwnSubject, choose_model, load_subject
     from surgery.surgeon import digest

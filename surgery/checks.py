@@ -1,8 +1,8 @@
 """What the flags ask for, held against the model."""
 
 from common.cli import fail
+from kv_cache.hf_layers import heights, stacks
 from surgery.evaluator import prompt_ids
-from surgery.layers import heights, stacks
 from surgery.subject import CodecTokenizer, OwnSubject
 
 

@@ -14,13 +14,7 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-from common.files import written_whole
-from surgery.evaluator import Evaluator
-from surgery.in_order import code_in_order
-from surgery.linears import LinearMoments, find_linears
-from surgery.moments import finite_moments, read_moments
-from util_factorization.calibrate import calibrate
-from util_factorization.coding import (
+from bits.encode import (
     choose,
     code,
     depths_of,
@@ -30,7 +24,13 @@ from util_factorization.coding import (
     row_weights,
     spend_over,
 )
-from util_factorization.trellis import distortion, gaussian_codes
+from bits.trellis import distortion, gaussian_codes
+from common.files import written_whole
+from surgery.evaluator import Evaluator
+from surgery.in_order import code_in_order
+from surgery.linears import LinearMoments, find_linears
+from surgery.moments import finite_moments, read_moments
+from util_factorization.calibrate import calibrate
 
 PROBE_BITS = 3
 PROBES = 3  # windows of calibration text on which prices are measured

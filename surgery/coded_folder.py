@@ -4,12 +4,12 @@ float32, and of a coded cache the constants, in 16 bits. config.json's entry "su
 "window": bits of the codes' windows, "cache": [bits of the components, for each stream of each layer]}.
 """
 
-from surgery import coded_attention
-from surgery.coded_modules import install_coded
+from bits.coded_matrix import CodedMatrix
+from bits.modules import install_coded
+from bits.trellis import FAST_WINDOW, WINDOW, float16_code, gaussian_codes
+from kv_cache import hf_bits as coded_attention
+from kv_cache.bit_code import LAYERS_BEFORE, LayerCode
 from surgery.model_folder import check_tensors, put, write_folder
-from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.trellis import FAST_WINDOW, WINDOW, float16_code, gaussian_codes
-from value_cache.coded_cache import LAYERS_BEFORE, LayerCode
 
 
 def save(folder, hf, tokenizer, coded, cache=()):

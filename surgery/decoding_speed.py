@@ -6,7 +6,7 @@ import torch
 
 from common.cli import fail
 from common.timing import by_turns
-from surgery.int8_cache import int8_cache
+from kv_cache.hf_int8 import int8_cache
 from surgery.reading import load
 from surgery.subject import is_own, is_smaller, load_hugging_face
 

@@ -13,13 +13,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from bits.encode import to_int8
+from bits.predicted_rows import factors_and_gains
 from model import merge_adapters
 from surgery.coded import TABLES
 from surgery.heal import adapters_of, descend, distil
 from surgery.in_order import blocks_of, inputs_of, run
 from training.step import autocast_of
-from util_factorization.coding import to_int8
-from util_factorization.parents import factors_and_gains
 
 RATE = 3.0  # of the numbers around the codes, each relative to its size, over that of the adapters
 

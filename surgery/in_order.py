@@ -15,7 +15,7 @@ import copy
 import torch
 from tqdm import tqdm
 
-from util_factorization.coding import code, draft_layer
+from bits.encode import code, draft_layer
 
 RIDGE = 0.01  # of the mean squared input: W* stays near W where text says little
 

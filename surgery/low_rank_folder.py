@@ -6,7 +6,8 @@ Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer number
 
 import torch
 
-from surgery.low_rank_modules import LatentAttention, install
+from kv_cache.hf_attention import LatentAttention
+from surgery.low_rank_modules import install
 from surgery.model_folder import check_tensors, put, write_folder
 from util_factorization.decompose_matrix import from_skeleton, skeleton
 

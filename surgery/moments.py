@@ -6,7 +6,7 @@ from tqdm import tqdm
 from common.cli import fail
 from common.files import written_whole
 from common.untrusted import COUNT, expect, load_tensors, reading
-from surgery.layers import heights
+from kv_cache.hf_layers import heights
 from training.checkpoint import check_tensor
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS
 from util_factorization.calibrate import calibrate

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bits.modules import install_coded
+from bits.trellis import float16_code
 from common.cli import fail
+from kv_cache.hf_bits import code_cache
 from surgery.coded import Coder, coded_in
-from surgery.coded_attention import code_cache
 from surgery.coded_folder import save
-from surgery.coded_modules import install_coded
 from surgery.decoding_speed import cache_bytes, decode_speeds
 from surgery.heal import healing_dtype
 from surgery.heal_coded import heal_coded, shared
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line, made_by
-from util_factorization.trellis import float16_code
 
 
 def pack_model(args, subject, tokenizer, texts, evaluator, folder):

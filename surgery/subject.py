@@ -14,11 +14,11 @@ from common.cli import fail
 from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
+from kv_cache import generate as generation
+from kv_cache.own_cache import KVCache
 from model import NO_CACHE
 from surgery.model_folder import WEIGHTS
 from training import checkpoint
-from value_cache import generation
-from value_cache.kv_cache import KVCache
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 SAMPLED = dict(temperature=0.7, top_p=0.9)  # how a sampled answer is drawn

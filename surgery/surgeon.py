@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from common.cli import fail, rounded
+from kv_cache.hf_layers import heights, stacks
 from surgery import allocate
 from surgery.in_order import layers_in_order, repaired
-from surgery.layers import heights, stacks
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS, decompose_matrix, decompose_table
 
 

@@ -7,23 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bits.packing import pack_rows, row_bytes, unpack_rows
+from bits.trellis import FAST_WINDOW, gaussian_codes
 from kernels.build import library
+from kv_cache.bit_code import WHOLE, WHOLE_RANGE, blocks_of, fit, fit_levels, known_of, least_bits
+from kv_cache.bit_reader import reader_of
+from kv_cache.bit_streams import GAIN_BITS, Streams, best_windows, size_of, windows_and_gain
+from kv_cache.hf_attention import Turns
+from kv_cache.hf_latents import norm_of
 from model import rotate
 from surgery.coded_folder import save
 from surgery.decoding_speed import cache_bytes
-from surgery.latent_cache import norm_of
-from surgery.low_rank_modules import Turns
 from surgery.model_folder import WEIGHTS
 from surgery.reading import load
 from surgery.subject import Subject
-from util_factorization.packing import pack_rows, row_bytes, unpack_rows
-from util_factorization.trellis import FAST_WINDOW, gaussian_codes
-from value_cache.coded_cache import WHOLE, WHOLE_RANGE, blocks_of, fit, fit_levels, known_of, least_bits
-from value_cache.coded_reader import reader_of
-from value_cache.streams import GAIN_BITS, Streams, best_windows, size_of, windows_and_gain
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
-modules = pytest.importorskip("surgery.coded_attention")
+modules = pytest.importorskip("kv_cache.hf_bits")
 
 IDS = torch.randint(300, (6, 40), generator=torch.Generator().manual_seed(0))
 QWEN3 = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
@@ -114,7 +114,7 @@ def test_dear_components_are_not_clipped(monkeypatch):
     x.view(-1, D)[::200, 0] = 20.0
     metric, flat, errors = torch.ones(D).index_fill(0, torch.tensor([0]), 1e4).diag(), x[:, WHOLE:].flatten(0, 1), []
     for whole_range in (WHOLE_RANGE, 99):
-        monkeypatch.setattr("value_cache.coded_cache.WHOLE_RANGE", whole_range)
+        monkeypatch.setattr("kv_cache.bit_code.WHOLE_RANGE", whole_range)
         code = fit([x], x[..., :1], [metric], 2 * D, [[torch.arange(D)]])[0]
         errors.append((flat - code.read(code.write(flat, None), None))[:, 0].square().mean())
     assert code.bits[0][-1] >= WHOLE_RANGE

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from bits import coded_matrix, trellis
+from bits import encode as coding
+from bits import predicted_rows as parents
+from bits.budget import spend
+from bits.coded_matrix import CodedMatrix
+from bits.encode import choose, code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
+from bits.integers import in_groups
+from bits.modules import CodedLinear
+from bits.packing import pack, stream_bytes, unpack
+from bits.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
 from kernels import build as kernels
-from surgery.coded_modules import CodedLinear
 from surgery.heal_coded import TrainableCodes
-from util_factorization import coded_matrix, coding, parents, trellis
-from util_factorization.bits import spend
-from util_factorization.coded_matrix import CodedMatrix
-from util_factorization.coding import choose, code, draft_layer, draft_table, feedback, fit, groups_by_weight, row_weights
-from util_factorization.packing import pack, stream_bytes, unpack
-from util_factorization.rounding import in_groups
-from util_factorization.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
 
 V, d = 700, 24
 

@@ -5,11 +5,12 @@ import torch
 
 from common.dataset import write_dataset
 from kernels import build as kernels
+from kv_cache import KV_DTYPES
+from kv_cache import number_formats as rows
+from kv_cache.generate import chooser, generate
+from kv_cache.own_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
+from kv_cache.own_cache import KVCache, Store
 from model import NO_CACHE
-from value_cache import KV_DTYPES, rows
-from value_cache.generation import chooser, generate
-from value_cache.kv_cache import KVCache, Store
-from value_cache.latent_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
 
 PYTHIA = dict(n_embd=32, n_head=2, rotary_pct=0.25, parallel_residual=True, tie_head=False)
 SHAPES = dict(

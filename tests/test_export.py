@@ -13,14 +13,14 @@ from tiktoken_ext import openai_public
 from common.dataset import write_dataset
 from common.tokenizer import END_OF_TEXT, train_bpe
 from export.tokenizer import from_tiktoken, tokenizer_for
+from kv_cache.generate import chooser, generate
+from kv_cache.own_cache import KVCache
 from surgery.coded_folder import save as save_coded
 from surgery.decoding_speed import cache_bytes
 from surgery.low_rank_folder import save
 from surgery.reading import load
 from training import checkpoint as ckpt
 from util_factorization.import_hf import from_hugging_face
-from value_cache.generation import chooser, generate
-from value_cache.kv_cache import KVCache
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers = toys.transformers

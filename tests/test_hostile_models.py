@@ -10,10 +10,12 @@ from trials import all_survive
 
 import reports.bytes as bytes_report
 import reports.surgery as report
+from bits import encode as coding
+from bits.encode import code, draft_layer, draft_table, fit
 from common.hugging_face import parsed_gguf
+from kv_cache.hf_layers import find_layers
 from reports.html import page
 from surgery.coded_folder import save as save_coded
-from surgery.layers import find_layers
 from surgery.low_rank_folder import save as save_low_rank
 from surgery.low_rank_modules import shrink
 from surgery.moments import read_moments, shapes_of
@@ -21,8 +23,6 @@ from surgery.points import Point
 from surgery.reading import load
 from surgery.subject import Subject, load_subject
 from surgery.sweep import prepare_folder, read_records
-from util_factorization import coding
-from util_factorization.coding import code, draft_layer, draft_table, fit
 from util_factorization.decompose_matrix import decompose as decompose_matrix
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")

@@ -5,7 +5,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kernels import build as kernels
-from surgery.int8_cache import AT_ONCE, int8_cache
+from kv_cache.hf_int8 import AT_ONCE, int8_cache
 
 SHAPE = dict(vocab_size=90, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bits.encode import code, decompose_by, draft_table, fit
+from bits.modules import CodedLinear, install_coded
+from bits.trellis import float16_code
 from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
 from surgery.coded_folder import save
-from surgery.coded_modules import CodedLinear, install_coded
 from surgery.evaluator import Evaluator
 from surgery.heal_coded import heal_coded
 from surgery.in_order import blocks_of, calls_of, code_in_order, inputs_of, repaired
@@ -18,8 +20,6 @@ from surgery.linears import LinearMoments, find_linears
 from surgery.model_folder import WEIGHTS
 from surgery.reading import load
 from surgery.subject import Subject
-from util_factorization.coding import code, decompose_by, draft_table, fit
-from util_factorization.trellis import float16_code
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 draw = torch.Generator().manual_seed(0)

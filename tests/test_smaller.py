@@ -6,18 +6,21 @@ import re
 import pytest
 import torch
 
-from surgery import allocate, latent_cache, low_rank_modules
+from kv_cache import hf_latents as latent_cache
+from kv_cache.hf_attention import LatentAttention
+from kv_cache.hf_layers import find_layers
+from surgery import allocate
 from surgery.decoding_speed import cache_bytes
 from surgery.evaluator import Evaluator
 from surgery.heal import heal
-from surgery.layers import find_layers
 from surgery.low_rank_folder import save, turn_to_keys
-from surgery.low_rank_modules import FactorizedTable, LatentAttention, shrink
+from surgery.low_rank_modules import shrink
 from surgery.points import Point
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.surgeon import Surgeon
 from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
+from util_factorization.modules import FactorizedTable
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 transformers, llama, neox, redrawn, save_tokenizer = (
@@ -98,7 +101,7 @@ def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     padding = torch.ones_like(IDS)
     padding[0, :5] = 0
     options = dict(attention_mask=padding, max_new_tokens=30, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
-    monkeypatch.setattr(low_rank_modules, "growing", lambda cache, i: None)
+    monkeypatch.setattr("kv_cache.hf_attention.growing", lambda cache, i: None)
     theirs, their_beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     monkeypatch.undo()
     turn_to_keys(small)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.layers import find_layers
+from kv_cache.hf_layers import find_layers
 from surgery.moments import Moments
 from surgery.points import Point
 from surgery.subject import Subject

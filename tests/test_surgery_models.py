@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from common.dataset import Dataset, write_dataset
 from common.tokenizer import train_bpe
+from kv_cache.hf_layers import find_layers
 from model import GPT, GPTConfig
 from surgery.evaluator import Evaluator, answers
-from surgery.layers import find_layers
 from surgery.low_rank_folder import save as save_small
 from surgery.low_rank_modules import shrink
 from surgery.moments import Moments

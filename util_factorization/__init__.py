@@ -1,7 +1,14 @@
 """
-The methods of factorization: their names, and what each needs. They stand here so that --help need not import torch.
+Low rank: the SVD of token tables and matrices, and the programs of experiments 1-13.
 
-To add a method, add its line here and its cost in decompose_table.py (or decompose_matrix.py).
+    spectrum, calibrate                  singular values and what a rank keeps; moments of a model, measured on text
+    decompose_table, decompose_matrix    exact factors by every method, for every rank
+    modules                              low-rank factors in place of a matrix, a table or a head
+    pca_factorize_wte, merge_lora        programs: a table's factors on disk; adapters merged into their weights
+    which_side, import_hf                programs: which use of a table a cut hurts; GPT-2 and Pythia become checkpoints
+
+The methods stand below, so that --help need not import torch. To add one, add its line here and its cost in decompose_table.py
+(or decompose_matrix.py).
 """
 
 # Of a token table. counts: how often each token occurs; head: C of what the head reads; lookup: G of the loss's gradient at

@@ -8,7 +8,7 @@ e is small (GPTQ, arXiv:2210.17323, in the form of LDLQ: see coding.py).
 
 import torch
 
-from util_factorization.coding import feedback
+from bits.encode import feedback
 
 
 def in_groups(W, bits, group, metric=None):

@@ -12,9 +12,9 @@ Shapes: B texts, S positions in the cache, H heads of queries, G heads of keys a
 
 import torch
 
+from bits.packing import pack_halves, unpack_halves
 from kernels import build as kernels
-from util_factorization.packing import pack_halves, unpack_halves
-from value_cache import KV_DTYPES
+from kv_cache import KV_DTYPES
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEVELS = {"int8": 127, "int4": 7}

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from kernels.build import LANES, bind
+from kv_cache.bit_code import WHOLE
+from kv_cache.bit_streams import GAINS, compiled, layout
 from model import rotate
-from value_cache.coded_cache import WHOLE
-from value_cache.streams import GAINS, compiled, layout
 
 KEYS = 8  # numbers of keys that are restored together, as in streams.c
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from util_factorization.coded_matrix import CodedMatrix
+from bits.coded_matrix import CodedMatrix
 
 
 class Coded(nn.Module):

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from util_factorization.bits import gains, spend
-from util_factorization.coded_matrix import CodedMatrix, segments, stream_size
+from bits.budget import gains, spend
+from bits.coded_matrix import CodedMatrix, segments, stream_size
+from bits.packing import pack
+from bits.predicted_rows import COST, ROW_GAINS, find_parents, gains_of, relation, spread, told_by_parents
+from bits.trellis import distortion, encode, gaussian_codes
 from util_factorization.decompose_table import decompose
-from util_factorization.packing import pack
-from util_factorization.parents import COST, ROW_GAINS, find_parents, gains_of, relation, spread, told_by_parents
-from util_factorization.trellis import distortion, encode, gaussian_codes
 
 FIRST = 40  # rows, about, of a token table's first group
 GROWTH = 2**0.5  # each group has so many times the rows of the one before it

@@ -13,9 +13,9 @@ Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDO
 import torch
 from torch.nn import functional as F
 
+from bits.packing import pack_rows, row_bytes, unpack_rows
+from bits.trellis import FAST_WINDOW
 from kernels.build import LANES, bind
-from util_factorization.packing import pack_rows, row_bytes, unpack_rows
-from util_factorization.trellis import FAST_WINDOW
 
 ROWS_AT_ONCE = 512  # tokens encoded together
 IMPOSSIBLE = 1e30  # a cost

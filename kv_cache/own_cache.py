@@ -7,7 +7,7 @@ tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the
 
 import torch
 
-from value_cache import rows
+from kv_cache import number_formats as rows
 
 
 class Store:

@@ -40,9 +40,9 @@ import torch.nn as nn
 
 from common.modules import linear, shared_copy
 from common.timing import by_turns
+from kv_cache.number_formats import FLOATS
+from kv_cache.own_cache import InPlace, KVCache, LayerCache, Store
 from model import NO_CACHE, CausalSelfAttention, NoRotary
-from value_cache.kv_cache import InPlace, KVCache, LayerCache, Store
-from value_cache.rows import FLOATS
 
 WAYS = ("restore", "late", "fold")
 

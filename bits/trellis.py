@@ -91,7 +91,7 @@ def float16_code():
 
 
 def write_fitted():
-    """Write FITTED anew: python -c "from util_factorization.trellis import write_fitted as w; w()"."""
+    """Write FITTED anew: python -c "from bits.trellis import write_fitted as w; w()"."""
     found = {}
     for window in (WINDOW, FAST_WINDOW):
         codes = [gaussian_code(bits, window, numbers) for bits, numbers in shapes(window)]

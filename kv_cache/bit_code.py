@@ -36,10 +36,10 @@ Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its
 import torch
 import torch.nn as nn
 
-from util_factorization.bits import spend
+from bits.budget import spend
+from bits.trellis import FAST_WINDOW, distortion, gaussian_codes
+from kv_cache.bit_streams import GAIN_BITS, GAINS, Streams, nearest_gain, windows_and_gain
 from util_factorization.spectrum import root
-from util_factorization.trellis import FAST_WINDOW, distortion, gaussian_codes
-from value_cache.streams import GAIN_BITS, GAINS, Streams, nearest_gain, windows_and_gain
 
 WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
 RIDGE = 1e-5  # of the mean variance of what a forecast reads

@@ -1,10 +1,10 @@
 """
-Attention whose cache is kept by bits (value_cache/coded_cache.py), for a Llama-type model of Hugging Face or a GPT-NeoX.
+Attention whose cache is kept by bits (kv_cache/bit_code.py), for a Llama-type model of Hugging Face or a GPT-NeoX.
 
 The model's own cache object keeps uint8 bytes in place of a layer's keys; in place of its values it keeps the first positions
 whole, in float16. Of what was read, those alone stay in float. There are two forms:
 
-    fast    a single token reads each layer where it lies, by compiled loops (value_cache/coded_reader.py)
+    fast    a single token reads each layer where it lies, by compiled loops (kv_cache/bit_reader.py)
     small   layers are forecast from those before and from the tokens' rows, so the same bytes lose less. Layer 0 keeps each
             token's id too, in 2 or 4 bytes. Each step reads all positions of all layers, in order: it decodes slowly.
 
@@ -18,12 +18,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from common.cli import fail
+from kv_cache.bit_code import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
+from kv_cache.bit_reader import reader_of
+from kv_cache.hf_attention import Turns, check_attention, head_size, masked
+from kv_cache.hf_latents import growing, norm_of, trains
+from kv_cache.hf_layers import find_layers
 from model import rotate
-from surgery.latent_cache import growing, norm_of, trains
-from surgery.layers import find_layers
-from surgery.low_rank_modules import Turns, check_attention, head_size, masked
-from value_cache.coded_cache import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
-from value_cache.coded_reader import reader_of
 
 STREAMS = dict(fast=2, small=1)  # of a layer, in each form
 

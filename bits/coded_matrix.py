@@ -19,10 +19,10 @@ from functools import cached_property
 
 import torch
 
+from bits.packing import stream_bytes, unpack, unpack_all
+from bits.predicted_rows import ROW_FACTORS, ROW_GAINS, factors_and_gains
+from bits.trellis import MOST_BITS, WINDOW
 from kernels.build import bind
-from util_factorization.packing import stream_bytes, unpack, unpack_all
-from util_factorization.parents import ROW_FACTORS, ROW_GAINS, factors_and_gains
-from util_factorization.trellis import MOST_BITS, WINDOW
 
 SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
 SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read

@@ -1,0 +1,79 @@
+"""Low-rank factors in place of a matrix, of a token table, or of a head. down [r,in] and up [out,r] stand for up down."""
+
+import torch
+import torch.nn as nn
+
+
+class LowRank(nn.Module):
+    """y = up (down x) [+ bias], down [r,in], up [out,r]."""
+
+    def __init__(self, down, up):
+        super().__init__()
+        self.down, self.up = down, up
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+class SharingLowRank(LowRank):
+    """A LowRank with the `down` of another one, or with what takes its place there: an adapted layer of PEFT."""
+
+    def __init__(self, owner, up):
+        nn.Module.__init__(self)
+        self.owner, self.up = [owner], up  # in a list, so that its weights have one name
+
+    @property
+    def down(self):
+        return self.owner[0].down
+
+
+class Uncut(LowRank):
+    """A whole matrix where attention expects a LowRank."""
+
+    def __init__(self, whole):
+        nn.Module.__init__(self)
+        self.down = whole
+
+    def up(self, x):
+        return x
+
+
+class FactorizedTable(nn.Module):
+    """The lookup: rows of wte [V,k], then scale_up [d,k], whose bias is the mean row of methods that have one."""
+
+    def __init__(self, wte, scale_up):
+        super().__init__()
+        self.wte, self.scale_up = wte, scale_up
+
+    def forward(self, x):
+        return self.scale_up(self.wte(x))
+
+
+class FactorizedHead(nn.Module):
+    """The head: scale_down [k,d], then wte [V,k]. It needs no mean."""
+
+    def __init__(self, wte, scale_down):
+        super().__init__()
+        self.wte, self.scale_down = wte, scale_down
+
+    def forward(self, h):
+        return self.scale_down(h) @ self.wte.weight.T
+
+
+class TiedHead(FactorizedHead):
+    """A FactorizedHead with the wte of a FactorizedTable."""
+
+    def __init__(self, table, scale_down):
+        nn.Module.__init__(self)
+        self.table, self.scale_down = [table], scale_down  # in a list, so that its weights have one name
+
+    @property
+    def wte(self):
+        return self.table[0].wte
+
+    def forward(self, h):
+        wte = self.wte
+        if isinstance(wte, nn.Embedding):
+            return super().forward(h)
+        rows = wte(torch.arange(len(wte.weight), device=h.device))  # PEFT's adapters act in the lookup and in the head
+        return self.scale_down(h) @ rows.T
