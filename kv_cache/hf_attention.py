@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from common.cli import fail
 from kv_cache.hf_latents import KeyReader, growing, loop_reads, norm_of, trains, turn_latents, turn_to_keys
-from kv_cache.own_attention import restore_sums
 from model import rotate
-from util_factorization.modules import Uncut
+from util_factorization.modules import Uncut, restore_sums
 
 
 class Turns:

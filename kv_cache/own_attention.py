@@ -43,6 +43,7 @@ from common.timing import by_turns
 from kv_cache.number_formats import FLOATS
 from kv_cache.own_cache import InPlace, KVCache, LayerCache, Store
 from model import NO_CACHE, CausalSelfAttention, NoRotary
+from util_factorization.modules import restore_sums
 
 WAYS = ("restore", "late", "fold")
 
@@ -59,17 +60,6 @@ def ways_of(model):
 
 def is_linear(part):
     return not isinstance(part, nn.Identity)
-
-
-def restore_sums(sums, up, bias):
-    """
-    The heads' sums over latents -> their outputs, side by side.
-
-    sums (B, H, r); up (G, r, n) of G heads of values, which H / G heads of queries share; bias (G, n) or None -> (B, 1, H n)
-    """
-    y = sums.unflatten(1, (len(up), -1)) @ up  # (B, G, H/G, n)
-    y = y if bias is None else y + bias[:, None]
-    return y.flatten(1)[:, None]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A smaller model read from its folder.
     model, tokenizer = load("model_weights/smaller")  # a Hugging Face model, with generate() and all else
 """
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from common.cli import fail
 from common.hugging_face import check_works, read, read_tokenizer, weightless
 from common.modules import check_filled, fresh_memory_is_nan
 from common.untrusted import reading
-from surgery import coded_folder, low_rank_folder
 from surgery.model_folder import WEIGHTS, read_plan
 
 
@@ -34,8 +34,11 @@ def load(folder, device="cpu", packed=True):
     with reading(path, "what its config.json describes", "write the folder again"):
         tensors = load_file(str(path))
         plan, most = read_plan(folder, len(tensors)), 100 + 4 * len(tensors)
-        kind, args = (coded_folder, [packed]) if "coded" in plan else (low_rank_folder, [])
-        if args and packed and str(device) != "cpu":
+        by_bits = "coded" in plan
+        kind = import_module(
+            "surgery.coded_folder" if by_bits else "surgery.low_rank_folder"
+        )  # one kind needs nothing of the other
+        if by_bits and packed and str(device) != "cpu":
             fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
         config = read(AutoConfig, "config", folder, "", local_files_only=True)
         with fresh_memory_is_nan():
@@ -44,13 +47,13 @@ def load(folder, device="cpu", packed=True):
                     hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
                 if not buffers:
                     kind.check(hf, plan, tensors)
-            kind.fill(hf, plan, tensors, *args)
+            kind.fill(hf, plan, tensors, *([packed] if by_bits else []))
         check_filled(hf, folder)
         tokenizer, rows = read_tokenizer(folder, "", local_files_only=True), config.get_text_config().vocab_size
         if len(tokenizer) > rows:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)
-        if kind is low_rank_folder:
-            low_rank_folder.turn_to_keys(hf)  # for the CPU; .to() of another device gives the stored latents back
+        if not by_bits:
+            kind.turn_to_keys(hf)  # for the CPU; .to() of another device gives the stored latents back
         check_works(hf)
     return hf.to(device), tokenizer

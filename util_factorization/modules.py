@@ -77,3 +77,14 @@ class TiedHead(FactorizedHead):
             return super().forward(h)
         rows = wte(torch.arange(len(wte.weight), device=h.device))  # PEFT's adapters act in the lookup and in the head
         return self.scale_down(h) @ rows.T
+
+
+def restore_sums(sums, up, bias):
+    """
+    The heads' sums over latents -> their outputs, side by side.
+
+    sums (B, H, r); up (G, r, n) of G heads of values, which H / G heads of queries share; bias (G, n) or None -> (B, 1, H n)
+    """
+    y = sums.unflatten(1, (len(up), -1)) @ up  # (B, G, H/G, n)
+    y = y if bias is None else y + bias[:, None]
+    return y.flatten(1)[:, None]
