@@ -31,7 +31,7 @@ def wandb(monkeypatch):
     module.started, module.logged = [], []
     run = SimpleNamespace(log=lambda values, step: module.logged.append(step), finish=lambda: None)
     run.define_metric = lambda name, summary: None
-    module.login, module.Image = lambda prompt: True, str
+    module.login = lambda prompt: True
     module.init = lambda mode, **settings: module.started.append(mode) or run
     module.run = run
     monkeypatch.setitem(sys.modules, "wandb", module)

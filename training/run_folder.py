@@ -159,9 +159,8 @@ class RunFolder:
         with written_whole(self.path / "summary.json") as part:
             part.write_text(json.dumps(summary, indent=1) + "\n")
         remove(self.path / PREVIOUS)
-        if self.copies:
-            metrics = (self.path / "metrics.jsonl").read_text().splitlines()
-            trackers.finish(self.copies, [json.loads(line) for line in metrics], summary)
+        for copy in self.copies:
+            copy.finish()
         self.claim.release()
 
 

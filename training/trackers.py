@@ -3,20 +3,16 @@ What W&B and TensorBoard get of a run: copies of what its folder holds, the same
 
 scalars   every number of metrics.jsonl under its name there; the parts of a dict or a list as position_loss/0-16, v_error/0
 config    config.json: the flags, the command, the commit, versions, hardware
-figures   when the run is done: figures/validation_curve and figures/position_loss
 
-They are not ours: where one fails, a line says so and the run goes on without.
+They draw the curves themselves. They are not ours: if one fails, a line says so and the run goes on without it.
 """
 
 import json
 import os
 import sys
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from common.cli import reason
-from common.plots import Figure, Panel, Point, draw
 
 
 class Copy:
@@ -31,9 +27,9 @@ class Copy:
         if self.tracker:
             self._attempt(self.tracker.log, step, scalars(values))
 
-    def finish(self, step, images):
+    def finish(self):
         if self.tracker:
-            self._attempt(self.tracker.finish, step, images)
+            self._attempt(self.tracker.finish)
 
     def _attempt(self, call, *given):
         try:
@@ -62,13 +58,11 @@ class WandB:
             print(f"W&B {why}: logging offline to {folder}/wandb, `wandb sync` uploads it later")
             self.run = start(mode="offline")
         self.run.define_metric("val_loss", summary="min")  # in the table of runs, and for a sweep: the best, not the last
-        self.image = wandb.Image
 
     def log(self, step, values):
         self.run.log(values, step=step)
 
-    def finish(self, step, images):
-        self.run.log({f"figures/{path.stem}": self.image(str(path)) for path in images}, step=step)
+    def finish(self):
         self.run.finish()
 
 
@@ -85,11 +79,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def finish(self, step, images):
-        from matplotlib.image import imread
-
-        for path in images:
-            self.writer.add_image(f"figures/{path.stem}", imread(path), step, dataformats="HWC")
+    def finish(self):
         self.writer.close()
 
 
@@ -110,25 +100,3 @@ def scalars(values, before=""):
 def config_of(facts):
     """config.json with the flags beside the rest, so that runs can be sorted by them."""
     return facts["args"] | {name: value for name, value in facts.items() if name not in ("args", "resumed")}
-
-
-def finish(copies, metrics, summary):
-    """Give each Copy the figures of a finished run. metrics: its metrics.jsonl, a list of dicts."""
-    with TemporaryDirectory() as place:
-        for figure in figures_of(metrics, summary):
-            draw(Path(place), figure)
-        for copy in copies:
-            copy.finish(summary["last"]["iter"], sorted(Path(place).glob("*.png")))
-
-
-def figures_of(metrics, summary):
-    run, losses, unigram = summary["run"], summary["final"]["position_loss"], summary["val_unigram_entropy"]
-    curve = [Point(line["tokens"], [line["val_loss"]]) for line in metrics if "val_loss" in line]
-    rules = {"unigram entropy": unigram}
-    positions = [Point(sum(map(int, name.split("-"))) / 2, [loss]) for name, loss in losses.items()]
-    y = "validation loss (nats per token)"
-    panels = (Panel({run: curve}, "training tokens", y, rules=rules), Panel({run: positions}, "position in the window", y))
-    return [
-        Figure("validation_curve", "Validation loss while training", run, [panels[0]], [run]),
-        Figure("position_loss", "Loss by position", run, [panels[1]], [run]),
-    ]
