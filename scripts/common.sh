@@ -1,15 +1,22 @@
-# Sourced by the training scripts after setup.sh: picks preset, data and folder, and runs train.py once.
+# Variables of the training scripts. Set them before the command: PRESET=laptop OUT=model_weights/mine bash scripts/...
+# The minutes above are those of the default presets, on a machine without a GPU and without other work. On a GPU they are
+# not measured.
 #
-#   PRESET    gpt2 | laptop | laptop13   left out: gpt2 where torch sees a GPU, else laptop (laptop13 for experiments 1-13)
-#             laptop_adamw               the laptop's model by AdamW in 1,000 steps, of which some results are
-#             pythia70m | laptop_pythia  the same for compressed keys and values
-#   DATASET   wikitext103 | pile | sotu  left out: wikitext103 with gpt2, pile with pythia70m, sotu with the laptop's or where
-#                                        the others cannot be had
-#   OUT       model_weights              where the run folders go, from the repository's folder; left out,
-#                                        model_weights/laptop13 with that preset, since its runs have the names of laptop's,
-#                                        and model_weights/vdproj with pythia70m and laptop_pythia
-#   METHOD    svd                        how the table is factorized, where a script starts from factors
-#   LORA      "--lora_rank 4 ..."        further flags of the scripts that train adapters
+#   PRESET    model, data and length of the training. Default without a GPU: laptop; laptop13 for experiments 1-13;
+#             laptop_pythia for compressed values. Default if torch sees a GPU: gpt2; pythia70m for compressed values.
+#             laptop_adamw is laptop's model trained by AdamW in 1,000 steps
+#   DATASET   wikitext103, pile or sotu. Default: wikitext103 with gpt2, pile with pythia70m, otherwise sotu, which also takes
+#             the place of the other two if their text cannot be had
+#   OUT       folder of the run folders. Default: model_weights; model_weights/laptop13 with laptop13; model_weights/vdproj
+#             with pythia70m and laptop_pythia
+#   METHOD    how scripts that start from factors cut the token table: svd, centered, freq, whiten, joint or fisher.
+#             Default: svd
+#   LORA      further flags of train.py for the runs with adapters, e.g. "--lora_rank 4 --lora_alpha 8". Default: none
+#   GPUS      cards for the scripts that train several models, one run on each, e.g. "0 1". Default: all visible cards; none
+#             with a preset that begins with laptop
+
+# The training scripts source this file after setup.sh, which prints the lines above as a part of their help. It picks preset,
+# data and folder; train_run below runs train.py once.
 
 source scripts/stages.sh
 

@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in under 9 minutes and without a network: a table of each part and a figure in $OUT/report.md, the
-# numbers in $OUT/report.json. Where the minutes do not suffice, start it again: parts that are done are skipped.
+# Measures what only a GPU can show, without a network. $OUT/report.md gets a table for each part and the loss curve;
+# $OUT/report.json gets the numbers.
 #
-#   bash scripts/gpu_acceptance.sh
-#   VS=path/to/nanoGPT DATA=path/to/books.txt bash scripts/gpu_acceptance.sh
-#   PARTS="arithmetic cards" bash scripts/gpu_acceptance.sh
+# Usage:    bash scripts/gpu_acceptance.sh
+# Example:  bash scripts/gpu_acceptance.sh
+#           VS=path/to/nanoGPT DATA=path/to/books.txt bash scripts/gpu_acceptance.sh
+#           PARTS="arithmetic cards" bash scripts/gpu_acceptance.sh
+# Minutes:  under 9 on a GPU, by LIMIT. With TOY=1 they are not measured.
 #
-#   arithmetic  20 steps of a small model in float32, float16 and bfloat16, compiled too; beside float32 on the CPU
-#   dense       bench.py train, 4 micro-steps of 4 x 2048 tokens at GPT-2's shape; beside nanoGPT where VS is given
-#   preset      the first 300 of the gpt2 preset's 10,000 steps: loss, speed, memory. Goes on where it was interrupted
-#   factorized  as dense, with a table of rank 128
-#   lora        as dense, adapters on that model
-#   cache       the likeliest text of preset's model: from the card through its cache and without, and from the CPU
-#   decoding    bench.py decode at GPT-2's shape, context 1,024
-#   cards       steps of the small model over all cards by DDP, beside one; 30 of the gpt2 preset. Nothing with one card
+# If the time is over before all parts are done, give the same command again: it skips the parts that are done.
 #
-#   DATA   a text file, of which 60 MB at most become GPT-2's tokens, or a folder with train.bin, val.bin and meta.pkl
-#          left out, data/wikitext103 where it is prepared, else data/sotu, whose table has 4,096 rows, not 50,257
-#   VS     a checkout of nanoGPT
-#   OUT    model_weights/gpu_acceptance
-#   PARTS  left out, all of them
-#   LIMIT  500   seconds for all parts together
-#   TOY=1  on the CPU, at toy size: shows that the script runs, and nothing of a GPU
+#   DATA      a text file, whose first 60 MB become GPT-2's tokens, or a folder with train.bin, val.bin and meta.pkl.
+#             Default: data/wikitext103 if it is prepared, otherwise data/sotu, whose vocabulary is 4,096 and not 50,257
+#   VS        a checkout of nanoGPT to compare with. Default: none
+#   OUT       folder of the results. Default: model_weights/gpu_acceptance
+#   LIMIT     seconds for all parts together. Default: 500
+#   TOY       1: on the CPU and at toy size, which shows that the script runs and says nothing about a GPU. Default: not set
+#   CARDS     with TOY=1, how many processes stand for cards. Default: 1
+#   PARTS     some of these. Default: all
+#               arithmetic  20 steps of a small model in float32, float16 and bfloat16, the last two compiled too, beside
+#                           float32 on the CPU
+#               dense       bench.py train, 4 micro-steps of 4 x 2,048 tokens at GPT-2's shape; with VS beside nanoGPT
+#               preset      the first 300 of the gpt2 preset's 10,000 steps: loss, speed, memory. It resumes if interrupted
+#               factorized  as dense, with a token table of rank 128
+#               lora        as dense, with adapters on the factorized model
+#               cache       text of the part preset's model, written with its cache, without it, and on the CPU
+#               decoding    bench.py decode at GPT-2's shape, context 1,024
+#               cards       the small model on all cards by DDP, beside one card; 30 steps of the gpt2 preset. Needs two cards
 set -euo pipefail
 export TORCHINDUCTOR_FX_GRAPH_CACHE=1  # a model that was compiled for its memory is not compiled again for its speed
 VS=${VS:+$(realpath "$VS")}

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Gives every file that a program reads N damaged or hostile versions, and prints what came of them; then tries N random
-# configurations. 200 (the default), 7,800 in all, take 4 1/2 minutes on one core. The tests hold
-# a fast version.
+# Gives every file that a program reads N damaged or hostile versions and prints what came of them. Then it tries N random
+# configurations.
 #
-#   bash scripts/hostile.sh 200
-#   SEED=7 bash scripts/hostile.sh 200     others than the tests'
+# Usage:    bash scripts/hostile.sh [N]
+# Example:  bash scripts/hostile.sh 200
+#           SEED=7 bash scripts/hostile.sh 200
+# Minutes:  4.5 on one CPU core with 200, which is 7,800 versions in all. The tests do the same with few.
+#
+#   N         versions of each file. Default: 200
+#   SEED      random seed of other versions than the tests have. Default: not set, those of the tests
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HOSTILE=${1:-200} PROPERTIES=${1:-200} HOSTILE_COUNTS=$(mktemp)

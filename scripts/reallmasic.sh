@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
-# The baseline's factors in ReaLLMASIC/nanoGPT: its own import gives our logits, then the command that trains there from them.
-#   git clone https://github.com/ReaLLMASIC/nanoGPT path/to/checkout, and pip install rich: its model.py prints with it
-#   bash scripts/reallmasic.sh path/to/checkout 128
+# Gives the baseline's factors to ReaLLMASIC/nanoGPT, checks that its own import gives the same logits as ours, and prints the
+# command that trains there from the factors.
+#
+# Usage:    bash scripts/reallmasic.sh CHECKOUT [RANK] [FLAGS]
+# Example:  bash scripts/reallmasic.sh path/to/checkout 128
+# Minutes:  not measured. It trains nothing; it makes the factors if they are missing.
+#
+# It needs the run of scripts/train_baseline_gpt2.sh with the same PRESET and OUT.
+#
+#   CHECKOUT  folder of: git clone https://github.com/ReaLLMASIC/nanoGPT. Its model.py needs: pip install rich
+#   RANK      numbers of each token in the compressed table. Default: 128, and 32 with laptop13
+#   FLAGS     go to python -m export.reallmasic
 set -euo pipefail
 checkout=$(realpath -m -- "${1:-.}")
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder

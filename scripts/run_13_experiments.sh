@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Experiments 1-13 and the rows that they need beside them -> report.
+# Runs experiments 1-13 and their controls, and writes report.md and report.html.
 #
-#   bash scripts/run_13_experiments.sh                        flags for every train.py may follow
-#   K="64 128 256 512"                                        ranks; left out: these with gpt2, 8 16 32 64 with laptop13
-#   METHODS="centered freq whiten joint fisher" BEST=fisher   evaluated without training; trained on with adapters
-#   ONLY13=1                                                  the thirteen alone
-#   LORA="--lora_rank 4 --lora_alpha 8"                       flags for the runs with adapters only
-#   SEEDS="1 2 3"                                             three rounds, in OUT/seed_N, and paired tests
-#   GPUS="0 1"                                                cards, one run each; left out: all that are visible
+# Usage:    bash scripts/run_13_experiments.sh [FLAGS]
+# Example:  ONLY13=1 bash scripts/run_13_experiments.sh
+#           K="8 16" SEEDS="1 2 3" bash scripts/run_13_experiments.sh
+# Minutes:  about 25 on 2 CPU cores with ONLY13=1 (projected from 100 steps). The controls are not measured: they train 14 more
+#           models, each with half of the baseline's steps, and evaluate 20 more.
 #
-# Finished runs are skipped, interrupted ones resumed. What starts from a run that fails is left out, all else goes on.
+# The same command again skips finished runs and resumes interrupted ones. If a run fails, the runs that start from it are
+# skipped and all others go on.
+#
+#   FLAGS     go to every call of train.py: python train.py --help
+#   K         ranks. Default: "64 128 256 512" with gpt2, "16 32 64 128" with laptop and laptop_adamw, otherwise "8 16 32 64"
+#   METHODS   further factorizations, evaluated without training. Default: "centered freq whiten joint fisher"
+#   BEST      one of them, which also gets adapters. Default: fisher
+#   ONLY13    1: the thirteen alone, without METHODS, BEST and the controls. Default: not set
+#   SEEDS     random seeds, e.g. "1 2 3": one round for each, in OUT/seed_N, and paired tests. Default: one round in OUT
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop13

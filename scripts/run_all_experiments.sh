@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# The main job: D -> PCA -> A, C, B and B's control -> report.
+# Runs the main job: it trains the dense baseline (D), factorizes its token table by PCA, trains four comparisons (A, B, C and
+# D+) and writes report.md and report.html.
 #
-#   bash scripts/run_all_experiments.sh 128                   rank, then flags for every train.py
-#   SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128     three rounds, in OUT/seed_N, and a paired test
-#   GPUS="0 1" ...                                            cards to use; left out, all that are visible
+# Usage:    bash scripts/run_all_experiments.sh [RANK] [FLAGS]
+# Example:  bash scripts/run_all_experiments.sh 128
+#           SEEDS="1 2 3" bash scripts/run_all_experiments.sh 128
+# Minutes:  4 on 2 CPU cores, for each seed.
 #
-# Finished runs are skipped, interrupted ones resumed: the same command again goes on where it stopped. What starts from a run
-# that fails is left out, all else goes on.
+# The same command again skips finished runs and resumes interrupted ones. If a run fails, the runs that start from it are
+# skipped and all others go on.
+#
+#   RANK      numbers of each token in the compressed table. Default: 128, and 32 with laptop13
+#   FLAGS     go to every call of train.py: python train.py --help
+#   SEEDS     random seeds, e.g. "1 2 3": one round for each, in OUT/seed_N, and a paired test. Default: one round in OUT
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh

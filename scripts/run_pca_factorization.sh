@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# The baseline's token table -> factor files. Arguments: ranks (left out: the seeds' four), then flags of pca_factorize_wte.py.
-#   bash scripts/run_pca_factorization.sh
-#   bash scripts/run_pca_factorization.sh 128,0.9 --method freq
+# Factorizes the baseline's token table and writes the factors to OUT/pca_factorized.
+#
+# Usage:    bash scripts/run_pca_factorization.sh [RANKS] [FLAGS]
+# Example:  bash scripts/run_pca_factorization.sh 128,0.9 --method freq
+# Minutes:  3 seconds on 2 CPU cores for one rank by svd. whiten, joint and fisher read text first, which is not measured.
+#
+# It needs the run of scripts/train_baseline_gpt2.sh with the same PRESET and OUT.
+#
+#   RANKS     separated by commas. A number below 1 is a share of the table's energy. Default: 16,32,64,128 with laptop and
+#             laptop_adamw, 8,16,32,64 with laptop13, otherwise 64,128,256,512
+#   FLAGS     go to pca_factorize_wte.py, --method among them: METHOD is not read here
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh

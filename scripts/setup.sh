@@ -1,10 +1,29 @@
-# Sourced by every script (or run alone): puts a Python with everything in requirements.txt first on PATH.
+# Puts a Python with the packages of requirements.txt first on PATH. Every script does this before its work.
 #
-#   the active environment   if it has the packages that go with its torch, which is torch >= 2.5.1 (2.6 on Python 3.13)
-#   .venv                    otherwise; made here by uv, or venv and pip. An active torch >= 2.5.1 is never replaced:
-#                            .venv then borrows that environment's packages and adds the missing ones
-#   SKIP_SETUP=1             takes the active Python as it is (a cluster without a network)
-#   SETUP_TESTS=1            asks for the tools of the tests too; without it a run does not need them
+# Usage:    bash scripts/setup.sh
+# Example:  bash scripts/setup.sh
+# Minutes:  2 to 3 for the first installation, more on a slow network; under a second afterwards.
+#
+# It uses the active environment if that has the packages that fit its torch (2.5.1 or newer, on Python 3.13 2.6 or newer).
+# Otherwise it makes .venv with uv, or with venv and pip. It never replaces such a torch: .venv then borrows the packages of
+# the active environment and adds the missing ones.
+#
+#   SKIP_SETUP   1: use the active Python as it is, for example on a cluster without a network. Default: not set
+#   SETUP_TESTS  1: the packages of the tests are needed too. Default: not set, since runs do not need them
+
+# A script sources this file without arguments, so "$@" here are the script's own, and "$0" is its path. Its help is the comment
+# at its top; that of common.sh follows if the script sources it.
+setup_head() { sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
+
+setup_help() {
+  setup_head "$0"
+  if grep -q '^source scripts/common.sh' "$0"; then echo && setup_head "$(dirname "$0")/common.sh"; fi
+  case $0 in *setup.sh) ;; *) echo && echo "How it picks its Python, and SKIP_SETUP=1: bash scripts/setup.sh --help" ;; esac
+}
+
+for word in "$@"; do
+  case $word in -h | --help) setup_help && exit 0 ;; esac
+done
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$repo"

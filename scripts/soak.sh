@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# N small programs, each stopped two or three times at random moments and started again; says how many end bit for bit as the
-# uninterrupted one. SEED= draws other moments.
+# Stops small programs two or three times at random moments and starts them again. Says how many end bit for bit as the
+# uninterrupted program does.
 #
-#   bash scripts/soak.sh 20               runs of train.py, by SIGKILL; 10 seconds each
-#   bash scripts/soak.sh 10 pipelines     the main job, experiments 1-13, V-DProj and surgery in turn, by SIGKILL, SIGTERM and
-#                                         Ctrl-C
+# Usage:    bash scripts/soak.sh [N] [runs or pipelines]
+# Example:  bash scripts/soak.sh 20               20 runs of train.py, stopped by SIGKILL
+#           bash scripts/soak.sh 10 pipelines     10 pipelines, stopped by SIGKILL, SIGTERM or Ctrl-C: by turns the main job,
+#                                                 experiments 1-13, compressed values and surgery
+# Minutes:  10 seconds for each run; the pipelines are not measured and take longer.
+#
+#   N         how many programs. Default: 20
+#   SEED      random seed of the moments. Default: 0
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 PYTHONPATH=. python tests/soak.py "${2:-runs}" "${1:-20}" "${SEED:-0}"

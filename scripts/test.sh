@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Sets up, checks the style, runs the tests. Arguments go to pytest.
+# Sets up, checks the style with ruff and runs the tests.
 #
-#   bash scripts/test.sh                  everything
-#   bash scripts/test.sh --quick          without the tests that run whole programs
-#   bash scripts/test.sh --oldest         the quick tests and a compiled main job on the oldest torch that is promised
-#   bash scripts/test.sh -k rotary        the tests with this in their name
+# Usage:    bash scripts/test.sh [--quick or --oldest] [ARGUMENTS]
+# Example:  bash scripts/test.sh                  all tests
+#           bash scripts/test.sh --quick          without the tests that run whole programs
+#           bash scripts/test.sh --oldest         what scripts/test_oldest.sh does
+#           bash scripts/test.sh -k rotary        the tests with "rotary" in their name
+# Minutes:  4 on 2 CPU cores for all tests.
+#
+#   ARGUMENTS  go to pytest
 set -euo pipefail
 SETUP_TESTS=1 && source "$(dirname "$0")/setup.sh"
 if [ "${1:-}" = --oldest ]; then shift && exec bash scripts/test_oldest.sh "$@"; fi

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Called by test.sh --oldest: the project on the oldest torch that the README promises. Arguments go to pytest.
+# Tests the project on the oldest torch that it supports. scripts/test.sh --oldest calls it.
 #
-#   1. a venv with that torch, its CUDA build as the first users have it: 3 GB once, kept in ~/.cache/nanopca
-#   2. the quick tests in it
-#   3. the main job at toy size, compiled by torch's default compiler
-#   4. 20 steps of the laptop preset on both versions: the losses agree to 1e-4
+# Usage:    bash scripts/test_oldest.sh [ARGUMENTS]
+# Example:  bash scripts/test_oldest.sh
+# Minutes:  not measured. The first call downloads 3 GB; later ones depend on the quick tests and on torch's compiler.
 #
-# Not covered: a GPU, float16 on a card, Triton, the tests that run whole programs, and the main job at full size.
+# It does four things:
+#   1. it makes a venv with that torch (its CUDA build, as a first user has it) in ~/.cache/nanopca
+#   2. it runs the quick tests in this venv
+#   3. it runs the main job at toy size, compiled by torch's default compiler
+#   4. it trains 20 steps of the laptop preset on the oldest and on the current torch: the losses have to agree to 1e-4
+#
+# Not covered: a GPU, float16 on a GPU, Triton, the tests that run whole programs, and the main job at full size.
+#
+#   ARGUMENTS       go to pytest
+#   XDG_CACHE_HOME  the folder of nanopca/. Default: ~/.cache
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 pinned=$SETUP_PYTHON

@@ -1,5 +1,16 @@
 #!/usr/bin/env bash
-# A. PCA-Scratch: factors of the baseline's table, everything else random, full training. Arguments: rank, then flags of train.py.
+# Trains a model that starts from the PCA of the baseline's token table; all its other weights start at random. It is model A
+# of the main job.
+#
+# Usage:    bash scripts/train_pca_compressed.sh [RANK] [FLAGS]
+# Example:  PRESET=laptop bash scripts/train_pca_compressed.sh 64
+# Minutes:  about 1 on 2 CPU cores.
+#
+# It needs the run of scripts/train_baseline_gpt2.sh with the same PRESET and OUT. It makes the factors if they are missing,
+# always by METHOD=svd.
+#
+#   RANK      numbers of each token in the compressed table. Default: 128, and 32 with laptop13
+#   FLAGS     go to train.py: python train.py --help
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/common.sh

@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
-# Experiments 10-13. The baseline with its table factorized (METHOD=svd), adapters trained on both sides of the table and in
-# the blocks, everything else frozen. Arguments: rank, then flags of train.py.
+# Cuts the baseline's token table to a rank and trains adapters (LoRA) on both sides of the table and in the blocks; all other
+# weights are frozen. These are experiments 10-13.
+#
+# Usage:    bash scripts/train_pca_lora.sh [RANK] [FLAGS]
+# Example:  LORA="--lora_rank 4" bash scripts/train_pca_lora.sh 32
+# Minutes:  about 2 on 2 CPU cores (projected from 100 steps).
+#
+# It needs the run of scripts/train_baseline_gpt2.sh with the same PRESET and OUT. It makes the factors if they are missing.
+#
+#   RANK      numbers of each token in the compressed table. Default: 128, and 32 with laptop13
+#   FLAGS     go to train.py: python train.py --help
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop13

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Compressed values: the models of scripts/train_vdproj_one.sh under the same conditions -> report.
+# Compresses the values in the cache: trains the models of scripts/train_vdproj_one.sh under the same conditions and writes
+# report.md and report.html.
 #
-#   bash scripts/train_vdproj.sh 80                numbers a token that the cache holds for the values, then flags for every
-#                                                  train.py; left out: 320 with pythia70m, 80 with laptop_pythia
-#   ONLY5=1                                        the seed's models, narrow head and K+V, without phase 1 on a trained network
-#   SEEDS="1 2 3"                                  three rounds, in OUT/seed_N, and paired tests
-#   GPUS="0 1"                                     cards, one run each; left out: all that are visible
+# Usage:    bash scripts/train_vdproj.sh [R] [FLAGS]
+# Example:  ONLY5=1 bash scripts/train_vdproj.sh 80
+#           SEEDS="1 2 3" bash scripts/train_vdproj.sh
+# Minutes:  about 19 on 2 CPU cores with ONLY5=1 (projected from 150 steps), for each seed. two_phase_trained is not measured.
 #
-# Finished runs are skipped, interrupted ones resumed. What starts from a run that fails is left out, all else goes on.
+# The same command again skips finished runs and resumes interrupted ones. If a run fails, the runs that start from it are
+# skipped and all others go on.
+#
+#   R         numbers that the cache keeps of each token's values, in each layer. Default: 320 with pythia70m, 80 with
+#             laptop_pythia
+#   FLAGS     go to every call of train.py: python train.py --help
+#   ONLY5     1: without the model two_phase_trained. Default: not set
+#   SEEDS     random seeds, e.g. "1 2 3": one round for each, in OUT/seed_N, and paired tests. Default: one round in OUT
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop_pythia WITH_GPU=pythia70m

@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
-# One model of train_vdproj.sh, by MODEL; a cache that keeps r numbers a token and layer. Arguments: r, then flags of train.py.
+# Trains one of the models of scripts/train_vdproj.sh, whose cache keeps R numbers of each token's values.
 #
-#   baseline            Pythia as it is
-#   end_to_end          v_compress and v_restore trained with the rest, their error counted with weight 0.1
-#   two_phase           phase 1 fits them to the values of the random network, phase 2 trains the rest with them frozen
-#   two_phase_trained   the same, from the trained baseline
-#   narrow              v_proj gives r numbers itself, nothing restores them
-#   kv                  as end_to_end, and the keys as r numbers too
+# Usage:    MODEL=NAME bash scripts/train_vdproj_one.sh [R] [FLAGS]
+# Example:  MODEL=kv bash scripts/train_vdproj_one.sh 80
+# Minutes:  all models but two_phase_trained take about 19 together on 2 CPU cores (projected from 150 steps).
+#           two_phase_trained is not measured.
+#
+#   R         numbers that the cache keeps of each token's values, in each layer. Default: 320 with pythia70m, 80 with
+#             laptop_pythia
+#   FLAGS     go to train.py: python train.py --help
+#   MODEL     which model. It has no default:
+#               baseline            Pythia without compression
+#               end_to_end          v_compress and v_restore are trained with all other weights; their reconstruction error
+#                                   counts 0.1 in the loss
+#               two_phase           phase 1 fits the two to the values of the untrained network; phase 2 freezes them and
+#                                   trains all other weights
+#               two_phase_trained   the same, starting from the trained baseline, which has to be there
+#               narrow              v_proj itself gives R numbers, and nothing restores more
+#               kv                  as end_to_end, with the keys compressed to R numbers too
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 LAPTOP=laptop_pythia WITH_GPU=pythia70m

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Measures one cheap row of each study in results/ again, on this machine and commit, and compares it with the study's page.
-# Exit status 1 where one differs. 7 minutes on 2 quiet cores, projected from its pieces; 35 to 104 on busy ones.
 #
-#   bash scripts/verify_results.sh
-#   WIKI=path/to/wiki.valid.raw bash scripts/verify_results.sh     surgery on SmolLM2 too
+# Usage:    bash scripts/verify_results.sh
+# Example:  bash scripts/verify_results.sh
+#           WIKI=path/to/wiki.valid.raw bash scripts/verify_results.sh
+# Minutes:  7 on 2 quiet CPU cores (projected from its parts); 35 to 104 on busy ones.
 #
-# A loss may differ by 0.01 nats, half of what lies between two seeds: the arithmetic, the processor and the code of the
-# roundings are others than then. Bytes may not differ.
+# The exit status is 1 if a row differs. A loss may differ by 0.01 nats, half of the spread between two seeds, since arithmetic,
+# processor and code are not those of then. Bytes may not differ.
+#
+#   WIKI      wiki.valid.raw of WikiText-103: surgery on SmolLM2 is measured too. Default: not set, that row is left out
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/stages.sh

@@ -1,9 +1,11 @@
-"""scripts/setup.sh, and every program's --help."""
+"""scripts/setup.sh, and the --help of every program and script."""
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,41 @@ def test_help_imports_no_torch(program):
     assert done.returncode == 0 and "--" in done.stdout
     modules = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in modules and not modules & {"torch", "transformers", "matplotlib", "datasets"}
+
+
+SCRIPTS = sorted(path.name for path in (REPO / "scripts").glob("*.sh") if path.name not in ("common.sh", "stages.sh"))
+NOT_FOR_USERS = {
+    "SETUP_PYTHON": "setup.sh hands it to the scripts that a script calls",
+    "LAUNCH": "a function of gpu_acceptance.sh sets it for another",
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """scripts/ in a folder of its own: a script that did more than to print its help would fail, or leave a file there."""
+    folder = tmp_path_factory.mktemp("a clone")
+    shutil.copytree(REPO / "scripts", folder / "scripts")
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script(clone, script):
+    """Its example, minutes and variables are there, and it neither sets up nor starts anything."""
+    before, start = sorted(clone.rglob("*")), time.monotonic()
+    done = run(f"bash scripts/{script} --help", clone, real_python=True, SKIP_SETUP="")
+    assert time.monotonic() - start < 2
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert sorted(clone.rglob("*")) == before
+    assert "#" not in done.stdout and "Minutes:" in done.stdout
+    assert re.search(rf"^Example: .*bash scripts/{re.escape(script)}", done.stdout, flags=re.M)
+    text = (REPO / "scripts" / script).read_text()
+    for name in set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-+]", text)) - NOT_FOR_USERS.keys():
+        assert re.search(rf"^  {name} ", done.stdout, flags=re.M), name
+    trains = re.search("^source scripts/common.sh", text, flags=re.M)
+    for name in ("PRESET", "DATASET", "METHOD", "LORA", "GPUS") if trains else ():
+        assert re.search(rf"^  {name} ", done.stdout, flags=re.M), name
+    assert "SKIP_SETUP" in done.stdout
+    assert run(f"bash {script} 8 -h", clone / "scripts", real_python=True, SKIP_SETUP="").stdout == done.stdout
 
 
 def test_setup_keeps_a_complete_environment(copy):
