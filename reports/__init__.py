@@ -6,5 +6,4 @@ What report.py, surgery and the studies write: runs in, tables, figures and answ
     surgery, packed, bytes, gpu  the reports of surgery, of packed folders, of the study of bytes, of the GPU's acceptance
     samples                      what models write
     markdown, html               tables and pages; page.css and page.js are the page's
-    headline                     the README's first figure
 """
