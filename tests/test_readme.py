@@ -91,6 +91,14 @@ def environment_of(command):
     return {} if "PRESET" in command else dict(PRESET="laptop")
 
 
+def numbers_of(text):
+    """Sorted. Korean counts in 만 (10,000) and writes a quarter as 4분의 1, which English has as a word."""
+    text = re.sub(r"\d+분의 \d+", "", text)
+    text = re.sub(r"(\d+)만", lambda found: str(int(found[1]) * 10_000), text)
+    text = re.sub(r"(\d+(?:\.\d+)?) million", lambda found: str(round(float(found[1]) * 1_000_000)), text)
+    return sorted(number.replace(",", "") for number in re.findall(r"\d+(?:[.,]\d+)*%?", text))
+
+
 def facts_of(page):
     """
     What two languages have in common, a dict for each section: the commands, and, sorted, the numbers (also those of comments
@@ -106,7 +114,7 @@ def facts_of(page):
         found.append(
             dict(
                 commands=commands_of(section),
-                numbers=sorted(re.findall(r"\d+(?:[.,]\d+)*%?", section)),
+                numbers=numbers_of(section),
                 names=sorted(" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)),
                 links=sorted(re.findall(r"\]\(([^)]+)\)", section)),
             )
