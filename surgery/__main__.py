@@ -88,12 +88,6 @@ class Args:
         "steps of LoRA before --out is written, a window each; with --bytes of the numbers around the codes too",
         low=0,
     )
-    heal_stages: str = flag(
-        "all",
-        "with --bytes; comma-separated, they share the steps alike. layers: trains scales and norms block by block; "
-        "numbers, of --targets wte: trains what lies around the codes through the whole model; "
-        "all: trains adapters of uncoded layers too",
-    )
     heal_text: str = flag("", "texts to heal on, as --calib_text's; left out, the calibration text")
     heal_rank: int = flag(16, "rank of the adapters; their scale is 2", low=1)
     heal_lr: float = flag(
@@ -112,9 +106,8 @@ class Args:
 # What may differ between the runs that write into one folder.
 SWEEP = ("variance", "rank", "budget", "bytes", "numbers", "cache_bytes", "cache_form", "targets", "mode", "method",
          "seed_faithful", "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank",
-         "heal_lr", "heal_dtype", "heal_stages")  # fmt: skip
-STAGES = ("layers", "numbers", "all")  # of heal_coded()
-HEALING = {"heal_text", "heal_rank", "heal_lr", "heal_dtype", "heal_stages"}
+         "heal_lr", "heal_dtype")  # fmt: skip
+HEALING = {"heal_text", "heal_rank", "heal_lr", "heal_dtype"}
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
 
@@ -137,15 +130,6 @@ def check_bytes(args, given):
         fail("--numbers float16 is for the token table: give --targets wte, or drop --numbers")
     if args.targets not in ("all", "wte"):
         fail(f"--targets {args.targets} with --bytes: give all or wte")
-    stages = args.heal_stages.split(",")
-    if wrong := [stage for stage in stages if stage not in STAGES]:
-        fail(f"--heal_stages {wrong[0]}: there are {', '.join(STAGES)}")
-    if "layers" in stages and args.targets == "wte":
-        fail("--heal_stages layers heals coded layers, and --targets wte codes none: drop it from --heal_stages")
-    if "numbers" in stages and args.targets == "all":
-        fail("--heal_stages numbers is what all is, where every layer is coded: give all, or --targets wte")
-    if 0 < args.heal_steps < len(stages):
-        fail(f"--heal_steps {args.heal_steps} is less than a step for each of --heal_stages: give {len(stages)}")
 
 
 def check(args, given, points):
@@ -154,8 +138,6 @@ def check(args, given, points):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
     if not args.heal_steps and (other := sorted(HEALING & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
-    if "heal_stages" in given and not args.bytes:
-        fail("--heal_stages is for --bytes: give it too, or drop --heal_stages")
     if "numbers" in given and not args.bytes:
         fail("--numbers is for --bytes: give it too, or drop --numbers")
     if "cache_form" in given and not args.cache_bytes:

@@ -65,39 +65,23 @@ def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
     products; probabilities are float32. Returns
     dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
     """
-
-    def kl(window):
-        x, _ = window
-        with autocast_of(str(student.model.device), dtype):
-            with torch.no_grad():
-                target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0]
-            found = student.logits(student.trunk(student.lookup(x)))[0]
-        found, target = (logits.float().log_softmax(-1) for logits in (found, target))  # on a CPU autocast would keep bfloat16
-        return F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
-
-    start, losses = time.time(), descend(kl, windows, steps, groups, log)
-    last = losses[-max(1, steps // 10) :]
-    tokens = steps * windows[0][0].numel()
-    return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), training_kl=sum(last) / len(last))
-
-
-def descend(loss_of, examples, steps, groups, log=lambda loss: None):
-    """
-    AdamW on loss_of(example), one example a step, in random order -> the losses.
-
-    The rate rises over a tenth of the steps and falls to 0 in a cosine. groups, log: as distil() has them.
-    """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     highest = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order = [i for _ in range(-(-steps // len(examples))) for i in torch.randperm(len(examples)).tolist()]
-    losses = []
+    order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
+    losses, start = [], time.time()
     for step in range(steps):
         progress = (step + 0.5) / steps  # neither the first step nor the last has a rate of 0
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(progress - WARMUP, 0) / (1 - WARMUP)))
         for group, lr in zip(optimizer.param_groups, highest):
             group["lr"] = lr * rate
-        loss = loss_of(examples[order[step]])
+        x, _ = windows[order[step]]
+        with autocast_of(str(student.model.device), dtype):
+            with torch.no_grad():
+                target = teacher.logits(teacher.trunk(teacher.lookup(x)))[0]
+            found = student.logits(student.trunk(student.lookup(x)))[0]
+        found, target = (logits.float().log_softmax(-1) for logits in (found, target))  # on a CPU autocast would keep bfloat16
+        loss = F.kl_div(found, target, reduction="sum", log_target=True) / len(target)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -106,4 +90,6 @@ def descend(loss_of, examples, steps, groups, log=lambda loss: None):
         if not math.isfinite(losses[-1]):
             fail(f"--heal_lr: the loss is {losses[-1]} at step {step + 1}, lower it")
         log(losses[-1])
-    return losses
+    last = losses[-max(1, steps // 10) :]
+    tokens = steps * windows[0][0].numel()
+    return dict(steps=steps, tokens=tokens, seconds=round(time.time() - start, 1), training_kl=sum(last) / len(last))

@@ -5,21 +5,17 @@ Scales, means, the basis and the mean of every coded matrix, and the model's nor
 distribution. Linear layers that are not coded get adapters (heal.py), which are merged. The size stays the same.
 """
 
-import time
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from bits.encode import to_int8
 from bits.predicted_rows import factors_and_gains
 from model import merge_adapters
 from surgery.coded import TABLES
-from surgery.heal import adapters_of, descend, distil
-from surgery.in_order import blocks_of, inputs_of, run
-from training.step import autocast_of
+from surgery.heal import adapters_of, distil
 
 RATE = 3.0  # of the numbers around the codes, each relative to its size, over that of the adapters
 
@@ -116,13 +112,12 @@ def make_trainable(hf, coded):
     return codes
 
 
-def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, log, dtype="float32", stages=("all",)):
+def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, log, dtype="float32"):
     """
-    Heal a copy of the model, hf, whose matrices were coded -> ({name: CodedMatrix} as healed, facts).
+    Heal a copy of the model, hf, whose matrices were coded -> ({name: CodedMatrix} as healed, what distil() returns).
 
     hf is changed in place: norms, and linear layers that are not coded. subject_of(hf) gives the three calls lookup, trunk and
-    logits. stages: as --heal_stages has them, in order; they share the steps and the windows alike. The facts: steps, tokens
-    and seconds of all stages, training_kl of the last one that has it, and the stages.
+    logits.
     """
     torch.manual_seed(seed)
     norms = [p for name, p in hf.named_parameters() if p.dim() == 1 and "norm" in name]
@@ -132,57 +127,7 @@ def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, l
     around = [p for made in codes.values() for p in made.parameters()] + norms
     for p in around:
         p.requires_grad_(True)
-    found = dict(steps=0, tokens=0, seconds=0.0, stages=list(stages))
-    for i, (stage, n) in enumerate(zip(stages, shared(steps, stages))):
-        some = windows[i :: len(stages)]
-        for p in adapters:
-            p.requires_grad_(stage == "all")
-        if stage == "layers":
-            part = heal_layers(student, teacher, codes, some, n, RATE * lr, dtype)
-        else:
-            groups = [dict(params=around, lr=RATE * lr)] + [dict(params=adapters, lr=lr)] * bool(adapters and stage == "all")
-            part = distil(student, teacher, some, n, groups, log, dtype)
-        found |= part | {key: found[key] + part[key] for key in found.keys() & {"steps", "tokens", "seconds"}}
+    groups = [dict(params=around, lr=RATE * lr)] + [dict(params=adapters, lr=lr)] * bool(adapters)
+    found = distil(student, teacher, windows, steps, groups, log, dtype)
     merge_adapters(hf)
     return {name: made.healed() for name, made in codes.items()}, found
-
-
-def shared(steps, stages):
-    """Steps of each stage."""
-    return [len(range(steps)[i :: len(stages)]) for i in range(len(stages))]
-
-
-def heal_layers(student, teacher, codes, windows, steps, lr, dtype):
-    """
-    Train block after block, what lies around its codes and its norms, towards the outputs of the teacher's block -> dict(steps,
-    tokens, seconds).
-
-    A block reads what the healed blocks before it give, so it also repairs what they have left. A token's error counts relative
-    to its output: the first token's is a thousand times as large as others, and the loss hardly feels it.
-    """
-    start = time.time()
-    theirs, _ = blocks_of(teacher.model, codes)
-    blocks, _ = blocks_of(student.model, codes)
-    aims, calls = inputs_of(teacher, theirs[0], windows), inputs_of(student, blocks[0], windows)
-    for before, block in tqdm(list(zip(theirs, blocks)), "healing by layers", leave=False):
-        with autocast_of(str(student.model.device), dtype):
-            _, aims = run(before, aims, {})
-        around = [p for p in block.parameters() if p.requires_grad]
-        examples = [(call, aim_args[0]) for call, (aim_args, _) in zip(calls, aims)]  # aims: calls of the next block
-        descend(block_error(block, dtype), examples, steps, [dict(params=around, lr=lr)])
-        with autocast_of(str(student.model.device), dtype):
-            _, calls = run(block, calls, {})
-    return dict(steps=steps, tokens=steps * windows[0][0].numel(), seconds=round(time.time() - start, 1))
-
-
-def block_error(block, dtype):
-    """A function of ((args, kwargs) of a call, what the block should give) -> the mean relative squared error of a token."""
-
-    def error(example):
-        (args, kwargs), aim = example
-        with autocast_of(str(aim.device), dtype):
-            out = block(*args, **kwargs)
-        out, aim = (out[0] if isinstance(out, tuple) else out).float(), aim.float()
-        return ((out - aim).square().sum(-1) / aim.square().sum(-1)).mean()
-
-    return error

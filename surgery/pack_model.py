@@ -18,7 +18,7 @@ from surgery.coded import Coder, coded_in
 from surgery.coded_folder import save
 from surgery.decoding_speed import cache_bytes, decode_speeds
 from surgery.heal import healing_dtype
-from surgery.heal_coded import heal_coded, shared
+from surgery.heal_coded import heal_coded
 from surgery.reading import load
 from surgery.subject import Subject
 from surgery.sweep import add_line, made_by
@@ -30,10 +30,8 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 
     folder: keeps the calibration's moments for a later call.
     """
-    coded, taken, stages = {}, 0, args.heal_stages.split(",")
+    coded, taken = {}, 0
     windows = texts.healing_windows(args.heal_steps) if args.heal_steps else []
-    if args.heal_steps and len(windows) < len(stages):
-        fail(f"--heal_text has {len(windows)} windows of --window {args.window}, fewer than --heal_stages: give more text")
     if args.bytes:
         coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
         try:
@@ -46,8 +44,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
         with coded_in(coder.matrices, coded.values()):
             found["packed"] = evaluator.measure()
         last = "healed"
-        through = sum(n for n, stage in zip(shared(args.heal_steps, stages), stages) if stage != "layers")  # have a KL
-        with tqdm(total=through, desc="healing", unit="step") as bar:
+        with tqdm(total=args.heal_steps, desc="healing", unit="step") as bar:
             healing = copy.deepcopy(hf)
             coded, training = heal_coded(
                 Subject,
@@ -61,7 +58,6 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
                 args.seed,
                 shown(bar),
                 healing_dtype(args, subject.config.n_embd),
-                stages,
             )
             keep_rest(healing, hf, coded)
     cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []
