@@ -30,8 +30,7 @@ LABELS = {
     "bits": "bits by component", "error-aware": "integers, error-aware rounding", "to nearest": "integers, to nearest",
     "rank": "a rank for all, float16", "ranks by frequency": "ranks by frequency, float16",
     "bits in one group": "without groups of rows", "bits without a basis": "without the basis",
-    "bits without parents": "without parents", "bits in order": "bits, layers in order",
-    "bits read in place": "bits, read in place",
+    "bits without parents": "without parents", "bits read in place": "bits, read in place",
 }  # fmt: skip
 READING = (
     "Bytes are those of everything that is kept, as a share of the same matrices in float16. Lost: nats per token over the "

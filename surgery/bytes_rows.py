@@ -52,11 +52,11 @@ class Measurer:
         if row.name == "ranks by frequency":
             share = row.given[0] * sum(sum(m.weight.shape) for m in self.matrices.values()) / self.numbers
             return self.coder.code(share, codes=[float16_code()])
-        return self.coder.code(*row.given, self.drafts_without(row.name), in_order=row.name == "bits in order")
+        return self.coder.code(*row.given, self.drafts_without(row.name))
 
     def drafts_without(self, name):
         """{name: Draft} of the table with one part of the method left out; None for the whole method."""
-        if name in ("bits", "bits in order"):
+        if name == "bits":
             return None
         weights, found = self.moments.weights, {}
         for table, metric in self.metrics.items():

@@ -27,7 +27,6 @@ from bits.encode import (
 from bits.trellis import distortion, gaussian_codes
 from common.files import written_whole
 from surgery.evaluator import Evaluator
-from surgery.in_order import code_in_order
 from surgery.linears import LinearMoments, find_linears
 from surgery.moments import finite_moments, read_moments
 from util_factorization.calibrate import calibrate
@@ -80,8 +79,6 @@ def whole_moments(subject, counts, windows, file):
     shapes = {("C",): (d, d), ("G",): (d, d)}
     shapes |= {("inputs", name): (n_in, n_in) for name, (_, n_in) in names.items()}
     shapes |= {("squares", name): (n_out,) for name, (n_out, _) in names.items()}
-    tokens = sum(x.numel() for x, _ in windows)
-    shapes |= {("sizes", name): (tokens,) for name in names}
     if file.exists():
         kept = read_moments(file, shapes)
     else:
@@ -110,9 +107,9 @@ class Coder:
         """texts: a TextReader; tokens: of calibration text; file: keeps the moments for a later call."""
         self.matrices, self.subject, self.texts = matrices_of(subject, targets), subject, texts
         self.numbers = sum(module.weight.numel() for module in self.matrices.values())
-        self.windows, counts = texts.calibration_windows(-(-tokens // texts.length), 2 * subject.table.weight.shape[1])
+        windows, counts = texts.calibration_windows(-(-tokens // texts.length), 2 * subject.table.weight.shape[1])
         torch.manual_seed(seed)
-        self.moments = whole_moments(subject, counts, self.windows, file)
+        self.moments = whole_moments(subject, counts, windows, file)
 
     @cached_property
     def drafts(self):
@@ -123,22 +120,17 @@ class Coder:
             print("price of an error:", ", ".join(f"{kind} {price:.2f}" for kind, price in prices.items()), flush=True)
         return drafts
 
-    def code(self, share, drafts=None, in_order=False, codes=None):
+    def code(self, share, drafts=None, codes=None):
         """
         {name: CodedMatrix} that take `share` of the matrices' float16 bytes together, and their bytes.
 
-        drafts: others than the Coder's own. in_order: layers repair what the ones before them have spoilt (in_order.py). codes:
-        of fit(). Raises ValueError where the share does not pay.
+        drafts: others than the Coder's own. codes: of fit(). Raises ValueError where the share does not pay.
         """
         drafts, budget = drafts or self.drafts, share * 2 * self.numbers
         drafts = dict(zip(drafts, choose(list(drafts.values()), budget, codes)))
         depths, codes = fit(list(drafts.values()), budget, codes)
-        depths = dict(zip(drafts, depths))
-        if in_order and drafts.keys() - {*TABLES}:
-            coded = code_in_order(self.subject, drafts, depths, codes, self.moments.linears, self.windows)
-        else:
-            pairs = tqdm(drafts.items(), "rounding", leave=False)
-            coded = {name: code(draft, depths[name], codes) for name, draft in pairs}
+        pairs = tqdm(zip(drafts.items(), depths), "rounding", total=len(drafts), leave=False)
+        coded = {name: code(draft, bits, codes) for (name, draft), bits in pairs}
         return coded, sum(made.bytes() for made in coded.values())
 
 

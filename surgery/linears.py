@@ -1,6 +1,5 @@
 """The linear layers of a model's trunk, and what an error in each of them costs."""
 
-import torch
 import torch.nn as nn
 
 
@@ -20,7 +19,6 @@ class LinearMoments:
 
         C = sum |g_t|^2 x_t x_t^T / sum |g_t|^2   [in,in]   inputs, as far as the loss feels them
         squares = sum g_t^2                       [out]     what a row weighs
-        sizes = |g_t|                             [tokens]  what a token weighs, of each layer
 
     An error E of W then costs sum_t (g_t E x_t)^2 / 2, about sum_i squares_i e_i C e_i^T / 2. K-FAC's C, which weighs all
     tokens alike, is wrong here: the largest inputs belong to tokens whose gradient is nearly 0 (attention sinks).
@@ -28,7 +26,7 @@ class LinearMoments:
 
     def __init__(self, linears):
         self.linears, self.tokens = linears, 0
-        self.inputs, self.squares, self.sizes = {}, {}, {}
+        self.inputs, self.squares = {}, {}
 
     def __enter__(self):
         self.hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
@@ -48,9 +46,7 @@ class LinearMoments:
         return hook
 
     def _add(self, name, x, g):
-        size = g.norm(dim=1, keepdim=True)
-        x = x * size
-        self.sizes[name] = torch.cat([self.sizes.get(name, size[:0, 0].cpu()), size[:, 0].cpu()])
+        x = x * g.norm(dim=1, keepdim=True)
         self.inputs[name] = self.inputs.get(name, 0) + (x.T @ x).cpu()
         self.squares[name] = self.squares.get(name, 0) + g.square().sum(0).cpu()
 
@@ -60,7 +56,7 @@ class LinearMoments:
 
     def state(self):
         """What load() reads: plain values and tensors."""
-        return dict(inputs=self.inputs, squares=self.squares, sizes=self.sizes, tokens=self.tokens)
+        return dict(inputs=self.inputs, squares=self.squares, tokens=self.tokens)
 
     def load(self, state):
-        self.inputs, self.squares, self.sizes, self.tokens = (state[k] for k in ("inputs", "squares", "sizes", "tokens"))
+        self.inputs, self.squares, self.tokens = (state[k] for k in ("inputs", "squares", "tokens"))

@@ -103,7 +103,7 @@ class Surgeon:
         for name, x, read in layers_in_order(copy.deepcopy(self.subject), self.subject, self.moments.windows, linears):
             for stack, rank in stacks_of[name]:
                 W = torch.cat([layer.weight(target) for layer, target in stack])
-                W, C = repaired(W, x.cpu(), read.cpu(), torch.ones(len(x)))
+                W, C = repaired(W, x.cpu(), read.cpu())
                 decomposition = decompose_matrix.decompose(W, point.method, C, self.moments.of(stack)[1])
                 self.cut_stack(stack, decomposition, decomposition.factors(rank), cut)
 
