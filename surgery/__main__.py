@@ -37,12 +37,6 @@ class Args:
         above=0,
         high=1,
     )
-    numbers: str = flag(
-        "bits",
-        "of --bytes. bits: each has the bits that it is worth; float16: of --targets wte, whole or not at all: a rank for each "
-        "group of rows; fast if it is decoded on loading alone",
-        choices=("bits", "float16"),
-    )
     cache_bytes: float | None = flag(
         None,
         "with --out: keep keys and values by bits, in this share of a token's float16 bytes; with --bytes or alone",
@@ -104,9 +98,9 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "numbers", "cache_bytes", "cache_form", "targets", "mode", "method",
-         "seed_faithful", "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank",
-         "heal_lr", "heal_dtype")  # fmt: skip
+SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "seed_faithful",
+         "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
+         "heal_dtype")  # fmt: skip
 HEALING = {"heal_text", "heal_rank", "heal_lr", "heal_dtype"}
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
@@ -126,8 +120,6 @@ def check_bytes(args, given):
         fail(f"--{other[0]} is for matrices: give --bytes beside --cache_bytes, or drop it")
     args.answer_tokens = 0
     args.targets = args.targets if "targets" in given else "all"
-    if args.numbers == "float16" and args.targets != "wte":
-        fail("--numbers float16 is for the token table: give --targets wte, or drop --numbers")
     if args.targets not in ("all", "wte"):
         fail(f"--targets {args.targets} with --bytes: give all or wte")
 
@@ -138,8 +130,6 @@ def check(args, given, points):
         fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
     if not args.heal_steps and (other := sorted(HEALING & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
-    if "numbers" in given and not args.bytes:
-        fail("--numbers is for --bytes: give it too, or drop --numbers")
     if "cache_form" in given and not args.cache_bytes:
         fail("--cache_form is for --cache_bytes: give it too, or drop --cache_form")
     if not args.out:

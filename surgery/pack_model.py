@@ -35,7 +35,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     if args.bytes:
         coder = Coder(subject, args.targets, texts, args.calib_tokens, args.seed, folder / "calibration_by_bits.pt")
         try:
-            coded, taken = coder.code(args.bytes, codes=[float16_code()] if args.numbers == "float16" else None)
+            coded, taken = coder.code(args.bytes)
         except ValueError as error:
             fail(f"--bytes {args.bytes}: {error}")
     found = dict(untouched=evaluator.measure())
@@ -124,7 +124,6 @@ def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subjec
     return dict(
         out=Path(args.out).name,
         targets=args.targets,
-        numbers=args.numbers,
         bytes=dict(asked=args.bytes, coded=taken, on_disk=size, in_memory=memory),
         cache=dict(
             asked=args.cache_bytes,

@@ -96,3 +96,11 @@ def test_a_run_with_a_flag_that_is_gone_is_one_line(here, train, assert_one_line
     torch.save(saved | dict(base=dict(prev_run_ckpt="elsewhere")), "mid_run/ckpt.pt")
     result = train(**NO_FLAGS | dict(init_from="resume", out_dir="mid_run", eval_only=True))
     assert_one_line_error(result, "--save_adapters_only", "older versions")
+
+
+def test_ranks_by_frequency_are_read_in_both_forms(here):
+    """A table whose numbers are kept whole or not at all, which nothing writes any more."""
+    found = [load("packed_float16", packed=as_packed)[0].eval() for as_packed in (True, False)]
+    with torch.inference_mode():
+        torch.testing.assert_close(*(hf(IDS).logits for hf in found), rtol=1e-4, atol=1e-4)
+    assert set(found[0].get_input_embeddings().coded.depths.unique().tolist()) == {0, 32}

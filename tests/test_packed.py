@@ -134,18 +134,6 @@ def test_the_folder_reads_back_and_generates_in_both_forms(packed, folder):
     assert texts[0] == texts[1]
 
 
-def test_ranks_by_frequency_are_healed_written_and_read(operate, tmp_path):
-    toys.llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    toys.save_tokenizer(tmp_path / "model")
-    result = operate("--targets", "wte", "--bytes", 0.6, "--numbers", "float16", "--heal_steps", 2, "--out", tmp_path / "small",
-                     model=tmp_path / "model")  # fmt: skip
-    assert result.status == 0, result.err
-    found = [load(tmp_path / "small", packed=as_packed)[0] for as_packed in (True, False)]
-    torch.testing.assert_close(*map(logits, found), rtol=1e-4, atol=1e-4)
-    depths = found[0].get_input_embeddings().coded.depths
-    assert set(depths.unique().tolist()) == {0, 32}
-
-
 def test_healing_lowers_the_divergence_and_leaves_the_codes(packed):
     coded = packed.code(0.35)
     hf = copy.deepcopy(packed.hf).requires_grad_(False)
@@ -162,13 +150,17 @@ def test_healing_lowers_the_divergence_and_leaves_the_codes(packed):
     assert any(not torch.equal(made[name].scales, before.scales) for name, before in coded.items())
 
 
-def test_the_program_heals(operate, tmp_path):
+@pytest.mark.parametrize("targets", ["all", "wte"])
+def test_the_program_heals_writes_and_reads(operate, tmp_path, targets):
     toys.llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     toys.save_tokenizer(tmp_path / "model")
-    result = operate("--bytes", 0.8, "--heal_steps", 3, "--out", tmp_path / "small", model=tmp_path / "model")
+    result = operate("--bytes", 0.8, "--targets", targets, "--heal_steps", 3, "--out", tmp_path / "small",
+                     model=tmp_path / "model")  # fmt: skip
     assert result.status == 0, result.err
     healed = json.loads((tmp_path / "small" / "measured.json").read_text())["models"]["healed"]
     assert healed["steps"] == 3 and healed["training_kl"] > 0
+    found = [load(tmp_path / "small", packed=as_packed)[0] for as_packed in (True, False)]
+    torch.testing.assert_close(*map(logits, found), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["depths", "streams", "missing", "extra", "cut"])

@@ -346,8 +346,6 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
     for argv, *words in [
         (["--bytes", "0.5", "--rank", "4", "--out", out], "--bytes", "--rank", "drop one"),
         (["--bytes", "0.5"], "--bytes", "give --out"),
-        (["--numbers", "float16"], "--numbers", "--bytes"),
-        (["--bytes", "0.5", "--numbers", "float16", "--out", out], "--numbers float16", "--targets wte"),
         (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
         (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
         (["--cache_bytes", "0.5", "--targets", "wte", "--out", out], "--targets", "--bytes"),
