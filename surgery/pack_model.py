@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from bits.modules import install_coded
-from bits.trellis import float16_code
 from common.cli import fail
 from kv_cache.hf_bits import code_cache
 from surgery.coded import Coder, coded_in
