@@ -63,7 +63,7 @@ mistake() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
 need_preset() { case " $* " in *" $PRESET "*) ;; *) mistake "PRESET=$PRESET is not for this script: give one of $*" ;; esac; }
 
-# unless_left_out WHAT: in a pipeline the stage that makes WHAT has failed, so this one is left out
+# unless_left_out WHAT: in a pipeline the stage that makes WHAT has failed, so this one is skipped
 unless_left_out() {
   [ -n "${STAGE:-}" ] || return 0
   echo "$(basename "$0"): left out: $1" >&2
@@ -122,7 +122,7 @@ take_rank() {
 }
 
 # Makes the table's factors by $METHOD at ranks $1, or at rank $k, where they are missing or older than the baseline; in a
-# stage of a pipeline they were made before. Sets method (pca for svd, as in the seeds' names), wte_npy, scale_npz, and
+# stage of a pipeline they were made before. Sets method (pca for svd, as in the original scripts' file names), wte_npy, scale_npz, and
 # from_factors, the flags that start from the baseline with these factors.
 need_factors() {
   local rank
@@ -149,7 +149,7 @@ make_factors() {
   note "$status" "$name"
 }
 
-# The adapters' rank, by LORA or by the preset: the seeds put it into a run's name.
+# The adapters' rank, by LORA or by the preset. The original scripts put it into a run's name.
 lora_rank() {
   local lora=" ${LORA:-} "
   case $lora in
@@ -158,7 +158,7 @@ lora_rank() {
   esac
 }
 
-# The cards for stages: GPUS="0 1", left out all that are visible; none with a laptop's preset.
+# The cards for stages: GPUS="0 1". Default: all that are visible; none with a laptop's preset.
 take_cards() {
   if [ -z "${GPUS+given}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then

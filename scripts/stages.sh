@@ -108,7 +108,7 @@ name_failures() {
   name=$(basename "$0")
   if [ ${#failed[@]} -gt 0 ]; then echo "$name: failed:" >&2 && printf '  %s\n' "${failed[@]}" >&2; fi
   if [ ${#left_out[@]} -gt 0 ]; then
-    echo "$name: left out, since they start from what is not there:" >&2 && printf '  %s\n' "${left_out[@]}" >&2
+    echo "$name: skipped, since the run that they start from is missing:" >&2 && printf '  %s\n' "${left_out[@]}" >&2
   fi
   echo "$name: all else is done; the same command runs these again" >&2
   exit 1

@@ -9,7 +9,7 @@
 # The exit status is 1 if a row differs. A loss may differ by 0.01 nats, half of the spread between two seeds, since arithmetic,
 # processor and code are not those of then. Bytes may not differ.
 #
-#   WIKI      wiki.valid.raw of WikiText-103: surgery on SmolLM2 is measured too. Default: not set, that row is left out
+#   WIKI      wiki.valid.raw of WikiText-103: surgery on SmolLM2 is measured too. Default: not set, that row is skipped
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"  # goes to the repository's folder
 source scripts/stages.sh

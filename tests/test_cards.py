@@ -89,9 +89,9 @@ def test_a_gpu_that_torch_cannot_use_means_the_laptop_preset_on_no_card(pretend)
 
 def failures(done):
     """What a pipeline names at its end -> (the stages that failed, those that were left out)."""
-    part, named = "", {"failed": [], "left out": []}
+    part, named = "", {"failed": [], "skipped": []}
     for line in done.stderr.splitlines():
-        if match := re.match(r"\w+\.sh: (failed|left out)[:,]", line):
+        if match := re.match(r"\w+\.sh: (failed|skipped)[:,]", line):
             part = match[1]
         elif part and line.startswith("  "):
             named[part].append(line.strip())
