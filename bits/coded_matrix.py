@@ -1,17 +1,17 @@
 """
-A matrix kept by bits: each column of each group of rows has the bits that it is worth.
+A quantised matrix: in each group of rows, each column has as many bits as its importance asks for (budget.py).
 
     W ~ 1 mu^T + (1 m_g^T + Z) P        a token table: P is its `fisher` basis (decompose_table.py), columns are components
     W ~ Z                               a linear layer: no basis and no means, columns are the layer's inputs
 
-Rows lie in groups. A column j of group g has a depth (half bits of a number), a scale, and a stream of codes over the group's
-rows (trellis.py). The means m_g are those of the group's coordinates. Where rows have parents (parents.py), the streams hold
-(Z_i - f_i Z_parent(i)) / gain_i, and the parent's row lies in a group before.
+The rows are divided into groups. In group g, column j has a depth (half bits per number), a scale, and a stream with the
+quantised numbers of the group's rows (trellis.py). m_g is the mean of the group's coordinates. If rows are predicted from
+parent rows (predicted_rows.py), the streams hold (Z_i - f_i Z_parent(i)) / scale_i; a parent is always in an earlier group.
 
-**Bytes** are those of the tensors(): P as integers with a scale a row, means, scales, depths, the place of each row, the
-streams. The levels of the codes are the program's, the same for all matrices of all models, and are not counted. lookup() and
-product() read the tensors in blocks, by compiled loops (kernels/kernels.c) or in torch. The matrix is never whole in float,
-unless one asks for matrix().
+**Bytes** are the bytes of tensors(): P as integers with a scale per row, means, scales, depths, the place of each row, the
+streams. The levels are part of the program, the same for all matrices of all models, and are not counted. lookup() and
+product() read the tensors in blocks, by compiled loops (kernels/kernels.c) or in torch. Only matrix() builds the entire matrix
+in float.
 """
 
 from dataclasses import dataclass
@@ -24,46 +24,46 @@ from bits.predicted_rows import ROW_FACTORS, ROW_GAINS, factors_and_gains
 from bits.trellis import MOST_BITS, WINDOW
 from kernels.build import bind
 
-SEGMENT = 1024  # numbers of a stream at most, an even number: a group's column has several, which are encoded at once
-SEGMENTS_AT_ONCE = 4  # of a column, when all rows are read
-TOKENS_AT_ONCE = 32  # at most, that are multiplied as the codes are read; for more, blocks are decoded and shared by all
+SEGMENT = 1024  # numbers in a stream at most, even: a longer column has several streams, which are encoded in parallel
+SEGMENTS_AT_ONCE = 4  # segments of a column that are decoded together when all rows are read
+TOKENS_AT_ONCE = 32  # up to here the loop multiplies while it reads; for more tokens, blocks are decoded once for all
 PLACES = (torch.int16, torch.int32)
 BYTES = (torch.uint8,)
 DTYPES = dict(place=PLACES, parent=PLACES, relation=BYTES, sizes=(torch.int32,), depths=BYTES, P=(torch.int8,))
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
-OPTIONAL = ("P", "P_scale", "mean", "means", "parent", "relation")  # a linear layer has none of them
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of all other tensors
+OPTIONAL = ("P", "P_scale", "mean", "means", "parent", "relation")  # a linear layer has none of these
 
 
 @dataclass
 class CodedMatrix:
-    """A packed matrix [V,d] of k columns in G groups of rows; k is less than d where components have no bits in any group."""
+    """A quantised matrix [V,d] with k stored columns and G row groups. k < d if some components have no bits in any group."""
 
-    place: torch.Tensor  # int16 or int32 [V]: where a row lies, counted through the groups
-    sizes: torch.Tensor  # int32 [G]: rows of each group
-    depths: torch.Tensor  # uint8 [G,k]: half bits of a number
+    place: torch.Tensor  # int16 or int32 [V]: position of each row when the groups are stored one after the other
+    sizes: torch.Tensor  # int32 [G]: number of rows of each group
+    depths: torch.Tensor  # uint8 [G,k]: half bits per number
     scales: torch.Tensor  # float16 [G,k]
-    streams: dict  # {(g, depth): uint8}: the columns of a depth, one after the other
+    streams: dict  # {(g, depth): uint8}: the columns of this depth, one after the other
     codes: dict  # {depth: Code}
     P: torch.Tensor | None = None  # int8 [k,d]
     P_scale: torch.Tensor | None = None  # float16 [k]
     mean: torch.Tensor | None = None  # float16 [d]: mu
     means: torch.Tensor | None = None  # float16 [G,k]: m_g
-    parent: torch.Tensor | None = None  # int16 or int32 [V]: by place, the place of the row's parent, 0 without one
-    relation: torch.Tensor | None = None  # uint8 [V]: by place, factor and gain; with the factor 0 the parent tells nothing
+    parent: torch.Tensor | None = None  # int16 or int32 [V]: for each place, the place of the row's parent; 0 if it has none
+    relation: torch.Tensor | None = None  # uint8 [V]: for each place, factor and row scale; factor 0: no prediction
 
     def tensors(self):
-        """{name: tensor} of all that is kept."""
+        """{name: tensor} of everything that is stored."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return own | {f"streams.{g}.{b}": value for (g, b), value in self.streams.items()}
 
     @staticmethod
     def from_tensors(tensors, codes):
-        """What tensors() gave, and {depth: Code} -> the CodedMatrix. Raises KeyError or ValueError where a tensor is wrong."""
+        """Inverse of tensors(). codes: {depth: Code}. Raises KeyError if a tensor is missing, ValueError if one is wrong."""
         tensors = dict(tensors)
         streams = {tuple(map(int, k.split(".")[1:])): tensors.pop(k) for k in list(tensors) if k.startswith("streams.")}
         known = {"place", "sizes", "depths", "scales", *OPTIONAL}
         if unknown := tensors.keys() - known:
-            raise ValueError(f"{min(unknown)} is no part of a coded matrix")
+            raise ValueError(f"{min(unknown)} does not belong to a quantised matrix")
         if missing := known - {*OPTIONAL} - tensors.keys():
             raise KeyError(f"{min(missing)} is missing")
         coded = CodedMatrix(streams=streams, codes=codes, **tensors)
@@ -71,40 +71,40 @@ class CodedMatrix:
         return coded
 
     def check(self):
-        """Raises ValueError where the tensors do not fit one another."""
+        """Raise ValueError if the tensors do not fit together."""
         (G, k), d = self.depths.shape, self.shape[1]
         shapes = dict(sizes=(G,), scales=(G, k), means=(G, k), P=(k, d), P_scale=(k,), mean=(d,))
         shapes |= dict(parent=self.place.shape, relation=self.place.shape)
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should have {shape}")
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
             if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{name} has a number that is not finite")
+                raise ValueError(f"{name} contains NaN or infinity")
         for name, tensor in self.tensors().items():
             known = DTYPES.get(name, BYTES if name.startswith("streams.") else FLOATS)
             if tensor.dtype not in known:
-                raise ValueError(f"{name} has numbers of another kind, {tensor.dtype}")
+                raise ValueError(f"{name} has the wrong dtype {tensor.dtype}")
         if self.sizes.sum() != len(self.place) or (self.sizes < 1).any():
-            raise ValueError("the groups do not have all rows")
+            raise ValueError("the sizes of the groups do not add up to the number of rows, or one is below 1")
         if not torch.equal(self.places(torch.arange(len(self.place))).sort().values, torch.arange(len(self.place))):
-            raise ValueError("two rows lie at one place")
+            raise ValueError("two rows have the same place")
         if (self.parent is None) != (self.relation is None):
-            raise ValueError("of parent and relation one is missing")
+            raise ValueError("only one of parent and relation is there: both are needed")
         if self.parent is not None:
             starts, parents = self.starts().repeat_interleave(self.sizes.long()), self.parents()
             if ((parents < 0) | (parents >= starts.clamp(min=1))).any():
-                raise ValueError("a row's parent does not lie in a group before its own")
+                raise ValueError("a row's parent is not in an earlier group")
             if factors_and_gains(self.relation)[0][: self.sizes[0]].any():
                 raise ValueError("a row of the first group has a parent")
         if unread := self.streams.keys() - {(g, b) for g in range(G) for b, _ in self.columns(g)}:
-            raise ValueError(f"no column reads the stream of group {min(unread)[0]} at {min(unread)[1] / 2:g} bits")
+            raise ValueError(f"group {min(unread)[0]} has a stream of {min(unread)[1] / 2:g} bits that no column reads")
         for g, rows in enumerate(self.sizes.tolist()):
             for b, columns in self.columns(g):
                 if b not in self.codes or (g, b) not in self.streams:
-                    raise ValueError(f"group {g} has columns of {b / 2:g} bits and no stream of them")
+                    raise ValueError(f"group {g} has columns of {b / 2:g} bits, but no stream for them")
                 if self.streams[g, b].shape != (stream_size(len(columns), rows, self.codes[b]),):
-                    raise ValueError(f"the stream of group {g} at {b / 2:g} bits has {self.streams[g, b].numel()} bytes")
+                    raise ValueError(f"group {g}: the stream of {b / 2:g} bits has {self.streams[g, b].numel()} bytes")
 
     @property
     def shape(self):
@@ -115,17 +115,17 @@ class CodedMatrix:
 
     @property
     def bits_of_number(self):
-        """Mean bits of a number in each group, over all d columns."""
+        """Mean bits per number in each group, over all d columns."""
         return [round(b.sum().item() / 2 / self.shape[1], 2) for b in self.depths]
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def columns(self, g):
-        """(depth, the columns that have it in a group), for every depth above 0."""
+        """A list of (depth, columns of group g with this depth), for every depth above 0."""
         return [(b, (self.depths[g] == b).nonzero()[:, 0]) for b in self.depths[g].unique().tolist() if b]
 
     def units(self, group, rows):
-        """Group of each row, and its number there, long [m] -> the values of their codes [m,k]; 0 where there are no bits."""
+        """Levels of rows [m,k]; 0 in columns without bits. group, rows: long [m], each row's group and its index there."""
         out, kernel = torch.zeros(len(rows), self.depths.shape[1]), self.kernel("coded_rows")
         if kernel:
             kernel(len(rows), torch.stack([group, rows], 1), out, torch.get_num_threads() if len(rows) > 1 else 1)
@@ -151,12 +151,12 @@ class CodedMatrix:
         return whole_numbers(self.parent[places])
 
     def starts(self):
-        """The first place of each group [G]."""
+        """First place of each group [G]."""
         sizes = self.sizes.long()
         return sizes.cumsum(0) - sizes
 
     def lookup(self, ids):
-        """ids, long of any shape -> their rows [..., d]."""
+        """ids, long of any shape [...] -> their rows of the matrix [..., d]."""
         places = self.places(ids.flatten())
         if self.parent is None:
             Z, group = self.rests(places)
@@ -171,14 +171,14 @@ class CodedMatrix:
         return Z.unflatten(0, ids.shape)
 
     def rests(self, places):
-        """Places [m] -> (what the streams hold of these rows [m,k], their groups [m])."""
+        """Places [m] -> (stored residuals of these rows [m,k], before the prediction is added; their groups [m])."""
         starts = self.starts()
         group = torch.searchsorted(starts, places, right=True) - 1
         Z = self.units(group, places - starts[group]) * self.scales[group].float()
         return Z if self.relation is None else Z * factors_and_gains(self.relation[places])[1][:, None], group
 
     def ancestors(self, places):
-        """places [m] -> of all rows that they are told from, they themselves first: (which of the m, the place, its factor)."""
+        """places [m] -> three tensors over the m rows and all their ancestors: index of the row, place, product of factors."""
         of, at, carried = row = torch.arange(len(places)), places, torch.ones(len(places))
         found = [row]
         while len(of):
@@ -188,7 +188,7 @@ class CodedMatrix:
         return [torch.cat(part) for part in zip(*found)]
 
     def add_parents(self, Z):
-        """Z [n,V], as rows lie, of the streams alone, or linear in it: gains and what parents tell, in place."""
+        """Apply row scales and add the prediction from parents, in place. Z [n,V], by place: residuals, or linear in them."""
         if self.parent is None:
             return Z
         if not Z.requires_grad and (loop := bind("coded_parents")):
@@ -203,7 +203,7 @@ class CodedMatrix:
         return Z
 
     def blocks(self):
-        """(places of some rows, a slice; what the streams hold, transposed [k,rows]), through all rows."""
+        """Yield (a slice of places, the stored residuals there, transposed [k,rows]), until all rows are read."""
         start, kernel = 0, self.kernel("coded_columns")
         for g, size in enumerate(self.sizes.tolist()):
             count, length = segments(size)
@@ -220,7 +220,7 @@ class CodedMatrix:
                 start = rows.stop
 
     def read_columns(self, g, first, last, Z):
-        """Write the values of a group's codes in segments first to last into Z [k,rows], in torch."""
+        """Decode the levels of group g, segments `first` up to `last`, into Z [k,rows], in torch."""
         (count, length), streams = segments(self.sizes[g].item()), self.streams
         for b, columns in self.columns(g):
             code = self.codes[b]
@@ -230,8 +230,8 @@ class CodedMatrix:
             Z[columns] = code.levels.index_select(0, windows.flatten()).view(len(columns), -1)[:, : Z.shape[1]]
 
     def product(self, x):
-        """x [..., d] -> its product with every row, [..., V]."""
-        # the scales come last: one copy of P in float is twenty times as fast as two, whose memory is fresh each time
+        """x [..., d] -> the product x W^T [..., V]."""
+        # P_scale comes last: scaling P itself takes a second float copy in fresh memory, which is twenty times as slow
         narrow = x if self.P is None else (x @ self.P.float().T) * self.P_scale.float()
         narrow = narrow.reshape(-1, self.depths.shape[1])
         by_kernel = len(narrow) <= TOKENS_AT_ONCE and not narrow.requires_grad
@@ -250,7 +250,7 @@ class CodedMatrix:
         return out if self.mean is None else out + (x @ self.mean.float())[..., None]
 
     def kernel(self, name):
-        """A function of kernels.c for this matrix, its first arguments given; None where it cannot read it."""
+        """A function of kernels.c with this matrix bound as its first arguments. None if it cannot read this matrix."""
         return self.kernels.get(name)
 
     @cached_property
@@ -268,11 +268,11 @@ class CodedMatrix:
         return {name: bind(name, *first) for name in ("coded_product", "coded_columns", "coded_rows")}
 
     def __getstate__(self):
-        """A copy's tensors have addresses of their own."""
+        """Leave out the bound functions: the tensors of a copy have other addresses."""
         return {name: value for name, value in vars(self).items() if name != "kernels"}
 
     def matrix(self):
-        """The whole matrix [V,d], float32."""
+        """The entire matrix [V,d], float32."""
         Z = self.add_parents(torch.cat([Z for _, Z in self.blocks()], 1))
         if self.means is not None:
             Z += self.means.float().T.repeat_interleave(self.sizes.long(), 1)
@@ -281,22 +281,22 @@ class CodedMatrix:
 
 
 def whole_numbers(places):
-    """Places as they are stored -> long."""
+    """Stored places -> long. int16 is read as unsigned."""
     return places.long() & (0xFFFF if places.dtype == torch.int16 else -1)
 
 
 def segments(rows):
-    """(Streams of a column, numbers of each) for a group of so many rows. An even number: some codes give two at once."""
+    """(streams of a column, numbers in each) in a group of `rows` rows. Even: some codebooks give two numbers at once."""
     count = -(-rows // SEGMENT)
     return count, 2 * -(-rows // (2 * count))
 
 
 def bytes_of(length, code):
-    """Bytes of a stream of so many numbers."""
+    """Bytes of a stream of `length` numbers."""
     return stream_bytes(length // code.numbers, code.bits, code.window)
 
 
 def stream_size(columns, rows, code):
-    """Bytes that the columns of a Code take in a group of so many rows."""
+    """Bytes of `columns` columns of a Code, in a group of `rows` rows."""
     count, length = segments(rows)
     return columns * count * bytes_of(length, code) + 2

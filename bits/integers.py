@@ -1,9 +1,9 @@
 """
-Plain quantisation, what bits by component are compared with: integers of b bits in groups of neighbours along a row.
+Plain quantisation, the control for bits by component: integers of b bits, in blocks of neighbours along a row.
 
-A group of n numbers has a scale and a lowest value, both float16: b + 32 / n bits a number. Each number is rounded to the
-nearest step. With a metric M the error of a column is fed on to the columns after it, so that the cost e M e^T of a row's error
-e is small (GPTQ, arXiv:2210.17323, in the form of LDLQ: see coding.py).
+A block of n numbers has a scale and a lowest value, both float16: b + 32 / n bits per number. Each number is rounded to the
+nearest step. If a metric M is given, the error of a column is passed on to the later columns, so that the cost e M e^T of a
+row's error e becomes small (GPTQ, arXiv:2210.17323, in the form of LDLQ: see encode.py).
 """
 
 import torch
@@ -13,14 +13,14 @@ from bits.encode import feedback
 
 def in_groups(W, bits, group, metric=None):
     """
-    W [V,d] -> (W as read back [V,d], its bytes).
+    W [V,d] -> (W after quantisation [V,d], its bytes).
 
-    group: numbers that share a scale; d is a multiple of it. metric: M [d,d], positive definite, or None: to nearest.
-    Raises ValueError where the groups do not fit the width.
+    group: numbers that share a scale; a divisor of d. metric: M [d,d], positive definite; None: round to nearest.
+    Raises ValueError if `group` does not divide d.
     """
     V, d = W.shape
     if d % group:
-        raise ValueError(f"groups of {group} do not fit a width of {d}: give a divisor of it")
+        raise ValueError(f"blocks of {group} numbers do not divide a row of {d}: give a divisor of {d}")
     read, top = torch.empty_like(W, dtype=torch.float32), 2**bits - 1
     U = feedback(metric.double(), columns=1)[0] if metric is not None else None
     errors = torch.zeros_like(read)

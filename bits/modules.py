@@ -1,4 +1,4 @@
-"""The modules of a packed model: they read a CodedMatrix at every call, and never hold it whole in float."""
+"""The modules of a packed model. They read a CodedMatrix at every call; the entire matrix never exists in float."""
 
 import torch
 import torch.nn as nn
@@ -10,22 +10,22 @@ class Coded(nn.Module):
     """
     The tensors of a CodedMatrix as buffers. On the CPU only.
 
-    Those in float16 are kept as the integers of the same bits: a change of the model's dtype leaves them as they are.
+    float16 tensors are stored as int16 with the same bits, so that a change of the model's dtype does not convert them.
     """
 
     def __init__(self, coded):
         super().__init__()
-        self.codes = [coded.codes]  # in a list, so that a module of codes has one name
+        self.codes = [coded.codes]  # in a list, so that torch does not register it as a submodule
         for name, tensor in coded.tensors().items():
             bits = tensor.view(torch.int16) if tensor.dtype == torch.float16 else tensor
             self.register_buffer(name.replace(".", "_"), bits)
         self.halves = [name for name, tensor in coded.tensors().items() if tensor.dtype == torch.float16]
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the model's dtype
-        self.made = [], None  # the buffers that were read, and their CodedMatrix
+        self.made = [], None  # the buffers, and the CodedMatrix made of them
 
     @property
     def coded(self):
-        """The CodedMatrix of the buffers as they are now, made again only for other buffers: it keeps what it has bound."""
+        """The CodedMatrix of the present buffers. It is rebuilt only if they change, since it keeps its bound functions."""
         read, made = self.made
         buffers = list(self._buffers.values())
         if len(read) != len(buffers) or any(before is not now for before, now in zip(read, buffers)):
@@ -34,7 +34,7 @@ class Coded(nn.Module):
         return made
 
     def _load_from_state_dict(self, *given):
-        self.made = [], None  # other codes may come into the same buffers
+        self.made = [], None  # loading may write other bits into the same buffers
         super()._load_from_state_dict(*given)
 
     def matrix_of_buffers(self):
@@ -48,7 +48,7 @@ class Coded(nn.Module):
 
 
 class CodedEmbedding(Coded):
-    """The lookup. scale: Gemma's, of a looked-up row."""
+    """The token embedding. scale: Gemma multiplies each looked-up row by it."""
 
     def __init__(self, coded, scale=1.0):
         super().__init__(coded)
@@ -59,7 +59,7 @@ class CodedEmbedding(Coded):
 
 
 class CodedLinear(Coded):
-    """A linear layer, or a head of its own."""
+    """A linear layer, or an untied head."""
 
     def __init__(self, coded, bias=None):
         super().__init__(coded)
@@ -71,11 +71,11 @@ class CodedLinear(Coded):
 
 
 class TiedCodedHead(nn.Module):
-    """The head of a model whose table is a CodedEmbedding."""
+    """The head of a model that is tied to its CodedEmbedding."""
 
     def __init__(self, table):
         super().__init__()
-        self.table = [table]  # in a list, so that its buffers have one name
+        self.table = [table]  # in a list, so that its buffers are registered once
 
     def forward(self, h):
         return self.table[0].coded.product(h.float()).to(h.dtype)
@@ -83,9 +83,10 @@ class TiedCodedHead(nn.Module):
 
 def install_coded(hf, coded, packed=True):
     """
-    Give a model the matrices of {name: CodedMatrix}: "wte" is the table, "head" a head of its own, others name a Linear.
+    Put quantised matrices into a model. coded {name: CodedMatrix}: "wte" is the table, "head" an untied head; any other name
+    is the path of a Linear.
 
-    packed: the modules read the packed form. Else the weights are decoded once, to float: as fast as before, and as large.
+    packed: the modules read the packed form. Otherwise the weights are decoded once to float: same speed and memory as before.
     """
     tied = "head" not in coded
     for name, made in coded.items():

@@ -1,29 +1,30 @@
 """
-Rows of a token table that are told from other rows: " Dogs" from " dogs", a name from other names.
+Rows of a token table that are stored as their difference from a similar row: " Dogs" from " dogs", a name from other names.
 
-Each row's *parent* is the row of an earlier group that is most like it. With X the coordinates without the groups' means, the
-codes keep only what the parent does not tell, over a gain of the row, so that all rows of a group are equally large:
+The *parent* of a row is the most similar row of the earlier groups. X are the coordinates without the groups' means. We
+quantise only the rest that the parent does not predict, divided by a scale of the row, so that all rows of a group have the
+same size:
 
-    X_i = f_i X_parent(i) + gain_i rest_i
+    X_i = f_i X_parent(i) + scale_i rest_i
 
-A draft chooses parents and factors by each column over its spread in the group. Where the cosine of the two is c, the rest has
-1 - c^2 of the squares, and takes log2(1 / (1 - c^2)) / 2 bits a number less. Groups are made of rows whose rests are worth the
-same: weight times gain^2. When a group is coded, its parents are read as they will be, so errors do not add up; then the factor
-counts each column by the error that its bits leave.
+To choose parents and factors f, each column is divided by its spread (root mean square) in the group. If the cosine of the two
+rows is c, the rest has 1 - c^2 of the squared size and needs log2(1 / (1 - c^2)) / 2 bits per number less. A group collects
+rows whose rests have the same importance: weight times scale^2. When a group is quantised, its parents are already the decoded
+rows, so errors do not add up; at this point the factor weighs each column by the error that its bits leave.
 """
 
 import torch
 from torch.nn.functional import normalize
 
-LEAST_ALIKE = 0.25  # rows with a lower cosine have no parent; here it saves 27 bits of a row of 576 numbers
-COST = 24  # bits of a row's parent, factor and gain
+LEAST_ALIKE = 0.25  # rows with a lower cosine get no parent; at this cosine a row of 576 numbers saves 27 bits
+COST = 24  # bits per row for its parent, factor and scale
 ROW_FACTORS = torch.arange(16) / 8
 ROW_GAINS = 2 ** ((torch.arange(16) - 8) / 4)
-COSINES_AT_ONCE = 2**25  # of rows with others
+COSINES_AT_ONCE = 2**25  # entries of a cosine matrix, which bounds memory
 
 
 def find_parents(X, groups):
-    """X [V,k], groups of row indices -> (parents [V], -1 where a row has none; bits that all of them save)."""
+    """X [V,k]; groups: row indices -> (parents [V], -1 for a row without one; bits that all parents save together)."""
     parents, saved, k = torch.full((len(X),), -1), 0.0, X.shape[1]
     for g, rows in enumerate(groups[1:], 1):
         before, by = torch.cat(groups[:g]), spread(X[rows])
@@ -37,15 +38,15 @@ def find_parents(X, groups):
 
 
 def spread(X):
-    """X [rows,k] -> the root of each column's mean square [k], above 0."""
+    """X [rows,k] -> the root mean square of each column [k], above 0."""
     return X.square().mean(0).sqrt().clamp(min=1e-9)
 
 
 def told_by_parents(X, read, parents, rows, by):
     """
-    What parents tell of `rows` of X [V,k], the rest, and the factors: [rows,k], [rows,k], the numbers of ROW_FACTORS [rows].
+    -> the prediction of `rows` of X [V,k] from their parents [rows,k], the rest [rows,k], and indices into ROW_FACTORS [rows].
 
-    read [V,k]: the parents' rows; parents [V]; by [k]: what a difference of each column is divided by when it is counted.
+    read [V,k]: decoded rows; parents [V]; by [k]: each column is divided by it before the factor is fitted.
     """
     told = read[parents[rows].clamp(min=0)] * (parents[rows] >= 0)[:, None]
     u, v = X[rows] / by, told / by
@@ -55,7 +56,7 @@ def told_by_parents(X, read, parents, rows, by):
 
 
 def gains_of(rest, by):
-    """rest [rows,k] -> the numbers of ROW_GAINS [rows] next to the size of each row, over the spread `by` of the columns."""
+    """rest [rows,k] -> indices into ROW_GAINS [rows], nearest to each row's root mean square after division by `by` [k]."""
     if not len(by):  # no column has bits
         return torch.full((len(rest),), ROW_GAINS.tolist().index(1.0))
     return nearest((rest / by).square().mean(1).sqrt().clamp(min=1e-9).log(), ROW_GAINS.log())
@@ -66,10 +67,10 @@ def nearest(x, levels):
 
 
 def relation(factor, gain):
-    """Numbers of ROW_FACTORS and of ROW_GAINS -> a byte for each row."""
+    """Indices into ROW_FACTORS and ROW_GAINS -> one byte per row."""
     return (factor * 16 + gain).to(torch.uint8)
 
 
 def factors_and_gains(relation):
-    """The inverse, as values."""
+    """The inverse of relation(), as values: factors and row scales."""
     return ROW_FACTORS[relation.long() // 16], ROW_GAINS[relation.long() % 16]

@@ -1,16 +1,15 @@
 """
-Codes of b bits for v numbers: a trellis, and as its special case a scalar quantiser.
+Codebooks that give v numbers b bits: a trellis, or a scalar quantiser as its special case.
 
-A stream of numbers is stored as a stream of bits, b for each number. Number t is read from a *window* of L >= b bits: the
-number's own b bits, and before them bits of the numbers before it. The value is levels[window]. With v = 2 a window gives two
-numbers at once, so a number takes b / 2 bits: half a bit, or one and a half. A whole bit is much for a number that is hardly
-worth one.
+A stream of numbers is stored as a stream of bits. Number t is read from a *window* of L >= b bits, the state of the trellis:
+the number's own b bits, after the last L - b bits of the numbers before it. Its value is levels[window]. With v = 2 a window
+gives two numbers at once, so a number takes b / 2 bits, for example half a bit: one bit is too much for an unimportant number.
 
-With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max's, or float16's own numbers). With L > b
-the numbers choose among 2^L levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded
-quantisation, Marcellin and Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). On Gaussian numbers of variance 1
-at 2 bits the squared error is 0.118 with L = 2, 0.080 with L = 8 and 0.071 with L = 12; no code of 2 bits can reach less than
-0.0625. All codes are read alike: one look-up a window, at any place of the stream. Only the encoder's time grows with 2^L.
+With L = b the windows do not overlap: a scalar quantiser with 2^b levels (Lloyd-Max's, or all float16 numbers). With L > b a
+number chooses among 2^L levels, and neighbours share bits. The Viterbi algorithm finds the best stream (trellis-coded
+quantisation, Marcellin and Fischer 1990; overlapping windows as in QTIP, arXiv:2406.11235). For Gaussian numbers of variance 1
+at 2 bits the squared error is 0.118 with L = 2, 0.080 with L = 8 and 0.071 with L = 12; no quantiser of 2 bits can go below
+0.0625. Decoding is the same for all L: one look-up per window, at any position of the stream. Encoding time grows with 2^L.
 """
 
 import math
@@ -23,18 +22,18 @@ import torch
 
 from kernels.build import LANES, bind
 
-WINDOW = 12  # bits, of what is written once; each bit more takes twice as long to encode (kernels/trellis.c knows both)
-FAST_WINDOW = 8  # of what is encoded again and again: a cache, a table in training
-MOST_BITS = 8  # of a number
-PAIRS = (1, 3, 5, 7)  # bits for two numbers, of the codes between
-FITTED = Path(__file__).with_name("gaussian_codes.npz")  # for each window levels [2^L, v of all codes], and their errors
-COSTS_AT_ONCE = 2**17  # of all windows of the streams that are encoded together: they fit the processor's cache
-RESTART = 32  # numbers after which the least cost is taken off, so that costs keep their precision
+WINDOW = 12  # bits of a window, for weights: they are encoded once. One bit more doubles the time (also in trellis.c)
+FAST_WINDOW = 8  # for numbers that are encoded again and again: a cache, a table in training
+MOST_BITS = 8  # per number
+PAIRS = (1, 3, 5, 7)  # bits for two numbers: codebooks of 0.5, 1.5, 2.5 and 3.5 bits per number
+FITTED = Path(__file__).with_name("gaussian_codes.npz")  # for each L: levels [2^L, v of all codebooks], and their errors
+COSTS_AT_ONCE = 2**17  # costs held at once, 2^L per stream: they fit into the processor's cache
+RESTART = 32  # after 32 numbers the least cost is subtracted, so that costs keep their precision
 
 
 @dataclass
 class Code:
-    """bits: b of v numbers; levels [2^L,v]: of each window; error: mean squared, on Gaussian numbers of variance 1."""
+    """A codebook. bits: b, for v numbers; levels [2^L,v], by window; error: mean squared, on Gaussian numbers of variance 1."""
 
     bits: int
     levels: torch.Tensor
@@ -50,12 +49,12 @@ class Code:
 
     @property
     def half_bits(self):
-        """Half bits of one number."""
+        """Half bits per number: the depth."""
         return 2 * self.bits // self.numbers
 
 
 def gaussian_code(bits, window, numbers=1):
-    """A Code whose levels are fitted to Gaussian numbers; the same in every run."""
+    """A Code with levels fitted to Gaussian numbers. Every run gives the same."""
     window = max(bits, window)
     starts = [spread_levels(bits, window)[:, None]] if numbers == 1 else []
     if window > bits:
@@ -65,7 +64,7 @@ def gaussian_code(bits, window, numbers=1):
 
 
 def shapes(window):
-    """(bits, numbers) of the codes of a window, by rising bits of a number. Fast encoders have no pairs."""
+    """(bits, numbers) of each codebook of a window length, by rising bits per number. FAST_WINDOW has no pairs."""
     pairs = PAIRS if window == WINDOW else ()
     found = [(bits, 1) for bits in range(1, MOST_BITS + 1)] + [(bits, 2) for bits in pairs]
     return sorted(found, key=lambda shape: shape[0] / shape[1])
@@ -73,7 +72,7 @@ def shapes(window):
 
 @lru_cache
 def gaussian_codes(window=WINDOW):
-    """The Codes of up to MOST_BITS bits a number; with window=1 scalar quantisers, which encode at once and err more."""
+    """All Codes up to MOST_BITS bits per number. window=1: scalar quantisers, which encode faster and have larger errors."""
     if window not in (WINDOW, FAST_WINDOW):
         return [gaussian_code(bits, window) for bits, _ in shapes(window)]
     kept = np.load(FITTED)  # fitting them takes minutes
@@ -84,14 +83,14 @@ def gaussian_codes(window=WINDOW):
 
 @lru_cache
 def float16_code():
-    """Numbers of 16 bits as their own levels: with 0 or 16 bits a number, a budget buys a rank for each group of rows."""
+    """A Code whose levels are the float16 numbers. With 0 or 16 bits per number, spend() chooses a rank for each row group."""
     levels = torch.arange(2**16).int().to(torch.int16).view(torch.float16).float()
     levels = levels[levels.isfinite()].sort().values
     return Code(16, torch.nn.functional.pad(levels, (0, 2**16 - len(levels)), value=levels[-1].item())[:, None], 2.0**-24)
 
 
 def write_fitted():
-    """Write FITTED anew: python -c "from bits.trellis import write_fitted as w; w()"."""
+    """Fit all codebooks and rewrite FITTED: python -c "from bits.trellis import write_fitted as w; w()"."""
     found = {}
     for window in (WINDOW, FAST_WINDOW):
         codes = [gaussian_code(bits, window, numbers) for bits, numbers in shapes(window)]
@@ -101,7 +100,7 @@ def write_fitted():
 
 
 def distortion(codes):
-    """What bits.spend() reads: bits of a number [0, ...], and the error of each Code [1, ...]."""
+    """The `distortion` of budget.spend(): bits per number [0, ...] and the error of each Code [1, ...]."""
     return [0.0, *(code.half_bits / 2 for code in codes)], [1.0, *(code.error for code in codes)]
 
 
@@ -109,7 +108,7 @@ def spread_levels(bits, window):
     """
     Levels at the quantiles of the best density for Gaussian numbers (Panter and Dite 1951: a Gaussian of variance 3).
 
-    The new bits of a window choose the coarse place, the bits that it shares with its neighbour shift it a little.
+    The new bits of a window choose a coarse value; the bits that it shares with the previous window shift it a little.
     """
     places = torch.arange(2**window)
     rank = (places % 2**bits << (window - bits)) + (places >> bits)
@@ -117,7 +116,7 @@ def spread_levels(bits, window):
 
 
 def fitted(code, rounds=12, streams=512):
-    """Lloyd's algorithm on drawn numbers: the best windows for the levels, then the best levels for the windows."""
+    """Lloyd's algorithm on random numbers: find the best windows for the levels, then the best levels for these windows."""
     draw, levels, shrink = torch.Generator().manual_seed(1), code.levels, 2
     drawn = max(2**15, 2 ** (code.window + 5))
     for _ in range(40 if code.window == code.bits else rounds):
@@ -125,20 +124,20 @@ def fitted(code, rounds=12, streams=512):
         chosen, numbers = encode(x, Code(code.bits, levels, 0.0)).flatten(), x.view(-1, code.numbers)
         sums = torch.zeros_like(levels).index_add_(0, chosen, numbers)
         counts = torch.bincount(chosen, minlength=len(levels))[:, None]
-        levels = (sums + shrink * levels) / (counts + shrink)  # a level that few numbers choose moves little
+        levels = (sums + shrink * levels) / (counts + shrink)  # a level that few numbers choose moves only a little
         levels = levels.sort(0).values if code.window == code.bits else levels
     levels = levels.half().float()  # as they are stored
     return Code(code.bits, levels, measured(Code(code.bits, levels, 0.0), draw))
 
 
 def measured(code, draw):
-    """Mean squared error on Gaussian numbers, in streams that are long: the first window of a stream has bits of its own."""
+    """Mean squared error on Gaussian numbers. The streams are long, since the first window of a stream has L free bits."""
     x = torch.randn(128, 1024, generator=draw)
     return (x - code.levels[encode(x, code)].flatten(1)).square().mean().item()
 
 
 def encode(x, code):
-    """x [streams, n], of variance 1, n a multiple of v -> the windows [streams, n / v] whose values are nearest to x."""
+    """x [streams, n], variance 1, n a multiple of v -> the windows [streams, n / v] of least squared error."""
     if code.window == code.bits:
         levels = code.levels.flatten()
         return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
@@ -159,13 +158,14 @@ def viterbi(x, code):
     """
     x [n, v, streams] -> the windows [n, streams] of least squared error.
 
-    After window w comes (w << b | new bits) mod 2^L: the low L - b bits of w stay. Of the 2^b windows that share them, only the
-    best one can go on. Its high bits are written into the lowest bits of its cost, so that one minimum gives both.
+    The window after w is (w << b | new bits) mod 2^L: it keeps the low L - b bits of w. Among the 2^b windows w with the same
+    low bits only the cheapest can be on the best path. The high bits of w are written into the lowest bits of its cost, so
+    that one minimum gives both.
     """
-    (n, _, streams), kept, high = x.shape, 2 ** (code.window - code.bits), 2**code.bits  # kept: values of the shared bits
+    (n, _, streams), kept, high = x.shape, 2 ** (code.window - code.bits), 2**code.bits  # kept: patterns of the shared bits
     levels, names = code.levels.T.reshape(-1, kept, high, 1), torch.arange(high, dtype=torch.int32).view(-1, 1, 1)
     oldest = torch.empty(n, kept, streams, dtype=torch.uint8)
-    cost = error(x[0], levels)  # (shared bits, new bits, streams): a window is both, in this order
+    cost = error(x[0], levels)  # (shared bits, new bits, streams): a window consists of both, in this order
     for t in range(1, n):
         named = cost.view(torch.int32).view(high, kept, streams).bitwise_and_(-high).bitwise_or_(names)
         best = named.view(torch.float32).amin(0)
@@ -182,7 +182,7 @@ def viterbi(x, code):
 
 
 def error(x, levels, out=None):
-    """Squared error of v numbers x [v, streams] at levels [v, ..., 1] -> [..., streams]; out: where it is written to."""
+    """Squared error between x [v, streams] and levels [v, ..., 1] -> [..., streams]; out: optional output tensor."""
     out = torch.sub(x[0], levels[0], out=out).square_()
     for number, level in zip(x[1:], levels[1:]):
         out += (number - level).square_()

@@ -1,5 +1,5 @@
 """
-kernels.c, compiled for this machine's processor when it is first needed. Where there is no compiler, callers use torch.
+Compiles kernels.c for this machine's processor on first use. If there is no compiler, callers use torch.
 """
 
 import ctypes
@@ -16,25 +16,25 @@ from stat import S_ISLNK
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-WIDEST = 1024  # numbers of a head that its loops over a cache take, as there
-LANES = 16  # numbers side by side, at most: 8 or 4 where registers are shorter
+WIDEST = 1024  # most numbers per head for the loops over a cache, the same as in kernels.c
+LANES = 16  # floats in a register, at most: 8 or 4 on processors with shorter registers
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp-simd",
          "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # fmt: skip
-CPU = ("model name", "flags", "Features", "CPU part", "CPU implementer")  # lines of /proc/cpuinfo that tell processors apart
+CPU = ("model name", "flags", "Features", "CPU part", "CPU implementer")  # lines of /proc/cpuinfo that distinguish processors
 
 
 @lru_cache
 def library():
     """
-    The compiled functions, or None, with a word, where they cannot be compiled.
+    The compiled functions. None, with a warning, if they cannot be compiled.
 
-    To compile takes seconds, so the library stays in the file that library_file() names.
+    Compilation takes seconds, so the library is kept in the file that library_file() names.
     """
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        warnings.warn("no C compiler (cc) is here: what is packed is read slowly", stacklevel=2)
+        warnings.warn("no C compiler (cc) found: packed weights and caches are read slowly", stacklevel=2)
         return None
-    # torch's own threads: those of a second OpenMP would wait for the same cores
+    # use torch's OpenMP: threads of a second one would compete for the same cores
     openmp = [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))[:1]]
     file = library_file(compiler, openmp)
     try:
@@ -43,7 +43,7 @@ def library():
     except OSError:  # damaged
         pass
     try:
-        with tempfile.TemporaryDirectory() as folder:  # ours alone: nobody else can put a library there
+        with tempfile.TemporaryDirectory() as folder:  # private: nobody else can put a library there
             made, part = f"{folder}/kernels.so", f"{folder}/kernels.o"
             compiling = ["-c", str(SOURCE), "-o", part, *["-fopenmp"] * len(openmp)]
             for command in (compiling, [part, *openmp, "-lm", "-o", made]):
@@ -53,21 +53,21 @@ def library():
             return ctypes.CDLL(made)
     except (subprocess.CalledProcessError, OSError) as error:
         why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
-        warnings.warn(f"{compiler} does not compile {SOURCE.name} {why}: what is packed is read slowly", stacklevel=2)
+        warnings.warn(f"{compiler} cannot compile {SOURCE.name} {why}: packed weights and caches are read slowly", stacklevel=2)
         return None
 
 
 def library_file(compiler, openmp):
     """
-    The file of these sources' library for this processor, in the user's cache. None where others can write there, or the
-    processor is not known.
+    The file in the user's cache for the library of these sources and this processor. None if other users can write there, or
+    if the processor is unknown.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nanopca"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # what -march=native depends on: machines may share a home
+        # -march=native depends on the processor, and machines may share a home
         cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(CPU)]
-    except (OSError, RuntimeError):  # no home, none to write in, or no Linux
+    except (OSError, RuntimeError):  # no home, not writable, or no Linux
         return None
     made_of = repr((compiler, openmp, FLAGS, torch.__version__, sorted(set(cpu)))).encode()
     made_of += b"".join(source.read_bytes() for source in sorted(SOURCE.parent.glob("*.c")))
@@ -78,7 +78,7 @@ def library_file(compiler, openmp):
 
 
 def keep(made, file):
-    """Copy a library to its file, whole or not at all, where that can be. Nobody else may read it."""
+    """Copy a library to its file, atomically; do nothing if that fails. Only the user may read it."""
     part = None
     try:
         number, part = tempfile.mkstemp(dir=file.parent)
@@ -94,16 +94,16 @@ def keep(made, file):
 
 def bind(name, *first):
     """
-    A function of library() with its first arguments given, or None where there is no library.
+    A function of library() with its first arguments bound, or None if there is no library.
 
-    A tensor, contiguous, stands for the address of its numbers; a list of tensors for an array of addresses. None stands for
-    null, in a list too; a number for an int or a float.
+    Arguments: a contiguous tensor becomes its address, a list of tensors an array of addresses, None a null pointer (also in a
+    list), a number an int or a float.
     """
     if library() is None:
         return None
     function, converted = library()[name], [as_c(value) for value in first]
 
-    def call(*rest, kept=first):  # kept: the tensors live as long as their addresses
+    def call(*rest, kept=first):  # kept: keeps the tensors alive while their addresses are used
         function(*converted, *map(as_c, rest))
 
     return call

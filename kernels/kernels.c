@@ -1,4 +1,4 @@
-// Loops that torch has no operator for. kernels.py compiles them when they are first needed. Arrays lie row by row.
+// Loops that torch has no operator for. build.py compiles them on first use. Arrays are row-major.
 
 #include <math.h>
 #include <stdint.h>
@@ -8,8 +8,8 @@
 #include <immintrin.h>
 #endif
 
-// Numbers side by side: a register of them. The compiler splits what is wider, and does it badly: with 16 on AVX2 the loops over
-// streams take eight to ten times as long.
+// Floats in one register. The compiler splits wider vectors badly: with 16 on AVX2 the loops over streams take eight to ten
+// times as long.
 #if !defined WIDTH && defined __AVX512F__
 #define WIDTH 16
 #elif !defined WIDTH && defined __AVX2__
@@ -21,11 +21,11 @@ enum { LANES = WIDTH };
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Places __attribute__((vector_size(4 * LANES)));
 
-// -- a matrix kept by bits (bits/coded_matrix.py and trellis.py) ---------------------------------------
+// -- a quantised matrix (bits/coded_matrix.py and trellis.py) ---------------------------------------
 
-enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as there; depths are 0 to 16 half bits
-enum { STEP = 32 };                                 // numbers after which a stream of any depth is at a byte's first bit
-enum { TOUCHED = 16 };                              // bytes, at most, from the first of eight windows on that are loaded
+enum { WINDOW = 12, DEPTHS = 17, SEGMENT = 1024 };  // as in bits/; depths are 0 to 16 half bits
+enum { STEP = 32 };                                 // after this many numbers a stream of any depth begins a new byte
+enum { TOUCHED = 16 };                              // bytes that loading eight windows touches, at most
 
 static inline uint64_t load(const uint8_t *bytes) {
     uint64_t x;
@@ -61,8 +61,8 @@ static void read_numbers(const uint8_t *stream, const uint8_t *end, int n, int d
     }
 }
 
-typedef struct {  // streams, sizes, levels: [DEPTHS], of the columns of a depth
-    int rows, count, length;  // a column has `count` streams of so many numbers
+typedef struct {  // a row group. streams, sizes, levels: [DEPTHS], for the columns of each depth
+    int rows, count, length;  // a column has `count` streams of `length` numbers
     const uint8_t *depths, *const *streams;
     const int32_t *order;
     const int64_t *sizes;
@@ -77,7 +77,7 @@ typedef struct {  // streams, sizes, levels: [DEPTHS], of the columns of a depth
      order + (g) * (int64_t)columns, sizes + (g) * DEPTHS, levels}
 
 // The levels of column order[c] in n rows of a segment, from row `first` on, a multiple of STEP -> whether it has bits.
-// seen: columns of its depth before it, counted here. Up to 15 numbers more are written.
+// seen: columns of the same depth before it, counted here. Writes up to 15 numbers more than n.
 static int read_column(const Group *group, int c, int *seen, int segment, int first, int n, float *out) {
     int depth = group->depths[group->order[c]], v = 1 + depth % 2, b = depth * v / 2;
     if (!depth) return 0;
@@ -91,11 +91,11 @@ static int read_column(const Group *group, int c, int *seen, int segment, int fi
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
-// All three have a matrix first: layout [groups][3], the first numbers of each Group; depths [groups][columns]; order
-// [groups][columns], columns by depth, so that a code's levels stay in the processor's first cache; streams and sizes
-// [groups][DEPTHS], bytes and their count; levels [DEPTHS].
+// The first arguments of the next three are a matrix: layout [groups][3] has rows, count and length of each Group; depths
+// [groups][columns]; order [groups][columns], columns by depth, so that a codebook stays in the processor's first cache;
+// streams and sizes [groups][DEPTHS], bytes and their count; levels [DEPTHS].
 
-// out [tokens][rows] += x [tokens][groups][columns], the scales in it, times the levels.
+// out [tokens][rows] += x [tokens][groups][columns], already multiplied by the scales, times the levels.
 void coded_product(MATRIX, int tokens, const float *x, float *out, int threads) {
     int64_t rows = 0, start = 0;
     for (int g = 0; g < groups; g++) rows += layout[3 * g];
@@ -121,7 +121,7 @@ void coded_product(MATRIX, int tokens, const float *x, float *out, int threads) 
     }
 }
 
-// out [columns][rows from segment `from` to segment `to`]: the levels in group g; what has no bits is left as it was.
+// out [columns][rows from segment `from` to segment `to`]: the levels in group g; columns without bits are not written.
 void coded_columns(MATRIX, int g, int from, int to, float *out, int threads) {
     Group group = GROUP(g);
     int start = from * group.length, width = least(group.rows, to * group.length) - start;
@@ -135,7 +135,7 @@ void coded_columns(MATRIX, int g, int from, int to, float *out, int threads) {
     }
 }
 
-// out [n][columns]: the levels of single rows; at [n][2]: the group of each and its number there. No bits: left as it was.
+// out [n][columns]: the levels of single rows; at [n][2]: group and index there. Columns without bits are not written.
 void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
     #pragma omp parallel for num_threads(threads)
     for (int i = 0; i < n; i++) {
@@ -149,8 +149,8 @@ void coded_rows(MATRIX, int n, const int64_t *at, float *out, int threads) {
     }
 }
 
-// numbers [n][rows], in place: each times its row's gain, plus its row's factor times that of its parent, an earlier row.
-// parent [rows]: uint16, or int32 where `wide`; relation [rows]: the places of a factor and a gain, half a byte each.
+// numbers [n][rows], in place: each times its row's scale, plus the row's factor times the number of its parent (above).
+// parent [rows]: int32 if `wide`, else uint16; relation [rows]: indices of a factor and of a scale, half a byte each.
 void coded_parents(int rows, int wide, const void *parent, const uint8_t *relation, const float *factors, const float *gains,
                    int n, float *numbers, int threads) {
     #pragma omp parallel for num_threads(threads)
@@ -166,7 +166,7 @@ void coded_parents(int rows, int wide, const void *parent, const uint8_t *relati
 // -- attention over a cache's rows (kv_cache/number_formats.py) --------------------------------------------------------------
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // number formats, as in kv_cache/__init__.py
-enum { WIDEST = 1024, PIECE = 64 };  // numbers of a head; numbers that are summed together
+enum { WIDEST = 1024, PIECE = 64 };  // most numbers per head; numbers that are summed together
 enum { BLOCK = 64, SIDE = 8 };       // positions of a task; positions that are read together
 
 static inline float from_bfloat(uint16_t half) {  // the upper half of a float32
@@ -177,7 +177,7 @@ static inline float from_bfloat(uint16_t half) {  // the upper half of a float32
 }
 
 static inline float from_half(uint16_t half) {
-    uint32_t whole = (uint32_t)(half & 0x7fff) << 13;  // in a float32's places, 2^112 too small
+    uint32_t whole = (uint32_t)(half & 0x7fff) << 13;  // the bits in a float32's positions: 2^112 too small
     float x;
     memcpy(&x, &whole, 4);
     x *= 0x1p112f;
@@ -212,7 +212,7 @@ static __attribute__((noinline)) void as_floats(const uint8_t *row, int format, 
     }
 }
 
-// What the numbers of a row are multiplied by: whole numbers have a bfloat16 after them.
+// The scale of a row: integers are followed by a bfloat16.
 static inline float scale_of(const uint8_t *row, int format, int width) {
     uint16_t half;
     if (format < INT8) return 1;
@@ -220,13 +220,13 @@ static inline float scale_of(const uint8_t *row, int format, int width) {
     return from_bfloat(half);
 }
 
-// x [rows][width] -> out [rows][bytes], whole numbers from -levels to levels and their scale
+// x [rows][width] -> out [rows][bytes], integers from -levels to levels and their scale
 void row_pack(int format, int levels, int rows, int width, int bytes, const float *x, int8_t *out) {
     int half = (width + 1) / 2;
     for (int row = 0; row < rows; row++, x += width, out += bytes) {
         float most = levels * 1e-30f, scale, sum = 0;
         for (int i = 0; i < width; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most, sum += 0 * x[i];
-        if (sum != 0) most = NAN;  // a number is none, or infinite: so are all that are read
+        if (sum != 0) most = NAN;  // the row contains NaN or infinity: all its numbers become NaN
         scale = most / levels;
         uint32_t whole;
         memcpy(&whole, &scale, 4);
@@ -243,7 +243,8 @@ void row_pack(int format, int levels, int rows, int width, int bytes, const floa
     }
 }
 
-// Both read the first `positions` rows of each text, [texts][capacity][bytes]. A row has `groups` heads of n numbers.
+// row_scores and row_sums read the first `positions` rows of each text, [texts][capacity][bytes]. A row has `groups` kv heads
+// of n numbers; `shared` query heads use one kv head.
 #define ROWS int format, int texts, int heads, int groups, int n, int positions, int capacity, int bytes
 
 // scores [SIDE] of keys [SIDE][n]
@@ -290,7 +291,7 @@ void row_scores(ROWS, const float *q, const uint8_t *keys, float *scores, int th
             rows_at(keys + (int64_t)text * capacity * bytes, format, groups * n, s, positions, bytes, rows, scales);
             for (int64_t h = text * heads; h < (text + 1) * heads; h++) {
                 int head = h % heads;
-                if (head % shared == 0) side_by_side(rows, format, groups * n, head / shared * n, n, key);  // of its group
+                if (head % shared == 0) side_by_side(rows, format, groups * n, head / shared * n, n, key);  // of its kv head
                 if (n == 64) score(q + h * n, key, 64, scales, found);
                 else score(q + h * n, key, n, scales, found);
                 memcpy(scores + h * positions + s, found, sizeof(float) * least(SIDE, end - s));
@@ -343,7 +344,7 @@ void row_sums(ROWS, const float *weights, const uint8_t *values, float *out, int
 
 // -- attention over latents of keys (kv_cache/hf_latents.py) ---------------------------------------------------------
 
-// rows [SIDE][r + more], latents first: fills in the rest, products of the latents with weights [r][more].
+// rows [SIDE][r + more] begin with r latents. Writes the rest: products of the latents with weights [r][more].
 static void restore(float *rows, int r, int more, const float *weights) {
     for (int t = 0; t < more; t += LANES) {
         Lanes sums[SIDE] = {0};
@@ -356,7 +357,7 @@ static void restore(float *rows, int r, int more, const float *weights) {
     }
 }
 
-// scores [shared][positions] of one position: a head's key is normed where there is a norm [n], is turned, and meets the
+// scores [shared][positions] of one position: normalise a head's key if there is a norm [n], rotate it, multiply it by the
 // `shared` queries.
 static inline void meet(const float *row, const float *bias, int shared, int n, int half, const float *norm, float eps,
                         const float *cos, const float *sin, const float *q, int64_t positions, float *scores) {
@@ -381,9 +382,9 @@ static inline void meet(const float *row, const float *bias, int shared, int n, 
 }
 
 // One query of each text, q [texts][heads][n], and latents [texts][capacity][r], the first `positions` -> scores
-// [texts][heads][positions]. A row has the latents and then `more` numbers, products of them with weights [r][more]. Number i of
-// all keys is number at[i] of the row, plus bias[i], [groups n]; heads are normed by norm [n], or null, and eps; their first 2
-// half numbers turn by cos and sin [positions][half]. Most at[i] are i: a key is a row, and few numbers are moved.
+// [texts][heads][positions]. A row has the latents and then `more` numbers, their products with weights [r][more]. Number i of
+// the keys is number at[i] of the row, plus bias[i], [groups n]. norm [n] (or null) and eps normalise each head. The first
+// 2 half numbers of a head are rotated by cos and sin [positions][half]. Most at[i] are i, so few numbers are moved.
 void latent_scores(int texts, int heads, int groups, int n, int positions, int capacity, int r, int more, int half,
                    const float *latents, const float *q, const int32_t *at, const float *weights, const float *bias,
                    const float *norm, float eps, const float *cos, const float *sin, float *scores, int threads) {
@@ -417,4 +418,4 @@ void latent_scores(int texts, int heads, int groups, int n, int positions, int c
 }
 
 #include "trellis.c"
-#include "streams.c"  // a cache kept by bits
+#include "streams.c"  // caches by bits

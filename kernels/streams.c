@@ -1,9 +1,9 @@
-// Loops over a cache kept by bits (kv_cache/bit_streams.py and coded_reader.py). kernels.c includes them.
+// Loops over caches by bits (kv_cache/bit_streams.py and bit_reader.py). kernels.c includes them. A gain is a token's scale.
 
-enum { CACHE_WINDOW = 8, STATES = 256, GAINS = 16, GAIN_BITS = 4 };  // as there
+enum { CACHE_WINDOW = 8, STATES = 256, GAINS = 16, GAIN_BITS = 4 };  // as in bit_streams.py
 
-// Numbers [count] with bits [count], levels [depth][STATES] -> a row [size]: the stream of least squared error, and the gain at
-// its end. The row is the stream's bytes from last to first, so that two of them in a row are a number. oldest: memory for it.
+// Numbers [count] with bits [count], levels [depth][STATES] -> a row [size]: the stream of least squared error, then the index
+// of the gain. A row holds the stream's bytes from last to first, so that two neighbours are one integer. oldest: scratch.
 static void write_row(int count, int size, const int32_t *bits, const float *levels, const float *gains, const float *numbers,
                       uint8_t *oldest, uint8_t *row) {
     int gain = 0, end = GAIN_BITS;
@@ -28,8 +28,8 @@ static void write_row(int count, int size, const int32_t *bits, const float *lev
     }
 }
 
-// numbers [rows][total] -> packed [rows][stride]: both have the streams side by side, of counts [streams] numbers and sizes
-// [streams] bytes. bits [total]; levels [streams][depths][STATES]; oldest [threads][total STATES + LANES]: memory for it.
+// numbers [rows][total] -> packed [rows][stride]: both hold the streams side by side; counts [streams] are their numbers, sizes
+// [streams] their bytes. bits [total]; levels [streams][depths][STATES]; oldest [threads][total STATES + LANES]: scratch.
 void stream_write(int rows, int streams, int depths, int total, int stride, const int32_t *counts, const int32_t *sizes,
                   const int32_t *bits, const float *levels, const float *gains, const float *numbers, uint8_t *oldest,
                   uint8_t *packed, int threads) {
@@ -46,9 +46,9 @@ void stream_write(int rows, int streams, int depths, int total, int stride, cons
         }
 }
 
-typedef struct {  // how numbers lie in a row; stride: bytes from one row to the next
+typedef struct {  // layout of a row's numbers; stride: bytes from one row to the next
     int count, stride, gain_shift;
-    const int32_t *places;  // [count][3]: of each number the byte, the bits below its window there, and where its levels begin
+    const int32_t *places;  // [count][3]: byte of each number, bits below its window there, start of its levels
     const float *levels, *gains;
 } Stream;
 
@@ -61,7 +61,7 @@ static inline int two_bytes(const uint8_t *at) {
     return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? x : __builtin_bswap16(x);
 }
 
-// The numbers of LANES rows over their gains: number i of lane p goes to out[i by_number + p by_lane].
+// The numbers of LANES rows, before the gains multiply them: number i of lane p goes to out[i by_number + p by_lane].
 static inline void read_lanes(const Stream *stream, const uint8_t *const *rows, float *out, int by_number, int by_lane) {
     const int32_t *place = stream->places;
     for (int i = 0; i < stream->count; i++, place += 3, out += by_number) {
@@ -71,7 +71,7 @@ static inline void read_lanes(const Stream *stream, const uint8_t *const *rows, 
     }
 }
 
-// The rows of LANES positions from the first on, with the last one again for those that are missing, and their gains.
+// Addresses and gains of the rows of LANES positions from `first` on. Past the end: the last row again.
 static inline Lanes find_lanes(const Stream *stream, const uint8_t *packed, int first, int positions, const uint8_t **rows) {
     Lanes gain;
     for (int p = 0; p < LANES; p++) {
@@ -105,7 +105,7 @@ static inline void restore_keys(const Lanes *z, int from, int to, const float *w
     memcpy(out, sums, sizeof sums);
 }
 
-// The numbers of a head over their root mean square, times norm [n].
+// Divides the numbers of a head by their root mean square, times norm [n].
 static inline void norm_lanes(Lanes *keys, int n, const float *norm, float eps) {
     Lanes sizes = {0};
     for (int i = 0; i < n; i++) sizes += keys[i] * keys[i];
@@ -113,7 +113,7 @@ static inline void norm_lanes(Lanes *keys, int n, const float *norm, float eps) 
     for (int i = 0; i < n; i++) keys[i] *= sizes * norm[i];
 }
 
-// Two numbers of a head, half apart, turn by cos and sin [half][capacity].
+// Rotates pairs of a head's numbers, `half` apart, by cos and sin [half][capacity].
 static inline void turn_lanes(Lanes *keys, int half, int capacity, const float *cos, const float *sin) {
     for (int i = 0; i < half; i++, cos += capacity, sin += capacity) {
         Lanes c, d, a = keys[i], b = keys[i + half];
@@ -124,7 +124,7 @@ static inline void turn_lanes(Lanes *keys, int half, int capacity, const float *
     }
 }
 
-// q [heads][n] -> out, scaled and turned by cos and sin [half][capacity] of one position.
+// q [heads][n] -> out, scaled and rotated by cos and sin [half][capacity] of one position.
 static inline void turn_queries(int heads, int n, int half, int capacity, const float *cos, const float *sin, float scale,
                                 const float *q, float *out) {
     for (int i = 0; i < heads * n; i++) out[i] = q[i] * scale;
@@ -136,7 +136,7 @@ static inline void turn_queries(int heads, int n, int half, int capacity, const 
         }
 }
 
-// A head's keys [n] meet the `shared` queries -> scores [shared][positions], of LANES positions or less.
+// A head's keys [n] times the `shared` queries -> scores [shared][positions], of at most LANES positions.
 static inline void meet_lanes(const Lanes *keys, int shared, int n, const float *q, int here, int64_t positions,
                               float *scores) {
     for (int h = 0; h < shared; h++, q += n, scores += positions) {
@@ -150,7 +150,7 @@ static inline void meet_lanes(const Lanes *keys, int shared, int n, const float 
 
 typedef struct {  // one query for each text, over packed [texts][room][stride], of which the first `positions` are read
     int texts, heads, groups, n, positions, room;
-    const int64_t *pads;  // [texts]: each text begins after so many positions; or null. Its first WHOLE are kept whole
+    const int64_t *pads;  // [texts]: padding before each text, or null. Its first WHOLE positions are not quantised
 } Batch;
 
 #define BATCH int texts, int heads, int groups, int n, int positions, int room, const int64_t *pads
@@ -160,10 +160,10 @@ enum { WHOLE = 4 };
 static inline int begin_of(const Batch *batch, int text) { return batch->pads ? batch->pads[text] : 0; }
 static inline int end_of_whole(const Batch *batch, int text) { return least(begin_of(batch, text) + WHOLE, batch->positions); }
 
-// q [texts][heads][n], the last of `positions`, before its rotation -> scores [texts][heads][positions]. The numbers of the
-// stream are those of the keys, by blocks: KEYS numbers of all keys [groups n] at a time are products of z from ranges[2 t] to
-// ranges[2 t + 1] with the next weights; mean [groups n] is added. norm: of meet() in kernels.c. cos and sin [half][capacity]
-// hold whole LANES. exact [texts][groups][WHOLE][n]: a text's first keys, rotated.
+// q [texts][heads][n], the last of `positions`, before its rotation -> scores [texts][heads][positions]. z are the numbers
+// of the stream. Tile t restores KEYS numbers of the keys [groups n]: products of z from ranges[2 t] to ranges[2 t + 1] with
+// the next weights. mean [groups n] is added. norm: see meet() in kernels.c. capacity of cos and sin [half][capacity] is a
+// multiple of LANES. exact [texts][groups][WHOLE][n]: a text's first keys, rotated.
 void stream_scores(STREAM, const int32_t *ranges, const float *weights, const float *mean, BATCH, const float *norm, float eps,
                    int half, int capacity, const float *cos, const float *sin, float scale, const float *q, const float *exact,
                    const uint8_t *packed, float *scores, int threads) {
@@ -204,8 +204,8 @@ void stream_scores(STREAM, const int32_t *ranges, const float *weights, const fl
     }
 }
 
-// sums [heads][wide] of one text: the stream's numbers times weights [heads][positions], over positions from `first` to `end`
-// that are not kept whole. wide: count, rounded up to LANES.
+// sums [heads][wide] of one text: the stream's numbers times weights [heads][positions], over the quantised positions from
+// `first` to `end`. wide: count, rounded up to LANES.
 static void sum_lanes(const Stream *stream, const Batch *batch, int text, int first, int end, const uint8_t *packed,
                       const float *weights, int wide, float *sums) {
     int heads = batch->heads, from = begin_of(batch, text), to = end_of_whole(batch, text);
@@ -232,9 +232,9 @@ static void sum_lanes(const Stream *stream, const Batch *batch, int text, int fi
     }
 }
 
-// weights [texts][heads][positions], which sum to 1 -> out [texts][heads][n]: the mean [groups n], the sums of the stream's
-// numbers times up [groups][count][n], and of a text's first positions exact [texts][groups][WHOLE][n], values over the mean.
-// sums [texts + threads][heads][count, in whole LANES]: memory for it.
+// weights [texts][heads][positions], which sum to 1 -> out [texts][heads][n]: mean [groups n], plus the sums of the stream's
+// numbers times up [groups][count][n], plus the sums over a text's first positions of exact [texts][groups][WHOLE][n], values
+// minus the mean. sums [texts + threads][heads][count rounded up to LANES]: scratch memory.
 void stream_outputs(STREAM, const float *up, const float *mean, BATCH, const float *weights, const float *exact,
                     const uint8_t *packed, float *sums, float *out, int threads) {
     Stream stream = AS_STREAM;

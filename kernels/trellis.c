@@ -2,7 +2,7 @@
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
-// Number i is best[i >> b]. clang has no such shuffle; with the loop in its place gcc's encoder takes four times as long.
+// Number i is best[i >> b]. clang has no such shuffle; with the plain loop gcc's encoder takes four times as long.
 static inline Lanes each_repeated(const float *best, int b) {
     Lanes repeated;
 #ifdef __clang__
@@ -16,8 +16,9 @@ static inline Lanes each_repeated(const float *best, int b) {
     return repeated;
 }
 
-// One more window of b new bits, for v numbers. cost [2^window + LANES], in place: the least of all streams that end in each
-// window. oldest [2^(window - b)]: the bits that the best of them dropped; up to LANES more are written. levels [v][2^window].
+// Extends all streams by a window with b new bits, for v numbers. cost [2^window + LANES], in place: the least cost of a stream
+// that ends in each window. oldest [2^(window - b)]: the bits that the best stream dropped; up to LANES more are written.
+// levels [v][2^window].
 static inline void extend(int window, int b, int v, const float *numbers, const float *levels, float *cost, uint8_t *oldest) {
     int kept = 1 << (window - b);
     float best[kept + LANES];
@@ -49,7 +50,7 @@ static inline void extend(int window, int b, int v, const float *numbers, const 
 #define WHOLE_BITS(w) \
     EXTEND(w, 1, 1) EXTEND(w, 2, 1) EXTEND(w, 3, 1) EXTEND(w, 4, 1) EXTEND(w, 5, 1) EXTEND(w, 6, 1) EXTEND(w, 7, 1) EXTEND(w, 8, 1)
 
-// As extend(), so that the compiler knows the shifts; windows of 12 bits or of 8, which give one number.
+// extend() with constant shifts for the compiler. Windows have 12 bits, or 8 bits and then v = 1.
 static void extend_by(int window, int b, int v, const float *numbers, const float *levels, float *cost, uint8_t *oldest) {
     if (window == 12) switch (2 * b + v) { WHOLE_BITS(12) EXTEND(12, 1, 2) EXTEND(12, 3, 2) EXTEND(12, 5, 2) EXTEND(12, 7, 2) }
     if (window == 8) switch (2 * b + v) { WHOLE_BITS(8) }
@@ -62,7 +63,7 @@ static inline int cheapest(int window, const float *cost) {
 }
 
 // numbers [streams][n v], levels [v][2^window] -> windows [streams][n] of least squared error. oldest [threads][n 2^(window - b)
-// + LANES]: memory for it.
+// + LANES]: scratch memory.
 void trellis_write(int streams, int n, int window, int b, int v, const float *numbers, const float *levels, uint8_t *oldest,
                    int64_t *windows, int threads) {
     int64_t kept = 1 << (window - b), size = n * kept + LANES;

@@ -1,36 +1,37 @@
 """
-A cache kept by bits: each component of each layer's keys and values has the bits that it is worth.
+A quantised cache: each component of each layer's keys and values gets as many bits as its error matters to the loss.
 
-x_l [D] are the keys (before their rotation) and the values of one token in layer l, side by side. The cache does not keep them.
-It keeps z, which says how they differ from a forecast:
+x_l [D] are the keys (before rotation) and the values of one token in layer l, side by side. The cache stores z instead of them.
+z says how x_l differs from a forecast:
 
-    x_l = mean_l + F_l [x'_(l-2), x'_(l-1), e] + gain A_l z
+    x_l = mean_l + F_l [x'_(l-2), x'_(l-1), e] + scale A_l z
 
-x'_(l-1) is what was read back for the layer before, e the token's normalised row of the table. They are at hand when layer l is
-read, so a forecast costs no byte of a token. Neighbouring layers write into one residual stream: the forecast explains most of
-the variance. Keys and values of the first layer are a function of e alone, and need no bits at all.
+x'_(l-1) are the decoded keys and values of the previous layer; e is the normalised embedding of the token. Both are known
+before layer l is decoded, so a forecast needs no bytes per token. Neighbouring layers write into one residual stream,
+therefore the forecast explains most of the variance. Keys and values of the first layer are a function of e alone and need no
+bits at all.
 
-z are coordinates of the difference in its `fisher` basis, scaled to variance 1. S is the covariance of the difference, and
-G = E[g g^T] of the loss's gradient at x_l. Decompose G^(1/2) S G^(1/2) = V diag(variance) V^T. Then
-z = V^T G^(1/2) (x - forecast) / variance^(1/2). In nats an error of z costs its variance, in all components of all layers
-alike. So bits.spend() gives the bits of all layers at once.
+z are the coordinates of the difference in its `fisher` basis, divided by their standard deviation. S is the covariance of the
+difference, and G = E[g g^T] of the loss's gradient at x_l. Decompose G^(1/2) S G^(1/2) = V diag(variance) V^T. Then
+z = V^T G^(1/2) (x - forecast) / variance^(1/2). An error in z costs its variance in nats, for all components of all layers
+alike. So one call of spend() (bits/budget.py) chooses the bits of all layers.
 
-Rare words differ from their forecast most: their z is several times that of others. With the same levels for all tokens a few
-tokens in a hundred make most of the loss. So a token has a gain in each layer: the root mean square of z, in 16 steps.
+Rare words differ most from their forecast: their z is several times larger. With the same levels for all tokens, a few percent
+of the tokens cause most of the loss. So each token has a scale in each layer: the root mean square of z, in 16 steps.
 
-A token's components in a layer are one stream of bits (streams.py): a trellis, which at 2 bits has two thirds of the error of
-single levels. A stream's first numbers have less choice, so those of the fewest bits come first. The levels are fitted to each
-stream.
+The components of a token in a layer form one stream of bits (bit_streams.py): a trellis, whose error at 2 bits is two thirds of
+that of a scalar quantiser. The first numbers of a stream have fewer choices, so components with the fewest bits come first.
+The levels are fitted to each stream.
 
-The forecast is fitted to what will be read back. The rounding is simulated for that, by the test channel of a code of error c:
-z' = (1 - c) z + (c (1 - c))^(1/2) gain noise has the error c, uncorrelated with z'.
+The forecast is fitted to decoded inputs, which contain rounding errors. We simulate them by the test channel of a codebook of
+error c: z' = (1 - c) z + (c (1 - c))^(1/2) scale noise has the error c, uncorrelated with z'.
 
-**A form to be read where it lies.** Forecasts need all positions of all layers before at every step. Without them, and with
-bases of small blocks, a step restores little: sums of the values' z suffice, and each key needs the z of its block. A block of
-the keys has neighbouring rotary frequencies of all heads: heads correlate most where they turn alike. The values are one
-block. Keys and values have a stream and a gain each: the keys of some tokens are large where their values are not.
+**A form that is read in place.** A forecast needs all positions of all previous layers at every step. Without forecasts, and
+with a basis for each small block of numbers, a step restores little: the values need only sums of z, and a key needs only the z
+of its block. A block of keys has neighbouring rotary frequencies of all heads: heads correlate most at equal frequencies. The
+values are one block. Keys and values have separate streams and scales, since some tokens have large keys but not large values.
 
-Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its components with bits, P known numbers.
+Shapes: N tokens, B texts of T tokens, D numbers of a token in a layer, K of its components with bits, P inputs of a forecast.
 """
 
 import torch
@@ -41,25 +42,25 @@ from bits.trellis import FAST_WINDOW, distortion, gaussian_codes
 from kv_cache.bit_streams import GAIN_BITS, GAINS, Streams, nearest_gain, windows_and_gain
 from util_factorization.spectrum import root
 
-WHOLE = 4  # first positions, which are kept whole: attention rests on them, and their numbers are of another size
-RIDGE = 1e-5  # of the mean variance of what a forecast reads
-DAMPING = 1e-3  # of the metric's mean eigenvalue: directions without a gradient keep a little weight
-PASSES = 3  # of fit(): what a layer needs depends on the rounding of the layers before it
+WHOLE = 4  # first positions, not quantised: attention puts much weight on them, and their numbers have another size
+RIDGE = 1e-5  # times the mean variance of a forecast's inputs
+DAMPING = 1e-3  # times the metric's mean eigenvalue: directions without a gradient keep a little weight
+PASSES = 3  # of fit(): a layer's forecast depends on the rounding of the layers before it
 LLOYD_ROUNDS = 3
-SAMPLE = 8192  # tokens to which levels are fitted
-WHOLE_RANGE = 5  # bits from which on no number of a component is clipped
-PRIOR = 4  # what a level weighs that no number has chosen, in numbers
-LAYERS_BEFORE = 2  # that a forecast reads
-BLOCK = 48  # numbers of keys, about; two of each head at least. To restore a number of a key takes so many products
-LEAST = 9 - GAIN_BITS  # bits of a stream's numbers: with its gain it fills more than a byte, and two are what it takes
+SAMPLE = 8192  # number of tokens for fitting levels
+WHOLE_RANGE = 5  # components with at least this many bits are never clipped
+PRIOR = 4  # weight of a level's old value, counted in numbers that choose it
+LAYERS_BEFORE = 2  # previous layers that a forecast reads
+BLOCK = 48  # numbers of a block of keys, about; at least two per head. Restoring one number takes BLOCK products
+LEAST = 9 - GAIN_BITS  # bits of a stream, without its scale: it takes at least 2 bytes, because the C loop reads two at once
 
 
 class LayerCode(nn.Module):
     """
-    This is how a token's keys and values become bytes in one layer, and back.
+    Encodes the keys and values of a token in one layer as bytes, and decodes them.
 
-    mean [D], forecast [P,D], to_z [D,K], from_z [K,D]; bits: a list for each stream, of numbers above 0, rising, K in all;
-    levels (streams, most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
+    mean [D], forecast [P,D], to_z [D,K], from_z [K,D]; bits: a list per stream, above 0 and rising, K entries in all; levels
+    (streams, most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
     """
 
     def __init__(self, mean, forecast, to_z, from_z, bits, levels):
@@ -69,12 +70,12 @@ class LayerCode(nn.Module):
             self.register_buffer(name, tensor.float())
 
     def tensors(self):
-        """What is stored, in 16 bits. to_z is as large as differences from the forecast are small: beyond float16, at times."""
+        """Tensors to store, in 16 bits. to_z divides by small deviations, so it can be too large for float16."""
         stored = {name: getattr(self, name).half() for name in ("mean", "forecast", "from_z", "levels")}
         return stored | dict(to_z=self.to_z.bfloat16())
 
     def expected(self, known):
-        """known [N,P]: what is at hand when the layer is read, None without forecasts -> forecast of x [N,D] or [D]."""
+        """known [N,P]: inputs of the forecast, None if there is none -> forecast of x [N,D] or [D]."""
         return self.mean if known is None else torch.addmm(self.mean, known, self.forecast)
 
     def write(self, x, known):
@@ -82,7 +83,7 @@ class LayerCode(nn.Module):
         return self.streams.write((x - self.expected(known)) @ self.to_z, self.levels)
 
     def read(self, rows, known):
-        """The inverse, to rounding."""
+        """The inverse of write(), up to rounding."""
         return self.expected(known) + self.streams.read(rows, self.levels) @ self.from_z
 
     @property
@@ -95,24 +96,25 @@ class LayerCode(nn.Module):
 
 def fit(x, e, G, budget, blocks=None):
     """
-    Calibration text -> a LayerCode for each layer.
+    Fit to calibration text -> a LayerCode for each layer.
 
     x           a list over layers of (B, T, D), keys and values
     e           (B, T, d), normalised rows of the table
     G           a list over layers of [D,D], E[g g^T] of the gradient at x
-    budget      bits of a token, over all layers, the gains' too
-    blocks      a list for each stream of a layer. It has blocks, lists of numbers; each block gets its own basis. Nothing is
-                forecast then. Left out, a layer has one stream, one basis and a forecast
-    Raises ValueError where no component is paid for, or worth anything, or the texts are not longer than what is kept whole.
+    budget      bits per token, over all layers, including the scales
+    blocks      for each stream of a layer a list of blocks. A block is a tensor of indices into D and gets its own basis; there
+                are no forecasts then. Default: one stream, one basis and a forecast per layer
+    Raises ValueError if the budget is too small for one component, if no component matters to the loss, or if the texts have
+    at most WHOLE tokens.
     """
     streams = len(blocks or [0])
     if budget < (least := least_bits(len(x), streams)):
-        raise ValueError(f"a budget of {budget:.0f} bits a token pays for the gains at most: give {least} or more")
+        raise ValueError(f"{budget:.0f} bits per token are too few for the scales and one component: give {least} or more")
     if e.shape[1] <= WHOLE:
-        raise ValueError(f"texts of {e.shape[1]} tokens have none after the first {WHOLE}: give longer ones")
+        raise ValueError(f"texts of {e.shape[1]} tokens: the first {WHOLE} are not quantised, give longer ones")
     codes, draw = gaussian_codes(FAST_WINDOW), torch.Generator().manual_seed(0)
     errors = torch.tensor(distortion(codes)[1], dtype=torch.float64)
-    steps, level = -errors.diff(), 0.0  # level: what the last bit that is paid for is worth
+    steps, level = -errors.diff(), 0.0  # level: saving of the last bit that was spent
     for _ in range(1 if blocks else PASSES):
         found, read = [], []
         for now, metric in zip(x, G):
@@ -120,22 +122,22 @@ def fit(x, e, G, budget, blocks=None):
             layer = Fitted(coded(now), coded(known), metric, blocks or [[torch.arange(now.shape[-1])]])
             found.append(layer)
             if blocks:
-                continue  # no other layer needs what this one reads
-            error = errors[(layer.variances[:, None] * steps >= level).sum(1)]  # least at the first pass
+                continue  # without forecasts no other layer reads this one
+            error = errors[(layer.variances[:, None] * steps >= level).sum(1)]  # the smallest error in the first pass
             as_read = layer.as_read(coded(now), coded(known), error, draw).unflatten(0, (len(now), -1))
             read = [*read[1 - LAYERS_BEFORE :], torch.cat([now[:, :WHOLE].float(), as_read], 1)]
         variances = torch.stack([layer.variances for layer in found])
         stream = torch.stack([streams * i + layer.stream for i, layer in enumerate(found)])
         bits = spend_on_streams(variances, stream, budget - GAIN_BITS * streams * len(x), distortion(codes))
         if not bits.any():
-            raise ValueError("no component of the keys and values is worth a bit: give more bytes, or another model")
+            raise ValueError("no component of the keys and values matters to the loss: give more bytes, or another model")
         level = (variances * steps[bits - 1])[bits > 0].min().item()
     levels = torch.stack([torch.zeros(2**FAST_WINDOW), *(code.levels[:, 0] for code in codes)])
     return [layer.code(b, levels) for layer, b in zip(found, bits)]
 
 
 def spend_on_streams(variances, stream, budget, distortion):
-    """spend() on components [layers, D], each of a stream: the one that is worth least of those under LEAST bits gets none."""
+    """spend() on components [layers, D]. If a stream gets fewer than LEAST bits, drop the least important one, spend again."""
     worth = variances.clone()
     while True:
         bits = spend(worth.view(1, -1), torch.ones(1), budget, distortion).view_as(worth)
@@ -148,39 +150,39 @@ def spend_on_streams(variances, stream, budget, distortion):
 
 
 def least_bits(layers, streams=1):
-    """Of a budget: the gains, and what a stream has at least beside its own."""
+    """Smallest budget: the scales of all streams, and LEAST bits for one of them."""
     return GAIN_BITS * layers * streams + LEAST
 
 
 def blocks_of(groups, n, turned):
     """
-    A layer with so many heads of keys, of n numbers each, and as many of values -> [the blocks of the keys, [the values]].
+    Blocks for fit(), for a layer with `groups` kv heads of n numbers -> [the blocks of the keys, [the values]].
 
-    turned: how many first numbers of a head are rotated, number i with number i + turned / 2. A block has whole pairs, of all
-    heads.
+    turned: the first numbers of a head that are rotated, number i with number i + turned / 2. A block never splits a pair, and
+    contains its pairs in all heads.
     """
     key, number = torch.arange(groups * n), torch.arange(n)
-    pair = torch.where(number < turned, number % max(1, turned // 2), number // 2)  # a pair for each frequency, and of the rest
+    pair = torch.where(number < turned, number % max(1, turned // 2), number // 2)  # unrotated numbers: neighbours
     block = (pair // max(1, round(BLOCK / 2 / groups))).repeat(groups)
     return [[key[block == b] for b in block.unique()], [groups * n + key]]
 
 
 def coded(x):
-    """(B, T, n) -> the positions that are coded [N,n], float32."""
+    """(B, T, n) -> the positions that are quantised [N,n], float32."""
     return x[:, WHOLE:].flatten(0, 1).float()
 
 
 def known_of(read, e):
-    """What is at hand when a layer is read (..., P): the layers before, as they were read back, a list, and the token's row."""
+    """Inputs of a layer's forecast (..., P). read: a list of the decoded previous layers; e: the token's embedding."""
     return torch.cat([*read[-LAYERS_BEFORE:], e], -1)
 
 
 class Fitted:
     """
-    A layer's forecast and coordinates, fitted to x [N,D], known [N,P] and the metric G [D,D].
+    A layer's forecast and coordinates, fitted to x [N,D], known [N,P] (inputs of the forecast) and the metric G [D,D].
 
-    variances [D] of the coordinates (x - forecast) @ to_z, falling within a stream; stream [D]; from_z: the inverse of to_z;
-    sample: some coordinates.
+    variances [D] of the coordinates (x - forecast) @ to_z, falling within a stream; stream [D]: the stream of each coordinate;
+    from_z: the inverse of to_z; sample: coordinates of some tokens.
     """
 
     def __init__(self, x, known, G, blocks):
@@ -189,7 +191,7 @@ class Fitted:
         self.mean = centre - centre_known @ self.forecast
         left = x - self.expected(known)
         S = (left.T @ left).double() / len(x)
-        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # of a layer that the loss does not reach, it is 0
+        mean_eigenvalue = (G.trace() / len(G)).clamp(min=1e-9)  # it is 0 for a layer without influence on the loss
         metric = G.double() + DAMPING * mean_eigenvalue * torch.eye(len(G), dtype=torch.float64)
         parts = [coordinates(S, metric, stream) for stream in blocks]
         self.variances, to_z, self.from_z = (torch.cat([part[i] for part in parts]) for i in range(3))
@@ -201,7 +203,7 @@ class Fitted:
         return torch.addmm(self.mean, known, self.forecast)
 
     def as_read(self, x, known, error, draw):
-        """x [N,D] as it will be read back, where each component has an `error` [D] of its variance (the test channel)."""
+        """x [N,D] with simulated rounding (the test channel). error [D]: of each component, as a share of its variance."""
         expected = self.expected(known)
         z = (x - expected) @ self.to_z.float()
         noise = torch.randn(z.shape, generator=draw) * (error * (1 - error) * self.variances).sqrt().float()
@@ -211,7 +213,7 @@ class Fitted:
 
     def code(self, bits, levels):
         """bits [D] -> LayerCode"""
-        order = (bits + self.stream * (bits.max() + 1)).argsort(stable=True)  # each stream's by bits
+        order = (bits + self.stream * (bits.max() + 1)).argsort(stable=True)  # by stream, then by bits
         order = order[bits[order] > 0]
         scale, stream = self.variances[order].sqrt().float(), self.stream[order]
         parts = [stream == i for i in range(self.stream[-1] + 1)]
@@ -228,7 +230,7 @@ class Fitted:
 
 def coordinates(S, metric, blocks):
     """
-    The bases of blocks of numbers -> (variances [k], falling; directions [k,D] of the coordinates, and of their inverse [k,D]).
+    One basis per block of indices -> (variances [k], falling; directions [k,D] of the coordinates; their inverse [k,D]).
     """
     found = []
     for block in blocks:
@@ -244,16 +246,16 @@ def coordinates(S, metric, blocks):
 
 def beyond(z, bits, levels):
     """
-    How far the numbers z [N,K] of components with many bits lie beyond the levels [K], 1 at least.
+    Largest |z| of each component over its largest level [K], at least 1; only for components with WHOLE_RANGE bits or more.
 
-    They have so many bits because their errors are dear. Clipped, a token in a hundred made half of a layer's error.
+    Their errors cost the most. When they were clipped, one token in a hundred caused half of a layer's error.
     """
     size = (z / GAINS[nearest_gain(z), None]).abs().amax(0) / levels[bits].amax(1)
     return torch.where(torch.tensor(bits) >= WHOLE_RANGE, size.clamp(min=1), 1)
 
 
 def fit_levels(z, bits, levels):
-    """Lloyd's algorithm for the levels of numbers z [N,K], each row over its gain, from the levels for Gaussian ones."""
+    """Lloyd's algorithm: fit levels to z [N,K], rows divided by their scales. It starts from levels for Gaussian numbers."""
     offsets = torch.tensor(bits, dtype=torch.long) * levels.shape[1]
     for _ in range(LLOYD_ROUNDS):
         windows, gain = windows_and_gain(Streams([bits]).write(z, levels[None]), bits)
@@ -265,7 +267,7 @@ def fit_levels(z, bits, levels):
 
 
 def least_squares(known, x):
-    """Ridge regression of x [N,D] on known [N,P], both without their means -> [P,D]."""
+    """Ridge regression of x [N,D] on known [N,P], both of mean 0 -> [P,D]."""
     gram = (known.T @ known).double()
     gram += RIDGE * gram.diag().mean() * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(gram, (known.T @ x).double()).float()

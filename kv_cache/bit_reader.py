@@ -1,11 +1,11 @@
 """
-Attention of one query over a cache kept by bits, read in place, by compiled loops (kernels/streams.c), on a CPU in float32.
+Attention of one query over a quantised cache, read in place by compiled loops (kernels/streams.c), on a CPU in float32.
 
-A key is mean + gain sum_i z_i a_i over the numbers of its block. Scores need each key once, rotated; it is never written to
-memory. A head's output is the mean, and the sum of the weights times gain times z, restored: one sum a head instead of S
-values.
+A key is mean + scale sum_i z_i a_i, over the components i of its block. Scores need each key once, rotated; it is never
+written to memory. A head's output is the mean, plus the restored sum of (attention weight times scale times z): one sum per
+head is restored instead of S values.
 
-Shapes: B texts, S positions in the cache, H heads, G heads of keys and values, n numbers a head, K numbers of the values.
+Shapes: B texts, S positions in the cache, H query heads, G kv heads, n numbers per head, K components of the values.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from kv_cache.bit_code import WHOLE
 from kv_cache.bit_streams import GAINS, compiled, layout
 from model import rotate
 
-KEYS = 8  # numbers of keys that are restored together, as in streams.c
+KEYS = 8  # numbers of keys that are restored together, the same as in streams.c
 
 
 @dataclass
 class First:
-    """Of the first positions of each text, which are kept whole: keys, rotated, and values over their mean (B, G, WHOLE, n)."""
+    """The first positions of each text, not quantised: rotated keys, and values minus their mean (B, G, WHOLE, n)."""
 
     whole: torch.Tensor
     pads: torch.Tensor | None
@@ -38,13 +38,13 @@ class First:
 
 
 class CodedReader:
-    """The loops' view of a LayerCode without forecasts; its heads have n numbers."""
+    """A LayerCode without forecasts, arranged for the loops. n: numbers per head."""
 
     def __init__(self, code, n):
         K = len(code.bits[0])
         keys, values = code.from_z[:K].chunk(2, 1)[0], code.from_z[K:].chunk(2, 1)[1]
         k_mean, v_mean = (mean.contiguous() for mean in code.mean.chunk(2))
-        order = (keys != 0).int().argmax(1).argsort(stable=True)  # by their first columns: a block's stand together
+        order = (keys != 0).int().argmax(1).argsort(stable=True)  # by first nonzero column: blocks stay together
         tiles = F.pad(keys[order], (0, -keys.shape[1] % KEYS)).unflatten(1, (-1, KEYS)).transpose(0, 1)  # (tiles, K, KEYS)
         used = [(tile != 0).any(1).nonzero()[:, 0].tolist() for tile in tiles]
         ranges = [(numbers[0], numbers[-1] + 1) if numbers else (0, 0) for numbers in used]
@@ -59,23 +59,23 @@ class CodedReader:
 
     def first_positions(self, whole, pads, turns, norm):
         """
-        whole (B, W, D), as the cache keeps them; pads, long [B or 1], positions before each text, or None; turns: a Turns;
-        norm: of keys, before they turn
+        -> First. whole (B, W, D): from the cache; pads, long [B or 1]: padded positions before each text, or None; turns: the
+        rotary table; norm: the module that normalises keys before their rotation
         """
         cos, sin = turns(whole.shape[1], self.v_mean)
         k, v = (part.float().unflatten(-1, (-1, self.n)).transpose(1, 2) for part in whole.chunk(2, -1))  # (B, G, W, n)
         begin = torch.zeros(1, dtype=torch.long) if pads is None else pads
-        places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)  # the loops do not read what is not there
+        places = (begin[:, None] + torch.arange(WHOLE)).clamp(max=k.shape[2] - 1)  # the loops skip positions that do not exist
         places = places[:, None, :, None].expand(len(k), k.shape[1], -1, self.n)
         keys, values = rotate(norm(k), cos, sin).gather(2, places), v.gather(2, places)
-        return First(whole, pads, keys.contiguous(), (values - self.v_mean).contiguous())  # the mean is in the outputs
+        return First(whole, pads, keys.contiguous(), (values - self.v_mean).contiguous())  # outputs() adds the mean
 
     def scores(self, q, rows, first, norm, columns, scale):
         """
-        One query of each text over all positions, its own too: q (B, H, n), before its rotation -> (B, H, S).
+        One query of each text with all positions, including its own: q (B, H, n), before its rotation -> (B, H, S).
 
-        rows (B, S, bytes), all or the beginning of a buffer; norm: the keys' weights [n] or None, and epsilon; columns: cosines
-        and sines [D/2, capacity], of all positions, in whole LANES of streams.c
+        rows (B, S, bytes), may be the beginning of a buffer; norm: norm_of() the keys' norm; columns: cosines and sines of all
+        positions [D/2, capacity], D rotated numbers per head; capacity is a multiple of LANES in streams.c
         """
         scores = q.new_empty(*q.shape[:2], rows.shape[1])
         batch, rows = self.batch(0, q.shape[1], rows, first.pads)
@@ -84,7 +84,7 @@ class CodedReader:
         return scores
 
     def outputs(self, weights, rows, first):
-        """weights (B, H, S) that sum to 1 -> what the heads give, side by side (B, 1, H n). As scores() otherwise."""
+        """weights (B, H, S) that sum to 1 -> outputs of the heads, side by side (B, 1, H n). Other arguments: see scores()."""
         B, H, _ = weights.shape
         out = weights.new_empty(B, 1, H * self.n)
         batch, rows = self.batch(1, H, rows, first.pads)
@@ -94,7 +94,7 @@ class CodedReader:
         return out
 
     def batch(self, i, heads, rows, pads):
-        """-> (what the loops take of a Batch, where stream i begins in the first row)"""
+        """-> (the loops' arguments for their struct Batch, a view of `rows` that begins at stream i)"""
         B, S, size = rows.shape
         rows = rows if rows.stride()[1:] == (size, 1) else rows.contiguous()
         pads = None if pads is None else pads.expand(B).contiguous()
@@ -102,6 +102,6 @@ class CodedReader:
 
 
 def reader_of(code, n):
-    """A CodedReader, or None where no loop serves the code."""
+    """A CodedReader, or None if the loops cannot read this LayerCode."""
     served = len(code.bits) == 2 and not len(code.forecast) and compiled("stream_scores", code.levels) is not None
     return CodedReader(code, n) if served else None

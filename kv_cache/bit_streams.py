@@ -1,13 +1,13 @@
 """
-A row of bytes for the numbers of a token: their stream of bits, and the gain by which all of them are divided.
+Rows of bytes for the numbers of a token: their stream of bits, and the scale by which all of them were divided.
 
 A stream is a trellis (trellis.py) whose step t adds bits[t] bits. A number's value is read from a window: its own bits and
-those before it, FAST_WINDOW in all. Before the first number the bits are 0. The gain's number follows in four bits. A row is
-the bytes of this stream from last to first, so that a processor reads two neighbours as one number.
+those before it, FAST_WINDOW in all. Before the first number the bits are 0. Four bits at the end are the scale's index. A row
+holds the bytes of this stream from last to first, so that a processor reads two neighbouring bytes as one integer.
 
-Compiled loops (kernels/streams.c) read and write rows on a CPU in float32; torch does it elsewhere.
+Compiled loops (kernels/streams.c) read and write rows on a CPU in float32; otherwise torch does it.
 
-Shapes: N rows, K numbers with bits, a list; levels (most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
+Shapes: N rows, K numbers with bits (a list), levels (most bits + 1, 2^FAST_WINDOW): the value of each window at each depth.
 """
 
 import torch
@@ -17,14 +17,14 @@ from bits.packing import pack_rows, row_bytes, unpack_rows
 from bits.trellis import FAST_WINDOW
 from kernels.build import LANES, bind
 
-ROWS_AT_ONCE = 512  # tokens encoded together
-IMPOSSIBLE = 1e30  # a cost
+ROWS_AT_ONCE = 512  # rows encoded together
+IMPOSSIBLE = 1e30  # cost of a window that no stream reaches
 GAIN_BITS = 4
 GAINS = 2 ** ((torch.arange(2**GAIN_BITS) - 7.5) / 2.5)  # from 1/8 to 8
 
 
 class Streams:
-    """The streams of a row, side by side. bits: for each a list, of its numbers. A row without numbers has a byte too."""
+    """The streams of a row, side by side. bits: for each stream a list of depths. A row without numbers still has one byte."""
 
     def __init__(self, bits):
         self.bits, self.counts, self.sizes = bits, list(map(len, bits)), list(map(size_of, bits))
@@ -45,7 +45,7 @@ class Streams:
         return rows if self.count else F.pad(rows, (0, 1))
 
     def read(self, rows, levels):
-        """The inverse, to rounding: uint8 [N, size] -> [N, count]"""
+        """The inverse of write(), up to rounding: uint8 [N, size] -> [N, count]"""
         rows = rows[:, : sum(self.sizes)].split(self.sizes, 1)
         return torch.cat([read_stream(*stream) for stream in zip(rows, self.bits, levels, self.layouts)], 1)
 
@@ -56,7 +56,7 @@ def size_of(bits):
 
 
 def compiled(name, like):
-    """A loop of streams.c, or None where it does not serve numbers like these."""
+    """A loop of streams.c, or None if it cannot take tensors like `like`."""
     return bind(name) if like.device.type == "cpu" and like.dtype == torch.float32 else None
 
 
@@ -72,7 +72,7 @@ def write_stream(z, bits, levels):
 
 
 def read_stream(rows, bits, levels, where):
-    """uint8 [N, size_of(bits)] -> [N,K]. where: of layout()"""
+    """uint8 [N, size_of(bits)] -> [N,K]. where: from layout()"""
     if not bits:
         return levels.new_empty(len(rows), 0)
     if loop := compiled("stream_read", levels):
@@ -85,14 +85,14 @@ def read_stream(rows, bits, levels, where):
 
 
 def windows_and_gain(rows, bits):
-    """uint8 [N, size_of(bits)] -> (windows [N,K], int32; the number of each row's gain [N])"""
+    """uint8 [N, size_of(bits)] -> (windows [N,K], int32; the index of each row's scale [N])"""
     windows = unpack_rows(rows.flip(-1), [*bits, GAIN_BITS], FAST_WINDOW)
     return windows[:, :-1], windows[:, -1].long() & 2**GAIN_BITS - 1
 
 
 def layout(bits, numbers=slice(None)):
-    """What the loops that read some of a stream's numbers take first: their count, its bytes, the gain's bit, the places."""
-    size, bits = size_of(bits), torch.tensor(bits, dtype=torch.long, device="cpu")  # a model may be made without memory
+    """First arguments of the loops that read `numbers` of a stream: their count, its bytes, the scale's bit, their places."""
+    size, bits = size_of(bits), torch.tensor(bits, dtype=torch.long, device="cpu")  # a model may be built on the meta device
     below = 8 * size - bits.cumsum(0)  # bits of the stream that lie below a number's window
     byte = (below >> 3).clamp(max=size - 2)
     places = torch.stack([byte, below - 8 * byte, bits * 2**FAST_WINDOW], 1)[numbers].int().contiguous()
@@ -100,7 +100,7 @@ def layout(bits, numbers=slice(None)):
 
 
 def nearest_gain(z):
-    """z [N,K] -> the number of the gain next to each row's root mean square [N]."""
+    """z [N,K] -> the index of the scale in GAINS nearest to each row's root mean square [N]."""
     size = z.square().mean(1, keepdim=True).sqrt()
     return (size.clamp(min=1e-9).log() - GAINS.to(z).log()).abs().argmin(1)
 
@@ -109,7 +109,7 @@ def best_windows(z, bits, levels):
     """
     z [N,K] of variance 1 -> the windows [N,K] of least squared error in each row (see trellis.viterbi).
 
-    Here each number has a depth of its own, and the stream before the first number is 0.
+    Here each number has its own depth, and the bits before the first number are 0.
     """
     (N, K), L, z, levels = z.shape, FAST_WINDOW, z.float().T.contiguous(), levels.float()
     cost, oldest = z.new_full((2**L, N), IMPOSSIBLE), []

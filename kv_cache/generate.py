@@ -7,10 +7,10 @@ from model import NO_CACHE
 
 def chooser(temperature, top_k=None, top_p=None, generator=None):
     """
-    Returns logits (B, V) -> ids (B,).
+    Return a function that chooses the next tokens: logits (B, V) -> ids (B,).
 
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens; top_p keeps the fewest tokens that have this
-    share of the probability together, at least one (arXiv:1904.09751). Both act after the temperature, top_k first.
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens. top_p keeps the likeliest tokens until their
+    probabilities sum to top_p, at least one (arXiv:1904.09751). Both act after the temperature, top_k first.
     """
 
     def choose(logits):
@@ -23,7 +23,7 @@ def chooser(temperature, top_k=None, top_p=None, generator=None):
         probabilities = logits.softmax(-1)
         if top_p is not None:
             falling, order = probabilities.sort(descending=True)
-            falling[falling.cumsum(-1) - falling >= top_p] = 0  # the likelier ones have the share already
+            falling[falling.cumsum(-1) - falling >= top_p] = 0  # the likelier tokens already sum to top_p
             probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -35,9 +35,9 @@ def generate(model, idx, steps, choose, end_of_text=None, cache=NO_CACHE):
     """
     Yield the next token of every row of idx (B, T) as ids (B,), at most `steps` times.
 
-    end_of_text: an id, a list of them, or None. A row that has ended repeats the first of them; it is over when all rows have
-    ended. With a KVCache each step reads the new token alone, without one it reads the text again. model: a GPT, or a decoder()
-    of one.
+    end_of_text: an id, a list of ids, or None. A row that has ended repeats the first of these ids; generation stops when all
+    rows have ended. With a KVCache each step processes only the new token, without one the entire text. model: a GPT, or a
+    decoder() of one.
     """
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     ends = torch.tensor([] if end_of_text is None else end_of_text, dtype=torch.long, device=idx.device).flatten()

@@ -1,14 +1,14 @@
 """
-Attention whose cache is kept by bits (kv_cache/bit_code.py), for a Llama-type model of Hugging Face or a GPT-NeoX.
+Attention with a quantised cache (kv_cache/bit_code.py), for a Llama-type model of Hugging Face or a GPT-NeoX.
 
-The model's own cache object keeps uint8 bytes in place of a layer's keys; in place of its values it keeps the first positions
-whole, in float16. Of what was read, those alone stay in float. There are two forms:
+Each layer stores two tensors in the model's own cache object: packed bytes in the slot for keys, and the first WHOLE positions
+in float16 in the slot for values. Nothing else stays in float. There are two forms:
 
-    fast    a single token reads each layer where it lies, by compiled loops (kv_cache/bit_reader.py)
-    small   layers are forecast from those before and from the tokens' rows, so the same bytes lose less. Layer 0 keeps each
-            token's id too, in 2 or 4 bytes. Each step reads all positions of all layers, in order: it decodes slowly.
+    fast    a single token reads each layer in place, by compiled loops (kv_cache/bit_reader.py)
+    small   predicts each layer from the two previous layers and the token's embedding, so the same bytes cost less loss. Layer
+            0 also stores each token's id, in 2 or 4 bytes. Each step decodes all positions of all layers in order: it is slow
 
-Shapes: B texts, T positions at hand, S of them in the cache, H heads, G heads of keys and values, n numbers a head, D = 2 G n.
+Shapes: B texts, T positions of this call, S in the cache, H query heads, G kv heads, n numbers per head, D = 2 G n.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ from kv_cache.hf_latents import growing, norm_of, trains
 from kv_cache.hf_layers import find_layers
 from model import rotate
 
-STREAMS = dict(fast=2, small=1)  # of a layer, in each form
+STREAMS = dict(fast=2, small=1)  # streams per layer, for each form
 
 
 class Step:
-    """What the layers of one forward step hand on: the tokens' ids and rows, and the layers before as they were read back."""
+    """State that layers share in a forward pass: token ids, embeddings, decoded keys and values of the last two layers."""
 
     def __init__(self, hf):
         self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
@@ -41,21 +41,21 @@ class Step:
         self.ids = inputs[0]
 
     def begin(self, like):
-        """Before layer 0 writes what is at hand, like (B, T, D)."""
+        """Call this before layer 0 writes new keys and values; like (B, T, D) has their shape."""
         if self.ids is None or self.ids.shape != like.shape[:2]:
-            raise ValueError("a coded cache keeps the tokens' ids: give the model input_ids, not inputs_embeds")
+            raise ValueError("a cache by bits stores the tokens' ids: give the model input_ids, not inputs_embeds")
         self.begin_with(self.ids)
 
     def begin_with(self, ids):
         self.e, self.read = rows_of(self.table, self.norm, ids), []
 
     def attach(self, rows):
-        """Rows of layer 0 at hand, with the ids before them."""
-        ids, self.ids = self.ids, None  # each is read once
+        """New rows of layer 0 -> the same rows, with the bytes of the ids before them."""
+        ids, self.ids = self.ids, None  # so that a later call without ids is noticed
         return torch.cat([(ids[..., None] >> self.places(ids)).to(torch.uint8), rows], -1)
 
     def detach(self, rows):
-        """Rows of layer 0 of all positions, without the ids."""
+        """Rows of layer 0, of all positions -> the same rows without the ids, from which a new pass begins."""
         ids, rows = rows.tensor_split([self.id_bytes], -1)
         self.begin_with((ids.long() << self.places(ids)).sum(-1))
         return rows
@@ -65,7 +65,7 @@ class Step:
         return 8 * torch.arange(self.id_bytes, device=like.device)
 
     def known(self, like, last=0):
-        """What is at hand of all positions, or of the last ones [N,P], in the dtype of `like`."""
+        """Inputs of the forecast for all positions, or only the last ones [N,P], in the dtype of `like`."""
         return known_of(self.read, self.e.to(like.dtype))[:, -last:].flatten(0, 1)
 
     def add(self, read):
@@ -73,7 +73,7 @@ class Step:
 
 
 class NoForecasts:
-    """Stands for Step where each layer is read alone: no ids are kept."""
+    """Replaces Step if no layer has a forecast: no ids are stored."""
 
     def begin(self, like):
         pass
@@ -96,28 +96,28 @@ def id_bytes(hf):
 
 
 def rows_of(table, norm, ids):
-    """What layer 0 reads of tokens (..., d). forward() alone, so that no hook of the table is called."""
+    """ids -> normalised embeddings (..., d), the input of layer 0. Calls forward(), so that no hook of the table runs."""
     return norm(table.forward(ids))
 
 
 class CodedAttention(nn.Module):
     """
-    Attention over keys and values as they are read back from their bytes; without a cache too, so that a loss is that of the
-    coded cache. Gradients pass through the rounding as if it were not there.
+    Attention over decoded keys and values. They are quantised even without a cache, so that a measured loss is the loss with
+    the quantised cache. Gradients pass through the rounding as if it were not there.
 
-    Scores depend on distances alone. So positions are counted from the first in the cache, and left padding does no harm.
+    Scores depend only on distances. So positions are counted from the first in the cache, and left padding does no harm.
     """
 
     def __init__(self, attn, code, turns, step):
         super().__init__()
-        for name, module in attn.named_children():  # under their names: a packed model's plan has them
+        for name, module in attn.named_children():  # keep the names: the plan of a packed model refers to them
             if name in ("query_key_value", "q_proj", "k_proj", "v_proj", "o_proj", "dense"):
                 setattr(self, name, module)
         self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
         self.n, self.scaling, self.layer_idx = head_size(attn), attn.scaling, attn.layer_idx
         self.code, self.turns, self.step = code, turns, step
-        self.reader = None  # a CodedReader; False where there is none
-        self.norm = None  # version_of() the keys' norm, and its norm_of()
+        self.reader = None  # a CodedReader; False if the loops cannot read the code
+        self.norm = None  # (version_of() the keys' norm, norm_of() it)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
@@ -126,7 +126,7 @@ class CodedAttention(nn.Module):
         """-> queries, keys, values (B, T, heads n)"""
         if not hasattr(self, "query_key_value"):
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # every head's q, k and v lie side by side
+        by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # q, k and v of a head are neighbours
         return tuple(part.flatten(2) for part in by_head.unbind(-2))
 
     def project_out(self, y):
@@ -134,9 +134,9 @@ class CodedAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
         x, T = hidden_states, hidden_states.shape[1]
-        cache = layer_past if past_key_values is None else past_key_values  # a GPT-NeoX has the first name for it
+        cache = layer_past if past_key_values is None else past_key_values  # layer_past: its name in GPT-NeoX
         if getattr(cache, "is_compileable", False):
-            raise NotImplementedError("a static cache has no end to count positions from: leave cache_implementation out")
+            raise NotImplementedError("a static cache does not say how many positions it holds: drop cache_implementation")
         q, *now = self.project(x)
         now = torch.cat(now, -1).to(self.code.mean.dtype)
         layer = growing(cache, self.layer_idx)
@@ -158,7 +158,7 @@ class CodedAttention(nn.Module):
         return self.project_out(y.transpose(1, 2).flatten(-2)), None
 
     def append(self, now, mask, cache):
-        """Keys and values at hand (B, T, D) -> a Kept of all positions."""
+        """Add new keys and values (B, T, D) to the cache -> a Kept of all positions."""
         (B, T), pads, step, first = now.shape[:2], padding(mask), self.step, self.layer_idx == 0
         start = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         whole = now[:, : max(0, WHOLE + (0 if pads is None else int(pads.max())) - start)].half()
@@ -171,7 +171,7 @@ class CodedAttention(nn.Module):
         return Kept(step.detach(rows) if first else rows, whole, pads)
 
     def read_all(self, kept, now):
-        """-> keys and values of all positions (B, S, D). now (B, T, D): those at hand, which have the gradients."""
+        """-> keys and values of all positions (B, S, D). now (B, T, D): the new ones, which carry the gradients."""
         (B, W), whole = kept.whole.shape[:2], kept.whole.to(now.dtype)
         read = self.code.read(kept.rows.flatten(0, 1), self.step.known(whole)).unflatten(0, (B, -1))
         read = torch.cat([torch.where(kept.counts()[..., None], whole, read[:, :W]), read[:, W:]], 1)
@@ -179,7 +179,7 @@ class CodedAttention(nn.Module):
         return read + (now - now.detach()) if now.shape[1] == read.shape[1] else read
 
     def norm_in_place(self, q):
-        """norm_of() of the keys, where the loops can take queries q (B, H, T, n): they compute in float32, and no gradients."""
+        """norm_of() the keys' norm; None if the loops cannot take q (B, H, T, n): they need float32 and give no gradients."""
         if q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad) or trains(self.k_norm):
             return None
         if self.reader is None:
@@ -189,7 +189,7 @@ class CodedAttention(nn.Module):
         return self.norm[1] if self.reader else None
 
     def read_in_place(self, q, kept, layer, norm, mask):
-        """One query of each text, not yet rotated (B, H, n) -> what the heads give, side by side (B, 1, H n)."""
+        """One query of each text, not yet rotated (B, H, n) -> outputs of the heads, side by side (B, 1, H n)."""
         reader = self.reader
         if layer.first is None or not layer.first.is_of(kept.whole, kept.pads):
             layer.first = reader.first_positions(kept.whole, kept.pads, self.turns, self.k_norm)
@@ -198,13 +198,13 @@ class CodedAttention(nn.Module):
         return reader.outputs(masked(scores, mask).softmax(-1), kept.rows, layer.first)
 
     def _apply(self, fn, recurse=True):
-        """What .to() and the like call: the reader is made anew."""
+        """Called by .to() and similar: the reader has to be rebuilt."""
         self.reader = self.norm = None
         return super()._apply(fn, recurse)
 
 
 def version_of(module):
-    """Changes when a module's weight does, as far as torch counts that: not in inference mode."""
+    """A value that changes if the module's weight changes. None if torch does not count changes (inference mode)."""
     weight = getattr(module, "weight", None)
     return None if weight is None or weight.is_inference() else (id(weight), weight._version)
 
@@ -212,7 +212,7 @@ def version_of(module):
 @dataclass
 class Kept:
     """
-    What a cache holds of a layer: rows uint8 (B, S, bytes); whole (B, W, D) float16, the first positions. pads: of padding().
+    Contents of a layer's cache: rows uint8 (B, S, bytes); whole (B, W, D) float16, the first positions. pads: from padding().
     """
 
     rows: torch.Tensor
@@ -220,7 +220,7 @@ class Kept:
     pads: torch.Tensor | None
 
     def counts(self):
-        """Which of `whole` are of the first WHOLE of a text (B or 1, W): shorter texts of a batch begin later."""
+        """Which of `whole` are among the first WHOLE of their text (B or 1, W): shorter texts of a batch begin later."""
         place = torch.arange(self.whole.shape[1], device=self.whole.device)[None]
         place = place if self.pads is None else place - self.pads[:, None]
         return (place >= 0) & (place < WHOLE)
@@ -228,8 +228,8 @@ class Kept:
 
 def padding(mask):
     """
-    Padded positions on the left of each text, long [B or 1], of an attention's mask (B or 1, 1, T, S); None without one. Where
-    a text has not begun, all positions are padding.
+    Attention mask (B or 1, 1, T, S) -> number of padded positions on the left of each text, long [B or 1]; None without a mask.
+    If a text has not begun, all positions are padding.
     """
     if mask is None:
         return None
@@ -241,18 +241,18 @@ def padding(mask):
 
 
 def coded_layers(hf):
-    """The attention layers of a model whose cache can be coded, or one line."""
+    """The attention layers of a model. Fails with one line if its cache cannot be quantised."""
     layers = find_layers(hf)
     check_attention(hf, layers)
     if not hasattr(hf.base_model.layers[0], "input_layernorm"):
-        fail(f"a coded cache: a {hf.config.model_type} has no input_layernorm, give a Llama, Mistral, Qwen or GPT-NeoX")
+        fail(f"a cache by bits: a {hf.config.model_type} has no input_layernorm, give a Llama, Mistral, Qwen or GPT-NeoX")
     if slides(hf.config.get_text_config()):
-        fail(f"a coded cache: this {hf.config.model_type} forgets what lies outside a sliding window, give another model")
+        fail(f"a cache by bits: this {hf.config.model_type} drops positions outside a sliding window, give another model")
     return layers
 
 
 def slides(config):
-    """Whether a layer's cache drops positions that lie outside a window: the whole first ones would get lost."""
+    """Whether a layer's cache drops positions outside a sliding window: the first positions would get lost."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return any(kind != "full_attention" for kind in kinds)
@@ -261,13 +261,13 @@ def slides(config):
 
 def gather(subject, windows):
     """
-    What fit() needs, of windows, a list of (x (1, T), y): (keys and values, a list over layers of (windows, T, D) float16; e;
-    G, a list over layers of [D,D]). The loss is of tokens that the model draws.
+    Collect the inputs of fit() on windows of text, a list of (x (1, T), y) -> (keys and values, a list over layers of
+    (windows, T, D) float16; e; G, a list over layers of [D,D]). The loss is that of labels drawn from the model's predictions.
     """
     hf, layers = subject.model, coded_layers(subject.model)
     made, x, G = {}, [[] for _ in layers], [0] * len(layers)
     linears = [list(layer.linears.values()) for layer in layers]
-    rows = [torch.cat([layer.rows["k"], layer.rows["v"]]) for layer in layers]  # of their outputs, side by side
+    rows = [torch.cat([layer.rows["k"], layer.rows["v"]]) for layer in layers]  # of the linears' joined outputs
     hooks = [m.register_forward_hook(lambda m, inputs, output: made.__setitem__(m, output)) for m in sum(linears, [])]
     try:
         for ids, _ in windows:
@@ -290,9 +290,9 @@ def gather(subject, windows):
 
 def install_cache(hf, codes, layers=None):
     """
-    Give a model attention with a coded cache, in place.
+    Replace the attention of a model by CodedAttention, in place.
 
-    codes: a LayerCode for each layer. layers: coded_layers() from before the weights were packed, where they are.
+    codes: a LayerCode for each layer. layers: coded_layers(), found before the weights were packed; default: found now.
     """
     step = Step(hf) if any(len(code.forecast) for code in codes) else NoForecasts()
     turns = Turns(hf.base_model.rotary_emb)
@@ -304,9 +304,9 @@ def install_cache(hf, codes, layers=None):
 
 def code_cache(subject, windows, share, form):
     """
-    Calibrate on windows and give the model, in place, a cache of at most this share of its float16 bytes -> the codes.
+    Calibrate on windows of text, and give the model, in place, a cache of at most this share of its float16 bytes -> the codes.
 
-    The share counts all that is kept of a token, its id too. The first WHOLE positions come on top of it. form: of STREAMS.
+    The share counts all bytes of a token, including its id. The first WHOLE positions are not counted. form: a key of STREAMS.
     """
     codes = fit(*gather(subject, windows), cache_bits(subject.model, share, form), blocks_for(subject.model, form))
     install_cache(subject.model, codes)
@@ -314,7 +314,7 @@ def code_cache(subject, windows, share, form):
 
 
 def blocks_for(hf, form):
-    """The `blocks` of fit(): None for the form `small`."""
+    """The argument `blocks` of fit(): None for the form `small`."""
     if form == "small":
         return None
     layer, (cos, _) = coded_layers(hf)[0], Turns(hf.base_model.rotary_emb)(1, hf.get_input_embeddings().weight)
@@ -323,17 +323,17 @@ def blocks_for(hf, form):
 
 
 def numbers_of(hf):
-    """(layers, numbers of a token's keys and values in one of them)"""
+    """(number of layers, numbers of a token's keys and values in a layer)"""
     layers = coded_layers(hf)
     return len(layers), len(layers[0].rows["k"]) + len(layers[0].rows["v"])
 
 
 def cache_bits(hf, share, form):
     """
-    Bits for the codes of a token in a cache of this share of float16's bytes: what its id leaves, and the ends of bytes.
+    Bits per token that fit() may spend: the share of float16's bytes, minus the id and the padding of streams to bytes.
     """
     layers, numbers = numbers_of(hf)
-    ends = 7 * layers * STREAMS[form]  # bits at most: a stream's bits fill whole bytes
+    ends = 7 * layers * STREAMS[form]  # padding bits at most: a stream fills entire bytes
     return share * 16 * layers * numbers - 8 * kept_of_id(hf, form) - ends
 
 
@@ -343,11 +343,11 @@ def kept_of_id(hf, form):
 
 
 def check_cache(hf, share, window, form):
-    """Refuse a model, a --cache_bytes share or a --window that no cache can be made of, before anything is measured."""
+    """Refuse a model, a --cache_bytes share or a --window that allows no cache, before anything is measured."""
     layers, numbers = numbers_of(hf)
     least = least_bits(layers, STREAMS[form])
     if (found := cache_bits(hf, share, form)) < least:
         lowest = share + (least - found) / (16 * layers * numbers)
-        fail(f"--cache_bytes {share} does not pay for the gains and a component: give {lowest + 0.0005:.3f} or more")
+        fail(f"--cache_bytes {share} is too small for the scales and one component: give {lowest + 0.0005:.3f} or more")
     if window <= WHOLE:
-        fail(f"--window {window}: the first {WHOLE} positions of a coded cache are kept whole, give a longer one")
+        fail(f"--window {window}: the first {WHOLE} positions are not quantised, give a longer one")

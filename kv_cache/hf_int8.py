@@ -1,13 +1,13 @@
 """
-A cache of int8 for a model of Hugging Face: half of float16's bytes, and a scale for each token of a layer.
+A cache of int8 for a Hugging Face model: half of float16's bytes, and one scale per token and layer for keys and for values.
 
     past = int8_cache(model)
     model.generate(**tokens, past_key_values=past)
 
-Keys are quantised after their rotation, so a step restores nothing: a single token reads the integers where they lie
-(kv_cache/number_formats.py). A prompt attends over the integers too, decoded once, so that both see the same numbers.
+Keys are quantised after their rotation, so a step restores nothing: a single token reads the integers in place
+(kv_cache/number_formats.py). A prompt attends over the integers too, decoded once, so that both use the same numbers.
 
-Shapes: B texts, T positions at hand, S in the cache, H heads, G heads of keys and values, n numbers a head.
+Shapes: B texts, T positions of this call, S in the cache, H query heads, G kv heads, n numbers per head.
 """
 
 import torch
@@ -26,7 +26,7 @@ AT_ONCE = 256  # positions by which the buffers grow
 
 
 class Int8Layer(CacheLayerMixin):
-    """keys and values: int8 (B, capacity, G n + 2), rows of kv_cache/number_formats.py."""
+    """keys and values: rows of number_formats.py, int8 (B, capacity, G n + 2)."""
 
     is_croppable = True
 
@@ -35,7 +35,7 @@ class Int8Layer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """(B, G, T, n) twice -> the layer itself twice, which attend() reads."""
+        """Append keys and values (B, G, T, n). Returns the layer itself twice; attend() reads it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = rows.pack("int8", torch.stack([key_states, value_states]).transpose(2, 3).flatten(3))  # (2, B, T, G n + 2)
@@ -48,7 +48,7 @@ class Int8Layer(CacheLayerMixin):
         return self, self
 
     def read(self, kept, n):
-        """keys or values -> (B, G, S, n) in the model's dtype"""
+        """kept: self.keys or self.values -> (B, G, S, n) in the model's dtype"""
         found = rows.unpack("int8", kept[:, : self.length], self.groups * n, self.dtype)
         return found.unflatten(2, (self.groups, n)).transpose(1, 2)
 
@@ -69,7 +69,7 @@ class Int8Layer(CacheLayerMixin):
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """What a model calls in place of scaled dot product attention. query (B, H, T, n); key: an Int8Layer, or plain keys."""
+    """The model calls this in place of scaled dot product attention. query (B, H, T, n); key: an Int8Layer or plain keys."""
     if not isinstance(key, Int8Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (T, n), layer = query.shape[2:], key
@@ -83,13 +83,13 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 def int8_cache(hf):
-    """Give a model, once, attention that reads this cache -> an empty cache for its next texts."""
+    """Switch the model to attention that reads this cache, if it is not yet -> an empty cache for its next texts."""
     if hf.config._attn_implementation != NAME:
         kind = hf.config.model_type
         if slides(hf.config.get_text_config()):
-            fail(f"an int8 cache: this {kind} forgets what lies outside a sliding window, give another model")
+            fail(f"an int8 cache: this {kind} drops positions outside a sliding window, give another model")
         if any(isinstance(module, (CodedAttention, LatentAttention)) for module in hf.modules()):
-            fail(f"an int8 cache: this {kind} was written with a smaller cache of its own, give the untouched model")
+            fail(f"an int8 cache: this {kind} already has a smaller cache, give the original model")
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         hf.set_attn_implementation(NAME)

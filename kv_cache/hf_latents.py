@@ -1,11 +1,11 @@
 """
-A cache of latents that decoding reads where it lies, by a compiled loop (kernels/kernels.c), on a CPU in float32.
+A cache of latents that decoding reads in place, by a compiled loop (kernels/kernels.c), on a CPU in float32.
 
-The latents that keys and values share can be turned so that most of them are keys (turn_to_keys): 181 of 192 latents for 192
-keys and 192 values, on average. The loop restores the other keys, rotates and multiplies. No key is written to memory, and no
-position is copied for a new one: buffers have room for tokens to come.
+A change of basis can make most latents equal to keys, if keys and values share the latents (turn_to_keys): 181 of 192 latents
+for 192 keys and 192 values, on average. The loop restores the other keys, rotates, and multiplies by the query. No key is
+written to memory, and a new position copies no old one, since buffers have spare room.
 
-Shapes: B texts, S positions in the cache, H heads, G heads of keys, n numbers a head, r latents.
+Shapes: B texts, S positions in the cache, H query heads, G kv heads, n numbers per head, r latents.
 """
 
 import torch
@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from kernels.build import LANES, WIDEST, bind
 from util_factorization.decompose_matrix import pivots
 
-PREFERENCE = 10  # a value takes the place of a key among the latents where it is so many times as good a pivot
-LONGEST = 1024  # latents that are turned: more take seconds a layer
+PREFERENCE = 10  # a value becomes a latent in place of a key only if it is 10 times as good a pivot
+LONGEST = 1024  # latents at most for a change of basis: more take seconds per layer
 AT_ONCE = 256  # positions by which a buffer grows
 
 
@@ -24,7 +24,7 @@ AT_ONCE = 256  # positions by which a buffer grows
 
 
 class Buffer:
-    """Memory for positions to come. filled: how many are there; a part that ends elsewhere belongs to a copy of the cache."""
+    """Memory with room for later positions. filled: positions stored. A view of another length belongs to a copied cache."""
 
     def __init__(self, kept, length):
         self.tensor = kept.new_empty(*kept.shape[:2], -(-length // AT_ONCE) * AT_ONCE, kept.shape[3])
@@ -32,7 +32,7 @@ class Buffer:
         self.tensor[:, :, : self.filled] = kept
 
     def takes(self, kept, length):
-        """Whether positions up to `length` fit in after kept, its own beginning."""
+        """Whether `kept` is this buffer's filled part and positions up to `length` fit after it."""
         own = self.tensor.data_ptr() == kept.data_ptr() and len(self.tensor) == len(kept) and self.filled == kept.shape[2]
         return own and length <= self.tensor.shape[2] and self.tensor.is_inference() <= torch.is_inference_mode_enabled()
 
@@ -45,16 +45,16 @@ class Buffer:
 
 class GrowingLayer(DynamicLayer):
     """
-    A DynamicLayer whose keys and values lie in Buffers.
+    A DynamicLayer whose keys and values are stored in Buffers.
 
-    reader: what reads its latents of keys, a KeyReader or None. first: of a coded cache, a First or None. A coded cache has its
-    first positions alone in place of the values.
+    reader: a KeyReader for latents of keys, or None. first: a First, for a cache by bits, or None; such a cache has only its
+    first positions in place of the values.
     """
 
     buffers, reader, first = [None, None], None, None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """(B, 1, T, r) twice -> those of all positions, (B, 1, S, r) twice"""
+        """Append keys and values (B, 1, T, r) -> keys and values of all positions, (B, 1, S, r) each"""
         if not self.get_seq_length() or any(t.requires_grad for t in (key_states, value_states, self.keys, self.values)):
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = self.grown(0, self.keys, key_states), self.grown(1, self.values, value_states)
@@ -66,7 +66,7 @@ class GrowingLayer(DynamicLayer):
         end, buffer = kept.shape[2] + new.shape[2], self.buffers[i]
         if not (buffer and buffer.takes(kept, end)):
             buffer = Buffer(kept, end)
-            self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # a copy's stay as they are
+            self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # copies share the old list
         return buffer.append(new)
 
     def crop(self, tokens_to_remove):
@@ -85,9 +85,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing(cache, i):
-    """Layer i of a cache of transformers as a GrowingLayer; None where it is filled, or of a kind that somebody chose."""
+    """Layer i of a transformers cache as a GrowingLayer. None if it already has content or is not a plain DynamicLayer."""
     layers = getattr(cache, "layers", [])
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # one that makes its layers when they are needed
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # a cache that makes its layers on demand
         layers += [DynamicLayer() for _ in range(len(layers), i + 1)]
     if i < len(layers) and type(layers[i]) is DynamicLayer and not layers[i].is_initialized:
         layers[i] = GrowingLayer()
@@ -100,10 +100,10 @@ def growing(cache, i):
 @torch.no_grad()
 def turn_to_keys(down, k_up, v_up):
     """
-    Turn latents in place, so that most of them are keys, each in the key's own place -> the turn [r,r], or None.
+    Change the basis of latents in place, so that most latents are keys, each at the key's index -> the basis [r,r], or None.
 
-    down [r,in] makes latents, k_up and v_up restore keys and values. Rounding a latent then costs the values up to PREFERENCE
-    times as much: that is for float32.
+    down [r,in] makes latents; k_up and v_up restore keys and values. Afterwards a rounding error of a latent hurts the values
+    up to PREFERENCE times more, so use it in float32 only.
     """
     left, r = torch.cat([k_up, v_up]).double(), len(down)
     if r > LONGEST:
@@ -117,13 +117,13 @@ def turn_to_keys(down, k_up, v_up):
     turn_latents(turn, down, k_up, v_up)
     for part, first in ((k_up, 0), (v_up, len(k_up))):
         here = (order >= first) & (order < first + len(part))
-        part[order[here] - first] = torch.eye(r)[here]  # exactly
+        part[order[here] - first] = torch.eye(r)[here]  # removes rounding
     return turn
 
 
 @torch.no_grad()
 def turn_latents(turn, down, *ups):
-    """down <- turn down, up <- up turn^-1"""
+    """Change of basis by `turn` [r,r], in place: down <- turn down, up <- up turn^-1."""
     down.copy_((turn @ down.double()).float())
     for up in ups:
         up.copy_(torch.linalg.solve(turn, up.double(), left=False).float())
@@ -131,9 +131,9 @@ def turn_latents(turn, down, *ups):
 
 class KeyReader:
     """
-    The loop's view of the weight [G n, r] and the bias [G n] or None that restore keys, and of their norm, a norm_of().
+    The weight [G n, r] and the bias [G n] or None that restore keys, and norm_of() their norm, arranged for the loop.
 
-    at [G n]: where a number of the keys lies in a row that has the latents first and then what is restored.
+    at [G n]: the index of each number of the keys in a row that holds the latents, then the restored numbers.
     """
 
     def __init__(self, weight, bias, norm):
@@ -144,26 +144,26 @@ class KeyReader:
         self.bias = torch.zeros(len(weight)) if bias is None else bias.clone()
 
     def reads(self, q, c):
-        """Whether the loop can take queries q and latents c: it computes in float32, and no gradients."""
+        """Whether the loop can take queries q and latents c: it needs float32 and gives no gradients."""
         return q.dtype == c.dtype == torch.float32 and not (torch.is_grad_enabled() and (q.requires_grad or c.requires_grad))
 
     def scores(self, q, c, cos, sin):
         """
-        q (B, H, n), scaled and rotated; c (B, S, r), whole or the beginning of a buffer; cos, sin (1, S, D/2) -> (B, H, S)
+        q (B, H, n), scaled and rotated; c (B, S, r), may be the beginning of a buffer; cos, sin (1, S, D/2) -> (B, H, S)
         """
         (B, H, n), (S, r) = q.shape, c.shape[1:]
         c = c if c.stride()[1:] == (r, 1) else c.contiguous()
         shape = (B, H, len(self.at) // n, n, S, c.stride(0) // r, r, self.rest.shape[1], cos.shape[-1])
         scores = torch.empty(B, H, S)
         parts = (q.contiguous(), self.at, self.rest, self.bias, *self.norm, cos[0], sin[0], scores, torch.get_num_threads())
-        bind("latent_scores", *shape)(c[0, 0], *parts)  # the loop finds the other rows from the first
+        bind("latent_scores", *shape)(c[0, 0], *parts)  # the loop takes the address of the first row
         return scores
 
 
 @torch.no_grad()
 def norm_of(module, n):
     """
-    What the loops take of a norm of heads: (its weights [n], or None without one; epsilon). None for a norm of another kind.
+    A norm of heads, for the loops -> (weights [n], or None without a norm; epsilon). None if it is not an RMS norm.
     """
     if isinstance(module, torch.nn.Identity):
         return None, 0.0
@@ -176,10 +176,10 @@ def norm_of(module, n):
 
 
 def trains(module):
-    """Whether a gradient may be asked for of a module's parameters: the loops give none."""
+    """Whether a module's parameters may need a gradient: the loops give none."""
     return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def loop_reads(c, n):
-    """Whether there is a loop for latents like c and heads of n numbers."""
+    """Whether the loop can read latents like c, with n numbers per head."""
     return c.device.type == "cpu" and c.dtype == torch.float32 and n <= WIDEST and bind("latent_scores") is not None

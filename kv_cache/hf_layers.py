@@ -1,4 +1,4 @@
-"""The attention layers of a model: where its q, k and v are."""
+"""Finds the attention layers of a model, and q, k and v in them."""
 
 import torch
 import torch.nn as nn
@@ -6,15 +6,15 @@ import torch.nn as nn
 from common.cli import fail
 from common.modules import linear
 
-FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of q, k and v in one matrix
+FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj")  # names of a matrix that holds q, k and v
 
 
 class Layer:
     """
     q, k and v of one attention layer.
 
-    linears  {parameter name: module}: their outputs side by side hold all targets
-    rows     {"q": [out] indices, ...}: where each target lies in these outputs
+    linears  {parameter name: module}: their joined outputs contain q, k and v, the targets
+    rows     {"q": [out] indices, ...}: of each target in the joined outputs
     """
 
     def __init__(self, name, linears, rows):
@@ -25,12 +25,12 @@ class Layer:
 
     @property
     def width(self):
-        """How many numbers the layer reads of a token."""
+        """Number of inputs per token."""
         return next(iter(self.linears.values())).weight.shape[1]
 
     @property
     def joined(self):
-        """The weights of all linears, one over the other: [out of all, in]."""
+        """The weights of all linears, stacked: [sum of out, in]."""
         return torch.cat([linear.weight.data for linear in self.linears.values()])
 
     def weight(self, target):
@@ -41,7 +41,7 @@ class Layer:
         self._set("weight", target, W)
 
     def set(self, target, W, bias):
-        """Weight [out,in] and bias [out], or None where the layer has none."""
+        """W [out,in]; bias [out], or None if the layer has none."""
         self._set("weight", target, W)
         if bias is not None:
             self._set("bias", target, bias)
@@ -65,30 +65,30 @@ class Layer:
 
     @staticmethod
     def here(t):
-        """On the CPU, unless it is of a model without memory for its weights."""
+        """t on the CPU; a meta tensor stays as it is."""
         return t if t.is_meta else t.cpu()
 
     def linear(self, target):
-        """A target as a Linear of its own, a copy."""
+        """A copy of a target as a separate Linear."""
         with torch.no_grad():
             return linear(self.weight(target), self.bias(target)).requires_grad_(False)
 
     def parameters_of(self, target):
-        """Names of the parameters that hold a target."""
+        """Names of the parameters that contain a target."""
         ends = torch.tensor([len(x.weight) for x in self.linears.values()]).cumsum(0)
         touched = torch.unique(torch.searchsorted(ends, self.rows[target], right=True))
         return {f"{list(self.linears)[i]}.weight" for i in touched.tolist()}
 
 
 def plain(name, linear):
-    """A Linear of float weights, or an error that names the other kind of module."""
+    """Return `linear` if it is a Linear with float weights; otherwise fail, naming its type."""
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         fail(f"{name} is a {type(linear).__name__} that cannot be changed in place: give a model of plain float weights")
     return linear
 
 
 class Turned:
-    """A Conv1D of a GPT-2, whose weight is [in,out], as a Linear has it."""
+    """A GPT-2 Conv1D, whose weight is [in,out], with the weight transposed as in a Linear."""
 
     def __init__(self, conv1d):
         self.weight, self.bias = conv1d.weight.T, conv1d.bias
@@ -96,11 +96,11 @@ class Turned:
 
 def find_layers(model, conv1d=False):
     """
-    Every attention layer of a model. Its q, k and v are q_proj, k_proj and v_proj, or lie in the fused matrix of a GPT-NeoX;
-    conv1d: or of a GPT-2.
+    All attention layers of a model. q, k and v are q_proj, k_proj and v_proj, or parts of the fused matrix of a GPT-NeoX.
+    conv1d: accept the fused matrix of a GPT-2 too.
 
-    Our GPT with compressed keys or values: the projections, before the compression. To add a family of models, add its names
-    here; Subject in subject.py has to know its table and its head.
+    For our GPT with compressed keys or values these are the projections before the compression. To add a model family, add its
+    names here; Subject in subject.py has to know its table and its head.
     """
     layers = []
     for name, module in model.named_modules():
@@ -111,7 +111,7 @@ def find_layers(model, conv1d=False):
         elif hasattr(module, "query_key_value") and model.config.model_type.endswith("gpt_neox"):
             qkv = plain(f"{name}.query_key_value", module.query_key_value)
             linears = {f"{name}.query_key_value": qkv}
-            # [H 3 n, in]: every head's q, k and v lie side by side
+            # [H 3 n, in]: q, k and v of a head are neighbours
             by_head = torch.arange(len(qkv.weight)).unflatten(0, (model.config.num_attention_heads, 3, -1))
             rows = {target: by_head[:, i].flatten() for i, target in enumerate("qkv")}
         elif conv1d and hasattr(module, "c_attn"):
@@ -129,7 +129,7 @@ def find_layers(model, conv1d=False):
 
 
 def stacks(layers, targets, mode, per_group):
-    """Lists of (layer, target): the matrices of a list are stacked and decomposed as one. per_group: layers of a group."""
+    """Lists of (layer, target): the matrices of a list are decomposed as one stack. per_group: layers that share one basis."""
     if mode == "shared_layers":
         groups = [layers[i : i + per_group] for i in range(0, len(layers), per_group)]
         return [[(layer, target) for layer in group] for target in targets for group in groups]

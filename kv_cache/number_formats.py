@@ -1,13 +1,13 @@
 """
-Rows of a cache, what it keeps of a position, in one of five number formats; and one query that reads them where they lie.
+Rows of a cache in one of five number formats, and attention of one query that reads them in place.
 
-A row is D numbers, of all heads. float32, bfloat16 and float16 store the numbers themselves. int8 has whole numbers from -127
-to 127, int4 from -7 to 7, two in a byte (packing.pack_halves). The row's scale follows, a bfloat16: the largest number / 127
-or 7.
+A row holds the keys (or the values) of one position: D numbers, all heads. float32, bfloat16 and float16 store the numbers
+themselves. int8 stores integers from -127 to 127, int4 from -7 to 7, two in a byte (packing.pack_halves). A scale in bfloat16
+follows: the row's largest absolute value / 127 or 7.
 
-Compiled loops (kernels/kernels.c) read rows on a CPU, for queries in float32. Elsewhere torch converts all rows first.
+Compiled loops (kernels/kernels.c) read rows on a CPU, for queries in float32. Otherwise torch converts all rows first.
 
-Shapes: B texts, S positions in the cache, H heads of queries, G heads of keys and values, n numbers a head, D = G n.
+Shapes: B texts, S positions in the cache, H query heads, G kv heads (`groups`), n numbers per head, D = G n.
 """
 
 import torch
@@ -19,7 +19,7 @@ from kv_cache import KV_DTYPES
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEVELS = {"int8": 127, "int4": 7}
 SCALE = 2  # bytes
-SMALLEST = 1e-30  # a scale: a row of zeros is not divided by zero
+SMALLEST = 1e-30  # scale: a row of zeros is not divided by zero
 
 
 def row_of(kv_dtype, D):
@@ -50,30 +50,30 @@ def pack(kv_dtype, x):
 
 
 def unpack(kv_dtype, rows, D, dtype):
-    """Rows (..., width) -> numbers (..., D) of a dtype; no copy where rows are of this dtype."""
+    """Rows (..., width) -> numbers (..., D) in `dtype`; no copy if the rows have this dtype."""
     if kv_dtype in FLOATS:
         return rows.to(dtype)
-    # a copy, since bytes at an odd place cannot be read as a bfloat16
+    # a copy, since bytes at an odd address cannot be viewed as bfloat16
     integers, scale = rows[..., :-SCALE], rows[..., -SCALE:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     integers = integers if kv_dtype == "int8" else unpack_halves(integers, D)
-    exact = torch.float32 if dtype == torch.float16 else dtype  # float16 has no small scales
+    exact = torch.float32 if dtype == torch.float16 else dtype  # small scales underflow in float16
     return (integers.to(exact) * scale.to(exact)).to(dtype)
 
 
 def by_loops(x):
-    """Whether the loops take numbers x."""
+    """Whether the loops can take x."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and kernels.library() is not None
 
 
 def scores(kv_dtype, q, rows, length, groups):
-    """One query of each text, scaled (B, H, n); the first `length` of rows (B, capacity, width) are keys -> (B, H, length)"""
+    """One scaled query per text (B, H, n) times the first `length` keys in rows (B, capacity, width) -> (B, H, length)"""
     n = q.shape[2]
     found = in_place("row_scores", kv_dtype, q, rows, length, groups, n, length)
     return found if found is not None else by_group(q, groups, heads(kv_dtype, rows, length, groups, n, q.dtype).mT)
 
 
 def sums(kv_dtype, weights, rows, n, groups):
-    """Each head's sum of the values in rows (B, capacity, width), by weights (B, H, S) -> (B, H, n)"""
+    """Each head's weighted sum of the values in rows (B, capacity, width); weights (B, H, S) -> (B, H, n)"""
     length = weights.shape[2]
     found = in_place("row_sums", kv_dtype, weights, rows, length, groups, n, n)
     return found if found is not None else by_group(weights, groups, heads(kv_dtype, rows, length, groups, n, weights.dtype))
@@ -81,8 +81,8 @@ def sums(kv_dtype, weights, rows, n, groups):
 
 def in_place(loop, kv_dtype, x, rows, length, groups, n, width):
     """
-    What a loop makes of x (B, H, ...) and rows: (B, H, width), or None where no loop serves them. Raises ValueError where rows
-    do not fit, since the loops do not look.
+    Call a loop with x (B, H, ...) and rows -> (B, H, width), or None if no loop can read them. Raises ValueError if rows have
+    the wrong shape or dtype, since the loops do not check.
     """
     B, H = x.shape[:2]
     fits = len(rows) == B and 0 < length <= rows.shape[1] and H % groups == 0
@@ -103,5 +103,5 @@ def heads(kv_dtype, rows, length, groups, n, dtype):
 
 
 def by_group(x, groups, y):
-    """x (B, H, i), y (B, G, i, j), which H / G heads share -> their products (B, H, j)"""
+    """x (B, H, i), y (B, G, i, j), each shared by H / G heads -> their products (B, H, j)"""
     return (x.unflatten(1, (groups, -1)) @ y).flatten(1, 2)

@@ -1,34 +1,34 @@
 """
-Attention over what the cache holds of a compressed model, without restoring every position at each step.
+Attention over the cache of a compressed model, without restoring all positions at each step.
 
-Notation: c_j is what the cache holds of position j, r numbers; R and b restore it. H heads, n numbers a head, S positions.
+Notation: c_j is the cache entry of position j, r numbers; R and b restore it. H heads, n numbers per head, S positions.
 
-**Values.** v_j = R c_j + b, and a head weighs them with a_j, which sum to 1. So its output is
+**Values.** v_j = R c_j + b, and a head has weights a_j that sum to 1. So its output is
 
     sum_j a_j v_j = R (sum_j a_j c_j) + b
 
-It suffices to restore one sum a head instead of S values. R may also be multiplied into the output projection beforehand.
+We restore one sum per head instead of S values. R can also be multiplied into the output projection beforehand.
 
 **Keys.** The score of a query q is q (R c_j + b) = (R^T q) c_j + q b. The second term is the same for all j, and the softmax
-drops it. So no key has to be restored where the head is not rotated. A pair (x, y) of a rotated head at angle t gives the
-query's pair (e, f) the score
+cancels it. So no key has to be restored if the head is not rotated. In a rotated head, a pair (x, y) of the key at angle t and
+the pair (e, f) of the query have the score
 
     cos t (e x + f y) + sin t (f x - e y)
 
-Both brackets are linear in c_j: two numbers for each pair and position, and still no key is restored. The kept numbers are
-multiplied by an orthogonal matrix beforehand, so that the rotated part depends on as few of them as possible.
+Both brackets are linear in c_j: two numbers per pair and position, and still no key is restored. An orthogonal change of basis
+of the cached numbers, made beforehand, lets the rotated part depend on as few of them as possible.
 
 Three ways to attend:
 
     restore   restore all S positions at each step, then attend as in training
-    late      attend over the kept numbers, then restore the sums of the heads
+    late      attend over the cached numbers, then restore the sums of the heads
     fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
 
-Plain keys and values know the first two. restore converts the whole cache to the model's dtype at each step; late and fold read
-its rows where they lie (rows.py), but for compressed keys that are rotated, which they convert.
+A model without compression has only the first two. restore converts the entire cache to the model's dtype at each step. late
+and fold read its rows in place (number_formats.py), except compressed keys that are rotated, which they convert.
 
-late and fold also read v_compress after v_proj, and k_compress after k_proj, as one smaller matrix. They serve single tokens;
-a prompt is restored once for all of its queries. All three give the same output to 1e-4.
+late and fold also join v_proj and v_compress into one smaller matrix, and k_proj and k_compress into another. They process
+single tokens; a prompt is restored once for all of its queries. All three give the same output to 1e-4.
 """
 
 import statistics
@@ -54,7 +54,7 @@ def is_compressed(model):
 
 
 def ways_of(model):
-    """The ways that differ: plain keys and values have nothing to fold."""
+    """The ways that differ for this model: without compression there is nothing to fold."""
     return WAYS if is_compressed(model) else WAYS[:2]
 
 
@@ -65,7 +65,7 @@ def is_linear(part):
 @torch.no_grad()
 def decoder(model, way):
     """
-    A model for inference that attends by one of WAYS. It shares the weights of `model`, which stays as it is.
+    A model for inference that attends by one of WAYS. It shares the weights of `model`, which is not changed.
     """
     if way == "restore":
         return model
@@ -76,21 +76,21 @@ def decoder(model, way):
 
 @dataclass
 class Restoring:
-    """k_restore and v_restore by head; None where keys or values are plain. D: rotated numbers of all heads together."""
+    """k_restore and v_restore by head; None for keys or values without compression. D: rotated numbers of all heads."""
 
     v: torch.Tensor | None = None  # (H, r_v, n)
     v_bias: torch.Tensor | None = None  # (H, n)
-    k: torch.Tensor | None = None  # (H, n - D/H, r_k), of what is not rotated
-    pairs: tuple = ()  # two (H, D/2H, min(D, r_k) + 1): of a pair's first and second number, the bias last
-    turns: torch.Tensor | None = None  # (block_size, D): cosines and sines of each head
+    k: torch.Tensor | None = None  # (H, n - D/H, r_k): for the numbers that are not rotated
+    pairs: tuple = ()  # two (H, D/2H, min(D, r_k) + 1): for a pair's first and second number, bias last
+    turns: torch.Tensor | None = None  # (block_size, D): the rotary table, cosines and sines per head
 
 
 class LateAttention(CausalSelfAttention):
     """
-    Attends over the kept numbers. Shares the weights of a CausalSelfAttention, but for what compresses.
+    Attends over the cached numbers. It shares all weights of a CausalSelfAttention except those that compress.
 
-    It reads Stores, and restores no key. surgery's LatentAttention.late() does this for values in Hugging Face's cache, with
-    masks and grouped heads.
+    It reads Stores in place and restores no key. LatentAttention.late() in hf_attention.py does this for values in Hugging
+    Face's cache, with masks and grouped heads.
     """
 
     def __init__(self, attn):
@@ -99,7 +99,7 @@ class LateAttention(CausalSelfAttention):
         for name, module in (attn._modules | joined(attn)).items():
             setattr(self, name, module)
         weight = self.c_proj.weight
-        # a CPU has no fast small products in half precision
+        # small products in half precision are slow on a CPU
         self.arithmetic = torch.float32 if weight.device.type == "cpu" else weight.dtype
         self.restoring = restoring(self, self.arithmetic)
 
@@ -118,17 +118,17 @@ class LateAttention(CausalSelfAttention):
         return self.single(q.to(self.arithmetic), k, v).to(q.dtype)
 
     def single(self, q, k, v):
-        """attend() of one query over Stores."""
+        """attend() for one query over Stores."""
         sums, R = self.sums(q, k, v), self.restoring
         return sums.flatten(1)[:, None] if R.v is None else restore_sums(sums, R.v, R.v_bias)
 
     def sums(self, q, k, v):
-        """-> (B, H, r_v): each head's weighted sum of the kept values; of its own part of them where values are plain."""
+        """-> (B, H, r_v): each head's weighted sum of the cached values; without compression, of its own n numbers."""
         q = q.unflatten(-1, (self.n_head, -1))[:, 0] * (q.shape[-1] // self.n_head) ** -0.5  # (B, H, n)
         return v.sums(self.scores(q, k).softmax(-1), self.n_head if self.restoring.v is None else 1)
 
     def scores(self, q, k):
-        """A query (B, H, n), keys in a Store -> (B, H, S), up to a number that is the same for all S."""
+        """A query (B, H, n), keys in a Store -> (B, H, S), up to a constant that is the same for all S."""
         R = self.restoring
         if R.k is None:
             return k.scores(q, self.n_head)
@@ -143,7 +143,7 @@ class LateAttention(CausalSelfAttention):
 
 
 class FoldedAttention(LateAttention):
-    """The same, with v_restore multiplied into c_proj."""
+    """LateAttention with v_restore multiplied into c_proj."""
 
     def __init__(self, attn):
         super().__init__(attn)
@@ -155,7 +155,7 @@ class FoldedAttention(LateAttention):
 
 
 class FoldedProjection(nn.Module):
-    """c_proj for a prompt, whose values have been restored; c_proj after v_restore for a single token."""
+    """For a prompt, whose values are restored: c_proj. For a single token: v_restore and c_proj as one matrix."""
 
     def __init__(self, prompt, token):
         super().__init__()
@@ -170,7 +170,7 @@ def rotated_dims(attn):
 
 
 def joined(attn):
-    """{name: module}: what compresses keys or values, joined with k_proj or v_proj to one Linear(d, r); keys in the basis."""
+    """{name: module}: k_proj or v_proj and its compression as one Linear(d, r); keys in the basis of rotation_basis()."""
     parts = {}
     for kind in "kv":
         proj, compress, restore = (getattr(attn, f"{kind}_{part}") for part in ("proj", "compress", "restore"))
@@ -186,13 +186,13 @@ def joined(attn):
 
 
 def rotation_basis(attn):
-    """Orthogonal Q [r, r] with R Q = [L, 0], R being the D rows of k_restore that are rotated: L is [D, min(D, r)]."""
+    """Orthogonal Q [r, r] with R Q = [L, 0]. R are the D rows of k_restore that are rotated; L is [D, min(D, r)]."""
     rows = attn.k_restore.weight.unflatten(0, (attn.n_head, -1))[:, : rotated_dims(attn)].flatten(0, 1)
     return torch.linalg.qr(rows.T.double(), mode="complete").Q
 
 
 def folded(attn):
-    """c_proj after v_restore as one Linear(H r_v, d)."""
+    """v_restore and then c_proj, as one Linear(H r_v, d)."""
     c_proj, restore = attn.c_proj, attn.v_restore
     by_head = c_proj.weight.unflatten(1, (attn.n_head, -1)), restore.weight.unflatten(0, (attn.n_head, -1))
     bias = None if c_proj.bias is None else c_proj.bias + c_proj.weight @ restore.bias
@@ -217,10 +217,10 @@ def restoring(attn, dtype):
 
 
 class Decode:
-    """Reads the same tokens after the same context at every call."""
+    """A task to time: decode the same tokens after the same context."""
 
     def __init__(self, model, cache, tokens):
-        """model: a decoder(). cache: holds the context. tokens (B, steps), read one after the other."""
+        """model: a decoder(). cache: contains the context. tokens (B, steps), read one after the other."""
         self.model, self.cache, self.tokens, self.context = model, cache, tokens, cache.length
 
     def prepare(self):
@@ -229,22 +229,22 @@ class Decode:
     @torch.inference_mode()
     def run(self):
         for i in range(self.tokens.shape[1]):
-            self.model.logits(self.model.hidden(self.tokens[:, i : i + 1], self.cache)).argmax(-1).tolist()  # waits
+            self.model.logits(self.model.hidden(self.tokens[:, i : i + 1], self.cache)).argmax(-1).tolist()  # waits for a GPU
 
 
 def fastest(model, B, context, kv_dtype):
-    """-> (the name of the fastest way at a context, {way: seconds a step} where several were timed)."""
+    """-> (name of the fastest way at this context length, {way: seconds per step}; empty if nothing was timed)."""
     if not is_compressed(model) and model.lm_head.weight.dtype == torch.float32 and kv_dtype == "float32":
-        return "restore", {}  # little is faster than torch's attention, and measuring takes seconds
+        return "restore", {}  # torch's attention is nearly always fastest, and measuring takes seconds
     seconds = time_ways(model, ways_of(model), B, context, kv_dtype)
     return min(seconds, key=seconds.get), seconds
 
 
 def fastest_dtype(model, B, context, kv_dtype=None):
     """
-    -> (the number format of weights and arithmetic in which a float32 model decodes fastest here, {name: seconds a step}).
+    -> (the dtype of weights and arithmetic in which a float32 model decodes fastest on this machine, {name: seconds per step}).
 
-    kv_dtype: of the cache; None takes that of the weights.
+    kv_dtype: number format of the cache; None: the same as the weights.
     """
     seconds = {}
     for name, dtype in FLOATS.items():
@@ -255,7 +255,7 @@ def fastest_dtype(model, B, context, kv_dtype=None):
 
 @torch.inference_mode()
 def time_ways(model, ways, B, context, kv_dtype, steps=8):
-    """Time a few steps of each way at a context -> {way: seconds a step}."""
+    """Time a few steps of each way at a context length -> {way: seconds per step}."""
     cache, device = KVCache(model, B, context, kv_dtype), model.lm_head.weight.device
     steps = min(steps, context - 1) or 1
     tokens = torch.zeros(B, steps, dtype=torch.long, device=device)

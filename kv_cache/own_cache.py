@@ -1,8 +1,8 @@
 """
-The KV cache of generation: keys and values of every layer, kept in one of several number formats (rows.py).
+The KV cache of our GPTs: keys and values of every layer, in one of several number formats (number_formats.py).
 
-It allocates (B, capacity, r) numbers for the keys of a layer, and as many for its values, so its bytes can be counted on its
-tensors. r is d, or k_proj_dim and v_proj_dim where a model compresses: then the cache holds the compressed numbers.
+For each layer it allocates (B, capacity, r) numbers for keys and for values, so the size of its tensors is the cache's size. r
+is d; for a model that compresses keys or values it is k_proj_dim or v_proj_dim, and the cache holds the compressed numbers.
 """
 
 import torch
@@ -11,14 +11,14 @@ from kv_cache import number_formats as rows
 
 
 class Store:
-    """Memory for r numbers a position, `length` of which are there."""
+    """Memory for r numbers per position; the first `length` positions are filled."""
 
     def __init__(self, kv_dtype, B, capacity, r, device):
         self.kv_dtype, self.r, self.length = kv_dtype, r, 0
         self.rows = rows.empty(kv_dtype, B, capacity, r, device)
 
     def append(self, x):
-        """x (B, T, r). Raises ValueError where the memory is for other texts, or full."""
+        """x (B, T, r). Raises ValueError if the number of texts differs, or the memory is full."""
         end = self.length + x.shape[1]
         if len(x) != len(self.rows) or end > self.rows.shape[1]:
             texts, capacity = self.rows.shape[:2]
@@ -31,11 +31,11 @@ class Store:
         return rows.unpack(self.kv_dtype, self.rows[:, : self.length], self.r, dtype)
 
     def scores(self, q, groups):
-        """One query (B, H, r / groups) -> its products with all positions (B, H, S); see rows.py."""
+        """One query (B, H, r / groups) -> its products with all positions (B, H, S); see number_formats.py."""
         return rows.scores(self.kv_dtype, q, self.rows, self.length, groups)
 
     def sums(self, weights, groups):
-        """weights (B, H, S) -> (B, H, r / groups); see rows.py."""
+        """weights (B, H, S) -> (B, H, r / groups); see number_formats.py."""
         return rows.sums(self.kv_dtype, weights, self.rows, self.r // groups, groups)
 
 
@@ -52,13 +52,13 @@ class LayerCache:
         self.v.append(v)
 
     def extend(self, k, v):
-        """Append k (B, T, r_k) and v (B, T, r_v) -> all keys and all values, as read back (B, S, r)."""
+        """Append k (B, T, r_k) and v (B, T, r_v) -> all keys and all values, decoded (B, S, r)."""
         self.append(k, v)
         return self.k.read(k.dtype), self.v.read(v.dtype)
 
 
 class InPlace:
-    """A LayerCache for attention that reads Stores: they are what extend() returns."""
+    """A LayerCache for attention that reads Stores in place: extend() returns the Stores."""
 
     def __init__(self, cache):
         self.cache, self.length = cache, cache.length
@@ -89,17 +89,17 @@ class KVCache:
         return [store for layer in self.layers for store in (layer.k, layer.v)]
 
     def truncate(self, length):
-        """Forget the positions from `length` on."""
+        """Drop all positions from `length` on."""
         for store in self.stores():
             store.length = length
 
     def fill(self, length):
-        """Random numbers up to a length, where steps are timed: their time does not depend on what the cache holds."""
+        """Fill with random numbers up to `length`, to time steps: the time does not depend on the contents."""
         for store in self.stores():
             store.append(torch.randn(self.batch, length - store.length, store.r, device=store.rows.device))
 
     def bytes(self):
-        """Bytes allocated, those of the scales included."""
+        """Bytes allocated, including scales."""
         return sum(store.rows.untyped_storage().nbytes() for store in self.stores())
 
     def bytes_per_token(self):

@@ -193,7 +193,7 @@ def test_many_bits_give_the_numbers_back():
 
 def test_no_bits_and_short_texts_are_refused():
     x, e, G = texts()
-    with pytest.raises(ValueError, match="pays for the gains at most"):
+    with pytest.raises(ValueError, match="too few for the scales"):
         fit(x, e, G, 3 * GAIN_BITS)
     with pytest.raises(ValueError, match="give longer ones"):
         fit([now[:, :WHOLE] for now in x], e[:, :WHOLE], G, 24)
@@ -422,7 +422,7 @@ def test_a_head_that_turns_neighbours_is_refused(capsys):
     )  # fmt: skip
     with pytest.raises(SystemExit):
         modules.coded_layers(toys.transformers.GlmForCausalLM(config))
-    assert "attends otherwise than a Llama" in capsys.readouterr().err
+    assert "attention otherwise than a Llama" in capsys.readouterr().err
 
 
 def test_a_sliding_window_is_refused(capsys):
