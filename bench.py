@@ -1,22 +1,23 @@
 """
-What decoding and training cost on this machine.
+Measures the cost of decoding and of training on this machine.
 
     python bench.py decode --runs model_weights/vdproj                      # trained models, their perplexity too
     python bench.py decode --shape gpt2 --context 512 --vs DIR              # random weights, beside a nanoGPT checkout
     python bench.py train --shape gpt2 --dtypes float32,bfloat16 --vs DIR   # a training step, beside a nanoGPT checkout
-    python bench.py generate --models MODEL,smaller --contexts 512,2048     # models of Hugging Face, and what surgery wrote
+    python bench.py generate --models MODEL,smaller --contexts 512,2048     # Hugging Face models and surgery's folders
     python bench.py decode --help                                           # the flags
 
-All models take turns, round after round, so that other load slows all alike. The median of the rounds is a model's speed.
+The models alternate: each round measures every model once, so other load on the machine slows all of them equally. A model's
+speed is the median over the rounds.
 
-decode measures bytes that the KV cache has allocated, tokens a second, and perplexity through that cache. Each model is
-measured dense, with compressed values and with compressed keys and values, by every number format of the cache. The first
-round chooses how a compressed model attends.
+decode measures the allocated bytes of the KV cache, tokens a second, and the perplexity through that cache. It measures each
+model dense, with compressed values, and with compressed keys and values, in every number format of the cache. A compressed
+model can attend in several ways; the first round chooses the fastest.
 
-generate measures greedy decoding through a model's own cache and through one of int8, and the bytes that these have allocated.
+generate measures greedy decoding through the model's own cache and through an int8 cache, and the allocated bytes of both.
 
-train measures the step of train.py by AdamW: tokens a second, milliseconds of its parts, peak memory, FLOPs, and which share of
-the machine's own rate for matrix products they are.
+train measures one step of train.py with AdamW: tokens a second, milliseconds of each part, peak memory, FLOPs, and these FLOPs
+as a share of the machine's own rate of matrix products.
 """
 
 import statistics
@@ -35,32 +36,32 @@ from training.rules import check_device
 
 @dataclass
 class Flags:
-    """What all commands share."""
+    """Flags of all commands."""
 
-    rounds: int = flag(3, "measurements of each; one more before warms up", low=1)
-    out: str = flag("", "a file for the tables, as markdown")
+    rounds: int = flag(3, "measured rounds; one extra warm-up round runs first", low=1)
+    out: str = flag("", "file to write the tables to, as markdown")
 
 
 @dataclass
 class OurFlags(Flags):
-    """What decode and train share."""
+    """Flags of decode and train."""
 
-    vocab_size: int = flag(50257, "ids of models with random weights", low=1)
+    vocab_size: int = flag(50257, "vocabulary size of models with random weights", low=1)
     device: str = flag("cpu", "cpu, cuda, mps")
-    vs: str = flag("", "a checkout of nanoGPT to measure beside it: without a cache; training as by default and at its best")
+    vs: str = flag(
+        "", "folder of a nanoGPT checkout to measure too: decoding without a cache, training by its defaults and at its best"
+    )
 
 
 @dataclass
 class DecodeFlags(OurFlags):
     runs: str = flag("", "folder with the runs of train_vdproj.sh, or a seed_N folder of it")
-    shape: str = flag("", "a preset: a model of its shape with random weights instead", choices=tuple(PRESETS))
-    rank: int | None = flag(
-        None, "numbers that its compressed keys and values have; left out, five eighths of its width", low=1
-    )
-    context: int | None = flag(None, "positions in the cache when the last token is read; left out, the block_size", low=1)
+    shape: str = flag("", "preset whose shape to measure with random weights, instead of --runs", choices=tuple(PRESETS))
+    rank: int | None = flag(None, "numbers of each compressed key or value; default: five eighths of the model's width", low=1)
+    context: int | None = flag(None, "positions in the cache at the last token; default: the model's block_size", low=1)
     dtypes: str = flag("float32", "number formats of weights and arithmetic, comma-separated")
     kv_dtypes: str = flag("float32,float16,int8,int4", "number formats of the cache, comma-separated")
-    batch_size: int = flag(1, "texts side by side", low=1)
+    batch_size: int = flag(1, "texts decoded in parallel", low=1)
     steps: int = flag(24, "tokens of one measurement", low=1)
 
 
@@ -68,20 +69,20 @@ def check_decode(args):
     from kv_cache import KV_DTYPES
 
     if bool(args.runs) == bool(args.shape):
-        fail("--runs and --shape: give one of the two, trained models or a shape")
+        fail("--runs and --shape: give one of them, trained models or a shape")
     for name, known in (("kv_dtypes", KV_DTYPES), ("dtypes", DTYPES)):
         check_names(args, name, known)
     check_out(args)
     check_vs(args)
     if args.vs and not args.shape:
-        fail("--vs is measured at a shape: give --shape gpt2 instead of --runs")
+        fail("--vs needs a shape: give --shape gpt2 instead of --runs")
 
 
 def check_names(args, flag_name, known):
-    """A comma-separated flag has only names that are known."""
+    """Refuse a comma-separated flag that has an unknown name."""
     given = getattr(args, flag_name)
     if unknown := [part for part in given.split(",") if part not in known]:
-        fail(f"--{flag_name} {given}: {unknown[0]!r} is none of {','.join(known)}")
+        fail(f"--{flag_name} {given}: {unknown[0]!r} is unknown: choose from {','.join(known)}")
 
 
 def check_out(args):
@@ -95,17 +96,17 @@ def check_vs(args):
 
 
 def preset_shape(name):
-    """The fields of ModelArgs at a preset."""
+    """The fields of ModelArgs for a preset."""
     return asdict(ModelArgs()) | {field: value for field, value in PRESETS[name].items() if hasattr(ModelArgs, field)}
 
 
 def shape_of(args):
-    """The fields of GPTConfig at --shape, nothing compressed, and the rank of what is compressed."""
+    """(The fields of an uncompressed GPTConfig of --shape, the rank of compressed keys and values)."""
     shape = preset_shape(args.shape)
     shape |= dict(vocab_size=args.vocab_size, dropout=0.0, block_size=max(shape["block_size"], args.context or 0))
     rank = args.rank or shape["n_embd"] * 5 // 8
     if not 1 <= rank <= shape["n_embd"]:
-        fail(f"--rank {rank} lies outside 1 to the width {shape['n_embd']} of --shape {args.shape}: change it")
+        fail(f"--rank {rank} is not between 1 and the width {shape['n_embd']} of --shape {args.shape}: change it")
     return shape, rank
 
 
@@ -127,7 +128,9 @@ def decode(argv):
     config = models[0][2].config
     context = args.context or config.block_size
     if not args.steps < context <= config.block_size:
-        fail(f"--context {context} has to lie above --steps {args.steps}, up to the block_size {config.block_size}")
+        fail(
+            f"--context {context} must be above --steps {args.steps} and at most the block_size {config.block_size}: change it"
+        )
     sizes = args.batch_size, context, args.steps
     rows, tasks = [], {}
     for name, dtype, model, saved in models:
@@ -160,7 +163,7 @@ def decode(argv):
 
 
 def decoding_table(rows):
-    """A markdown table: bytes beside the dense model's, speed beside the first row's."""
+    """A markdown table with bytes relative to the dense model and speed relative to the first row."""
     from reports.markdown import table
 
     dense = {row["kv_dtype"]: row for row in rows if row["model"] == "dense"}
@@ -168,12 +171,12 @@ def decoding_table(rows):
     plain = rows[0]  # dense, in the first format
     first = {row["model"]: row for row in reversed(rows)}  # each model in the first formats
     header = ["model", "weights", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s",
-              "of the first row", "attends by", "restore / late / fold", "val loss", "perplexity",
-              f"nats over {plain['kv_dtype']}", "over the first row"]  # fmt: skip
+              "speed, first row = 1", "attends by", "restore / late / fold", "val loss", "perplexity",
+              f"nats over {plain['kv_dtype']}", "nats over the first row"]  # fmt: skip
     lines = []
     for row in rows:
         ways, stored = row["tokens_per_second"], row["bytes_per_token"]
-        best = max(row["first_round"], key=row["first_round"].get)  # chosen apart from most of what is reported
+        best = max(row["first_round"], key=row["first_round"].get)  # chosen on one round, reported over all
         line = [row["model"], row["dtype"], row["kv_dtype"]]
         if row["kv_dtype"] in dense:
             line += [f"{stored:,.0f}", f"{stored / dense[row['kv_dtype']]['bytes_per_token']:.2%}"]
@@ -199,11 +202,12 @@ CACHES = ("own", "int8")
 @dataclass
 class GenerateFlags(Flags):
     models: str = flag(
-        "", "hub ids, folders, .gguf files, or what surgery's --out wrote, comma-separated; left out, as python -m surgery's"
+        "",
+        "hub ids, folders, .gguf files, or surgery's --out folders, comma-separated; default: as in python -m surgery",
     )
     contexts: str = flag("512", "tokens of the prompt, comma-separated")
-    caches: str = flag("own", "own, the model's; int8, a scale for each token and layer; comma-separated")
-    batch_size: int = flag(1, "texts side by side", low=1)
+    caches: str = flag("own", "caches, comma-separated. own: the model's own; int8: one scale for each token and layer")
+    batch_size: int = flag(1, "texts decoded in parallel", low=1)
     steps: int = flag(16, "tokens of one measurement", low=1)
 
 
@@ -214,9 +218,9 @@ def generate(argv):
     try:
         contexts = [int(part) for part in args.contexts.split(",")]
     except ValueError:
-        fail(f"--contexts {args.contexts}: give whole numbers, comma-separated")
+        fail(f"--contexts {args.contexts}: give integers, comma-separated")
     if min(contexts) < 1:
-        fail(f"--contexts {args.contexts}: a prompt has 1 token or more")
+        fail(f"--contexts {args.contexts}: a prompt has at least 1 token: raise it")
 
     import torch
 
@@ -228,7 +232,9 @@ def generate(argv):
     models = {name: open_model(name) for name in (args.models or choose_model()).split(",")}
     for name, hf in models.items():
         if max(contexts) + args.steps > longest_of(hf):
-            fail(f"--contexts {max(contexts)} and --steps {args.steps}: {name} reads {longest_of(hf)} tokens, give less")
+            fail(
+                f"--contexts {max(contexts)} and --steps {args.steps}: {name} reads at most {longest_of(hf)} tokens: give less"
+            )
     rows, lines, sizes = [], [], (args.batch_size, args.steps, args.rounds)
     for context in contexts:
         found = compare(models, args.caches.split(","), context, *sizes, lambda i: print(f"round {i}", file=sys.stderr))
@@ -241,11 +247,11 @@ def generate(argv):
         rows += found
     about = (
         f"`python {' '.join(map(str, sys.argv))}`: {args.batch_size} a batch, float32 arithmetic, {hardware('cpu')}, "
-        f"torch {torch.__version__}; median of {args.rounds} rounds of {args.steps} tokens, by turns; the last column has the "
-        "ratios of a round, median, lowest and highest."
+        f"torch {torch.__version__}; median of {args.rounds} rounds of {args.steps} tokens, the models alternating. "
+        "The last column is the ratio to the first row within a round: median (lowest - highest)."
     )
-    header = ["context", "model", "cache", "bytes allocated, a token", "tokens/s", "of the context's first row"]
-    show("Decoding models of Hugging Face", about, table(header, lines), args.out)
+    header = ["context", "model", "cache", "allocated bytes a token", "tokens/s", "speed, first row of the context = 1"]
+    show("Decoding of Hugging Face models", about, table(header, lines), args.out)
     finish(hardware=hardware("cpu"), rows=rows)
 
 
@@ -257,20 +263,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class TrainFlags(OurFlags):
-    shape: str = flag("gpt2", "a preset: models of its shape with random weights", choices=tuple(PRESETS))
-    micro_steps: int = flag(1, "micro-steps of a step, as train.py's --gradient_accumulation_steps", low=1)
-    batch_size: int = flag(1, "windows of a micro-step", low=1)
-    block_size: int | None = flag(None, "positions of a window; left out, the shape's, 256 at most", low=1)
-    dropout: float = flag(0.0, "dropout of all models; train.py has the preset's, nanoGPT none", low=0, below=1)
+    shape: str = flag("gpt2", "preset whose shape the models have; their weights are random", choices=tuple(PRESETS))
+    micro_steps: int = flag(1, "micro-steps in one step, like train.py's --gradient_accumulation_steps", low=1)
+    batch_size: int = flag(1, "windows in one micro-step", low=1)
+    block_size: int | None = flag(None, "tokens in one window; default: the shape's, at most 256", low=1)
+    dropout: float = flag(0.0, "dropout of all models; train.py uses the preset's, nanoGPT uses 0", low=0, below=1)
     models: str = flag(
         ",".join(MODELS),
-        "comma-separated. factorized: the token table; lora: adapters alone on that model; vdproj: values compressed to five "
-        "eighths of the width",
+        "models to measure, comma-separated. factorized: low-rank token table; lora: this model, only adapters train; "
+        "vdproj: values compressed to five eighths of the width",
     )
-    rank: int | None = flag(None, "rank of the factorized table; left out, 128, or half of the width where that is less", low=1)
-    lora_rank: int | None = flag(None, "rank of the adapters; left out, 32, or the rank of the table where that is less", low=1)
-    dtypes: str = flag("float32,bfloat16", "arithmetic of the forward pass, comma-separated; the weights are float32")
-    compile: bool = flag(False, "measure each model compiled, too")
+    rank: int | None = flag(None, "rank of the factorized table; default: 128, or half the width if that is less", low=1)
+    lora_rank: int | None = flag(None, "rank of the adapters; default: 32, or the table's rank if that is less", low=1)
+    dtypes: str = flag("float32,bfloat16", "number formats of the forward pass, comma-separated; the weights are float32")
+    compile: bool = flag(False, "measure each model also with torch.compile")
     steps: int = flag(2, "steps of one measurement", low=1)
 
 
@@ -279,30 +285,30 @@ def check_train(args):
         check_names(args, name, known)
     check_device(args.device)
     if "float16" in args.dtypes.split(",") and not args.device.startswith("cuda"):
-        fail(f"--dtypes {args.dtypes}: float16 needs a card, and --device is {args.device}: leave it out")
+        fail(f"--dtypes {args.dtypes}: float16 needs a GPU, but --device is {args.device}: drop float16")
     check_out(args)
     check_vs(args)
     shape = preset_shape(args.shape)
     if args.vs and (shape["rotary_pct"] or shape["parallel_residual"] or not shape["tie_head"]):
-        fail(f"--vs: nanoGPT has no model of --shape {args.shape}: give --shape gpt2 or laptop")
+        fail(f"--vs: nanoGPT cannot build --shape {args.shape}: give --shape gpt2 or laptop")
     needs_tie = [name for name in ("factorized", "lora") if name in args.models.split(",")]
     if needs_tie and not shape["tie_head"]:
-        fail(f"--models {needs_tie[0]} needs a tied head, and --shape {args.shape} has none: give --models dense,vdproj")
+        fail(f"--models {needs_tie[0]} needs a tied head, but --shape {args.shape} has none: give --models dense,vdproj")
 
 
 def models_to_train(args, dataset):
-    """The models of --models, {name: TrainArgs}, and the TrainArgs of a dense one. All read the dataset's folder."""
+    """({name: TrainArgs} of --models, the TrainArgs of a dense model). All read the folder `dataset`."""
     shape = preset_shape(args.shape)
     d = shape["n_embd"]
     shape |= dict(dropout=args.dropout, block_size=args.block_size, batch_size=args.batch_size)
     shape |= dict(gradient_accumulation_steps=args.micro_steps, dataset=dataset, device=args.device)
     rank = args.rank or min(128, max(1, d // 2))
     if rank > d:
-        fail(f"--rank {rank} lies outside 1 to the width {d} of --shape {args.shape}: lower it")
+        fail(f"--rank {rank} is not between 1 and the width {d} of --shape {args.shape}: change it")
     top = min(rank, args.vocab_size)
     adapters = args.lora_rank or min(32, top)
     if adapters > top and "lora" in args.models.split(","):
-        fail(f"--lora_rank {adapters} lies above {top}, the smaller side of the table that it adapts: lower it")
+        fail(f"--lora_rank {adapters} is above {top}, the smaller side of the adapted table: lower it")
     values = max(1, d * 5 // 8)
     known = dict(
         dense=("dense", {}),
@@ -318,7 +324,7 @@ def train(argv):
     args, _ = parse(TrainFlags, argv, description=__doc__, prog="bench.py train")
     args.block_size = args.block_size or min(256, preset_shape(args.shape)["block_size"])
     check_train(args)
-    models_to_train(args, "")  # refuses ranks that do not fit, before torch is imported
+    models_to_train(args, "")  # refuse unfit ranks before the slow import of torch
 
     import torch
 
@@ -328,16 +334,16 @@ def train(argv):
     from training.device import ends_in_one_line, hardware
     from training.step import why_it_does_not_compile
 
-    move_to(torch.zeros(1), args.device)  # ends where there is no such device
+    move_to(torch.zeros(1), args.device)  # ends the program if there is no such device
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # as train.py does
     if args.compile:
         tiny, ones = torch.nn.Linear(8, 8, device=args.device), torch.ones(1, 8, device=args.device)
         if why_not := why_it_does_not_compile(lambda: torch.compile(tiny)(ones).sum().backward()):
-            fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or mend the compiler")
-        torch._dynamo.config.cache_size_limit = 64  # all models share one forward(): each is compiled by itself
+            fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or repair the compiler")
+        torch._dynamo.config.cache_size_limit = 64  # all models share one forward(), and each is compiled separately
     if args.vs:
-        load_module(args.vs, "--vs")  # ends where it is not nanoGPT's
+        load_module(args.vs, "--vs")  # ends the program if it is not nanoGPT's
     with tempfile.TemporaryDirectory() as folder, ends_in_one_line(args, args.device, "start again with fewer --rounds"):
         write_text(folder, args.vocab_size, args.block_size)
         planned = plans(
@@ -352,7 +358,7 @@ def train(argv):
     about = (
         f"`python {' '.join(map(str, sys.argv))}`: one step is {step} = {tokens:,} tokens, {args.device} "
         f"({hardware(args.device)}), torch {torch.__version__}; "
-        f"median of {args.rounds} rounds of {args.steps} steps, lowest and highest beside it. {READING}"
+        f"median of {args.rounds} rounds of {args.steps} steps, with the lowest and highest. {READING}"
         + "".join(f" {dtype} products: {rate / 1e9:,.4g} GFLOP/s." for dtype, rate in rates.items())
     )
     show("Training", about, training_tables(rows), args.out)
@@ -360,14 +366,14 @@ def train(argv):
 
 
 READING = (
-    "Memory is the peak of model, optimizer and two steps: on a card its tensors, on the CPU the resident memory of a fresh "
-    "process, less what that had before. FLOPs a token: forward, and the whole step. The share is that of the whole step's "
-    "FLOPs in this machine's own rate of matrix products in the same dtype."
+    "Memory is the peak with model, optimizer and two steps: on a GPU of the tensors, on the CPU the resident memory that a "
+    "fresh process adds. FLOPs a token: of the forward pass, and of the entire step. The share is the step's FLOPs a second "
+    "divided by this machine's own rate of matrix products in the same dtype."
 )
 
 
 def training_tables(rows):
-    """Two markdown tables: speed, memory and FLOPs with the ratios to nanoGPT; milliseconds of the parts of our steps."""
+    """Two markdown tables: speed, memory and FLOPs, with ratios to nanoGPT; and milliseconds of each part of our steps."""
     from benchmarks.training import PARTS
     from reports.markdown import table
 
@@ -399,7 +405,7 @@ def training_tables(rows):
 
 
 def show(title, about, text, out):
-    """Print a table; with --out, write it to that file with what it is about."""
+    """Print a table; with --out, also write it to that file, with its title and description."""
     from common.files import written_whole
 
     print(text)

@@ -1,11 +1,12 @@
 """
-Run folders -> tables, what they say in words, and the figures: report.md, PNGs and SVGs, and a short version on the terminal.
+Turns run folders into a report: report.md with tables, answers in words and figures (PNG, SVG), and a short version on the
+terminal.
 
     python report.py --runs model_weights --html
 
-Everything is read from the folders' config.json, summary.json and metrics.jsonl and from the factor files' JSON; checkpoints
-serve for a sample of text alone. Runs of one name with different seeds, as in model_weights/seed_1/gpt_baseline, make one row:
-mean and standard deviation.
+All numbers come from the folders' config.json, summary.json and metrics.jsonl and from the factor files' JSON. Checkpoints
+are read only to write a sample of text. Runs with the same name and different random seeds, for example
+model_weights/seed_1/gpt_baseline, form one row with mean and standard deviation.
 """
 
 from dataclasses import dataclass
@@ -16,23 +17,25 @@ from common.cli import fail, finish, flag, parse
 
 @dataclass
 class Args:
-    runs: str = flag("model_weights", "folder with run folders, or with seed_N folders of them; report.md goes there")
-    html: bool = flag(False, "also report.html: the same as one page, with values under the pointer and tables that sort")
+    runs: str = flag(
+        "model_weights", "folder that holds run folders, or seed_N folders of run folders; report.md is written there"
+    )
+    html: bool = flag(False, "also write report.html: one page that shows values under the pointer and has sortable tables")
 
 
 def verdict_lines(judged):
-    """The decided claims, and how many are not."""
+    """A line for each decided claim, and the number of undecided ones."""
     decided = [f"- {claim.text}: {verdict}" for claim, verdict, _ in judged if verdict != "inconclusive"]
     open_claims = len(judged) - len(decided)
-    return decided + ([f"- {open_claims} further claims are inconclusive: the report says why"] if open_claims else [])
+    return decided + ([f"- {open_claims} other claims are inconclusive: the report says why"] if open_claims else [])
 
 
 def seeds_line(rows):
-    """That one seed is not enough, and the command that repeats the main job with three."""
+    """Says that a test needs several seeds, with the command that repeats the main job with three."""
     rank = next((row.k for row in rows if row.label == "A"), None)
     main_job = f'SEEDS="1 2 3" bash scripts/run_all_experiments.sh {rank}'
     hint = main_job if rank else 'SEEDS="1 2 3" before the same command'
-    return [f"One seed cannot be tested, three can: {hint}"]
+    return [f"A test needs several seeds. For three: {hint}"]
 
 
 def main(argv=None):
@@ -50,7 +53,7 @@ def main(argv=None):
     root = Path(args.runs)
     rows, unfinished = read_rows(root)
     if not rows:
-        fail(f"--runs {root} has no finished run: bash scripts/run_all_experiments.sh 128 makes them")
+        fail(f"--runs {root} has no finished run: start bash scripts/run_all_experiments.sh 128")
     claim = claim_folder(root, "--runs", ".report.lock")
     text = []
     for part, of_cache in ((token_table, False), (value_cache, True)):
@@ -67,10 +70,10 @@ def main(argv=None):
             short += ["", f'To the prompt "{written[0][1]}"']
             short += [f"  {row.label}{f' (k={row.k})' if row.k else ''} wrote: {one_line(line)}" for row, _, line in written]
             found = Samples(written[0][1], [(row.title, {"": line}) for row, _, line in written])
-            lines += ["## What the models write", "", "The same draw for all.", "", found, ""]
+            lines += ["## What the models write", "", "All models sample with the same random numbers.", "", found, ""]
         print("\n".join(["", *short]))
         text += lines
-    notes = [f"Not finished, so left out: {folder}" for folder in unfinished]
+    notes = [f"Skipped, not finished: {folder}" for folder in unfinished]
     text += notes
     with written_whole(root / "report.md", "make room") as file:
         file.write_text("\n".join(draw_all(root, text)))
@@ -78,7 +81,7 @@ def main(argv=None):
         with written_whole(root / "report.html", "make room") as file:
             file.write_text(page(text))
     claim.release()
-    print("", *notes, f"The whole report: {root / 'report.md'}; its figures are beside it, as .png and .svg", sep="\n")
+    print("", *notes, f"The full report: {root / 'report.md'}; its figures are in the same folder, as .png and .svg", sep="\n")
     if args.html:
         print(f"The same as one page: {root / 'report.html'}")
     pages = dict(html=str(root / "report.html")) if args.html else {}

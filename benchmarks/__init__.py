@@ -1,7 +1,7 @@
 """
-The inside of bench.py.
+Measurements for bench.py.
 
-    training     a training step: speed, its parts, memory
+    training     a training step: speed, parts, memory
     decoding     a step of decoding
-    nanogpt      nanoGPT's model beside ours
+    nanogpt      nanoGPT's model, for comparison
 """

@@ -1,4 +1,4 @@
-"""What decoding costs: models dense and compressed, the loss through a cache, and tasks that common/timing.py measures."""
+"""Prepares the measurement of decoding: dense and compressed models, their loss through a cache, tasks for common/timing.py."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from training import checkpoint
 from training.evaluate import evaluate
 
-# name in the table, folder of the trained model, the parts that compress
+# name in the table, folder of the trained model, settings of the compressed parts
 MODELS = (
     ("dense", "pythia_baseline", ()),
     ("V {r}/{d}", "vdproj_end_to_end_r*", ("v_proj_dim",)),
@@ -24,7 +24,7 @@ MODELS = (
 
 
 def random_models(shape, rank, device):
-    """[(name, model, None)], dense and compressed to `rank` numbers. shape: the fields of GPTConfig, none compressed."""
+    """[(name, model, None)], dense and compressed to `rank` numbers. shape: the fields of an uncompressed GPTConfig."""
     models = []
     for name, _, parts in MODELS:
         torch.manual_seed(0)
@@ -34,12 +34,12 @@ def random_models(shape, rank, device):
 
 
 def trained_models(runs, device):
-    """[(name, model, its checkpoint)] of the runs that train_vdproj.sh leaves in a folder."""
+    """[(name, model, its checkpoint)] of the runs that train_vdproj.sh wrote into a folder."""
     models = []
     for name, pattern, _ in MODELS:
         folders = sorted(path for path in Path(runs).glob(pattern) if (path / "summary.json").exists())
         if not folders:
-            fail(f"--runs {runs} has no finished {pattern}: bash scripts/train_vdproj.sh makes them, OUT/seed_N with SEEDS")
+            fail(f"--runs {runs} has no finished {pattern}: run bash scripts/train_vdproj.sh; with SEEDS, give OUT/seed_N")
         for folder in folders:
             saved = checkpoint.load(folder)
             model = checkpoint.move_to(checkpoint.build(saved, dropout=0.0).eval(), device)
@@ -48,7 +48,7 @@ def trained_models(runs, device):
 
 
 def loss_through_cache(model, saved, kv_dtype, device):
-    """Loss and perplexity on the windows of the run's own evaluation, keys and values read back from a cache of kv_dtype."""
+    """Loss and perplexity on the run's own evaluation windows. Keys and values are read back from a cache of kv_dtype."""
 
     def cache_for(B):
         return KVCache(model, B, model.config.block_size, kv_dtype)
@@ -59,21 +59,21 @@ def loss_through_cache(model, saved, kv_dtype, device):
 
 @torch.inference_mode()
 def decoding_task(model, kv_dtype, way, B, context, steps, device):
-    """A task that reads `steps` tokens up to the context, with a cache of its own."""
+    """A task that decodes the last `steps` tokens of the context, with its own cache."""
     cache = KVCache(model, B, context, kv_dtype)
     cache.fill(context - steps)
     return Decode(decoder(model, way), cache, torch.randint(model.config.vocab_size, (B, steps), device=device))
 
 
 class NanoGPT:
-    """The generate() of a nanoGPT checkout at the same shape, as a task. It has no cache, so it makes a few tokens only."""
+    """The generate() of a nanoGPT checkout at the same shape, as a task. It has no cache, so the task has few tokens."""
 
     def __init__(self, folder, config, B, context, steps, dtype, device):
         self.model = nanogpt(folder, config).eval().to(device)
         self.steps = min(steps, 4)
         self.idx = torch.randint(config.vocab_size, (B, context - self.steps), device=device)
         self.autocast = torch.autocast(device, dtype) if dtype else nullcontext()
-        self.tokens = self.idx.new_empty(B, self.steps)  # for the count
+        self.tokens = self.idx.new_empty(B, self.steps)  # only its size is used
 
     def prepare(self):
         pass

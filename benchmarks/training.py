@@ -1,4 +1,4 @@
-"""What a training step costs: the step as a task of common/timing.py, its parts, its memory, and this machine's own rate."""
+"""Measures a training step: its speed as a task of common/timing.py, its parts, its memory, and the machine's matrix rate."""
 
 import gc
 import io
@@ -27,11 +27,11 @@ from training.start import begin
 from training.step import autocast_of, to_device, trained_flops
 
 PARTS = ("data", "forward", "loss", "backward", "clip", "optimizer")
-TOKENS = 2**20  # of the text that is read: 2 MB
+TOKENS = 2**20  # length of the random text: 2 MB
 
 
 def write_text(folder, vocab_size, block_size):
-    """A dataset of random ids: the time of a step does not depend on what it reads."""
+    """Write a dataset of random ids. The time of a step does not depend on the text."""
     ids = np.random.default_rng(0).integers(vocab_size, size=max(TOKENS, 2 * block_size))
     write_dataset(folder, ids, ids[: block_size + 1], dict(vocab_size=vocab_size, tokenizer="none"))
 
@@ -42,7 +42,7 @@ def tokens_of(args):
 
 
 class PartsTimer:
-    """Milliseconds of each part of a step. It waits for the device after each part, so a step that it times is slower."""
+    """Measures milliseconds of each part of a step. It waits for the device after each part, which makes the step slower."""
 
     def __init__(self, device):
         self.device, self.steps, self.ms = device, 0, {}  # ms: {part: [a number for each step]}
@@ -58,16 +58,16 @@ class PartsTimer:
         now, found = time.perf_counter(), self.ms.setdefault(part, [])
         if len(found) < self.steps:
             found.append(0.0)
-        found[-1] += 1000 * (now - self.last)  # the micro-steps of a step together
+        found[-1] += 1000 * (now - self.last)  # summed over the micro-steps of a step
         self.last = now
 
 
 def untimed(part):
-    """Stands for a PartsTimer where the whole step is timed."""
+    """Replaces a PartsTimer if the entire step is timed."""
 
 
 class Trainee:
-    """A model that trains, as train.py starts it. The steps in several dtypes share it: its weights are float32 in all."""
+    """A model set up for training as in train.py. Steps in several dtypes share it, since its weights are always float32."""
 
     def __init__(self, args):
         """args: TrainArgs. Its dataset is a folder of write_text()."""
@@ -79,7 +79,7 @@ class Trainee:
         self.text = TrainingText(start.dataset, args, None, 0, 0, 1)
         self.flops_per_token = self.model.flops_per_token(args.block_size)
         self.trained_flops = trained_flops(self.model, args.block_size)
-        torch.manual_seed(args.seed)  # draws the dropout, as in train.py
+        torch.manual_seed(args.seed)  # for dropout, as in train.py
 
 
 class Step:
@@ -98,17 +98,17 @@ class Step:
         wait_for(self.trainee.device)
 
     def run_in_parts(self):
-        """The same number of steps, with each part timed by self.timer."""
+        """Run the same number of steps with each part timed by self.timer."""
         for _ in range(self.steps):
             self.timer.start()
             self.step(self.timer)
 
     def part_ms(self):
-        """Median ms of each part, without those of the first run, which warms up. A compiled forward pass includes the loss."""
+        """Median ms of each part, without the warm-up run. A compiled forward pass includes the loss."""
         return {part: median(found[self.steps :] or found) for part, found in self.timer.ms.items()}
 
     def step(self, after=untimed):
-        """One step -> its loss, on the device. after(part) is called at the end of each part."""
+        """Run one step -> its loss, on the device. after(part) is called at the end of each part."""
         t, loss_sum = self.trainee, 0.0
         micro_steps = t.args.gradient_accumulation_steps
         for micro in range(micro_steps):
@@ -142,14 +142,14 @@ class Step:
 
 
 def nanogpt_default(device):
-    """The (dtype, compiled, fused) of nanoGPT's train.py. On a CPU: those of its README, which turns off the compiler there."""
+    """(dtype, compiled, fused) of nanoGPT's train.py. On a CPU: as its README recommends, without the compiler."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16", True, True
-    return "float32", False, False  # it has no autocast there, and fuses AdamW on cards alone
+    return "float32", False, False  # on a CPU it has no autocast; it fuses AdamW only on GPUs
 
 
 class NanoGPT:
-    """The model of a nanoGPT checkout that trains, at the shape of a dense model of ours. Its steps share it."""
+    """The model of a nanoGPT checkout, set up for training, with the shape of our dense model. Its steps share it."""
 
     def __init__(self, folder, args):
         """args: TrainArgs of the dense model. Its dataset is a folder of write_text()."""
@@ -160,19 +160,19 @@ class NanoGPT:
         self.args, self.device, self.tokens = args, args.device, tokens_of(args)
         self.model = move_to(model, args.device).train()
         self.ids = dataset.folder / "train.bin", dataset.train.dtype
-        self.optimizers = {}  # by whether they are fused
+        self.optimizers = {}  # {fused: optimizer}
 
     def optimizer(self, fused):
         if fused not in self.optimizers:
             a = self.args
-            with redirect_stdout(io.StringIO()):  # it prints what it decays
+            with redirect_stdout(io.StringIO()):  # it prints the decayed tensors
                 self.optimizers[fused] = self.model.configure_optimizers(
                     a.weight_decay, a.learning_rate, (a.beta1, a.beta2), "cuda" if fused else "cpu"
-                )  # it fuses where it is told that the device is a card
+                )  # it fuses AdamW if device_type is "cuda"
         return self.optimizers[fused]
 
     def batch(self):
-        """Its get_batch(): a new memmap for each batch, two int64 tensors (B, T)."""
+        """A copy of nanoGPT's get_batch(): a new memmap for each batch, two int64 tensors (B, T)."""
         path, dtype = self.ids
         B, T = self.args.batch_size, self.args.block_size
         data = np.memmap(path, dtype=dtype, mode="r")
@@ -184,9 +184,9 @@ class NanoGPT:
 
 class NanoGPTStep:
     """
-    The step of nanoGPT's train.py, a task of common/timing.py. That file is a script, so its loop is repeated here.
+    The step of nanoGPT's train.py as a task of common/timing.py. That file is a script, so its loop is copied here.
 
-    Its line of log at each step is left out: it waits for the device.
+    The copy skips the log line of each step, which would wait for the device.
     """
 
     def __init__(self, trainee, dtype, compiled, fused, steps=1):
@@ -202,12 +202,12 @@ class NanoGPTStep:
         wait_for(self.trainee.device)
 
     def step(self):
-        """One step -> the loss of its last micro-step, on the device."""
+        """Run one step -> the loss of its last micro-step, on the device."""
         t = self.trainee
         for _ in range(t.args.gradient_accumulation_steps):
             with self.autocast:
                 loss = self.forward(*self.next)[1] / t.args.gradient_accumulation_steps
-            self.next = t.batch()  # read while a card still computes
+            self.next = t.batch()  # read while a GPU still computes
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.args.grad_clip)
@@ -221,32 +221,32 @@ class NanoGPTStep:
 
 
 def high_water(device):
-    """The largest number of bytes so far: of the card's tensors, or of this process where it computes on the CPU."""
+    """The peak number of bytes so far: of the GPU's tensors, or on the CPU of this process."""
     status = Path("/proc/self/status")
-    if device == "cpu" and status.exists():  # getrusage() also counts the process that started this one
+    if device == "cpu" and status.exists():  # getrusage() would also count the parent process
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
     return peak_memory(device)
 
 
 def load_libraries():
-    """Make a tiny step: what torch loads at a first step is no part of a model's memory."""
+    """Run a tiny step, so that the code that torch loads at a first step is not counted as the model's memory."""
     tiny = torch.nn.Linear(8, 8)
     tiny(torch.ones(1, 8)).sum().backward()
     torch.optim.AdamW(tiny.parameters(), fused=True).step()
 
 
 def peak_of_two_steps(step_class, trainee_class, trainee_args, step_args):
-    """Bytes that a model, its optimizer and two steps need at most."""
+    """Peak bytes of a model, its optimizer and two steps."""
     device = trainee_args[-1].device
     if device.startswith("cuda"):
-        gc.collect()  # compiled models of before hold themselves in cycles
+        gc.collect()  # earlier compiled models are in reference cycles
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
         load_libraries()
         before = high_water(device)
     step = step_class(trainee_class(*trainee_args), *step_args)
-    for _ in range(2):  # the first one makes the optimizer's state
+    for _ in range(2):  # the first step makes the optimizer's state
         step.step()
     wait_for(device)
     return high_water(device) - before
@@ -254,12 +254,12 @@ def peak_of_two_steps(step_class, trainee_class, trainee_args, step_args):
 
 def peak_bytes(step_class, trainee_class, trainee_args, step_args):
     """
-    Peak memory of a training step in bytes; None where it is not measured.
+    Peak memory of a training step in bytes; None if it cannot be measured.
 
-    A card counts its tensors. On the CPU it is the resident memory of a fresh process, less what that process had before it
-    built the model. A compiled step is not measured there, since the compiler works in the same process.
+    On a GPU, the tensors are counted. On the CPU, it is the resident memory of a fresh process minus its memory before the
+    model was built. A compiled step cannot be measured on the CPU, since the compiler runs in the same process.
 
-    trainee_args: what the trainee takes, TrainArgs last. step_args: what the step takes after it, (dtype, compiled, ...).
+    trainee_args: arguments of the trainee, TrainArgs last. step_args: further arguments of the step, (dtype, compiled, ...).
     """
     args, compiled = trainee_args[-1], step_args[1]
     if args.device.startswith("cuda"):
@@ -271,7 +271,7 @@ def peak_bytes(step_class, trainee_class, trainee_args, step_args):
             return pool.submit(peak_of_two_steps, step_class, trainee_class, trainee_args, step_args).result()
     except BrokenProcessPool:
         sizes = f"--batch_size {args.batch_size} or --block_size {args.block_size}"
-        fail(f"a step ended its process, as the system does where memory is out: lower {sizes}")
+        fail(f"{sizes}: the system ended the process of a step, probably for lack of memory: lower one of them")
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------
@@ -279,7 +279,8 @@ def peak_bytes(step_class, trainee_class, trainee_args, step_args):
 
 def plans(models, dense, dtypes, compiles, checkout):
     """
-    What is measured: [(name, step_class, trainee_class, trainee_args, step_args)]; nanoGPT's come last, its default first.
+    The plans of all measurements: [(name, step_class, trainee_class, trainee_args, step_args)]. nanoGPT's are last, with its
+    default first.
 
     models: {name: TrainArgs}. dense: TrainArgs of nanoGPT's model. compiles: (False,) or (False, True).
     """
@@ -300,14 +301,14 @@ def plans(models, dense, dtypes, compiles, checkout):
 
 def measure(planned, steps, rounds, say):
     """
-    Measure the plans by turns -> one row each: a dict of tokens a second, ms of the parts, peak bytes, FLOPs, and ratios.
+    Measure the plans alternately -> one row each: a dict of tokens a second, ms of the parts, peak bytes, FLOPs and ratios.
 
-    A plan is an entry of plans(). say(text): reports how far it is.
+    A plan is an entry of plans(). say(text) reports progress.
     """
     rows, trainees, tasks = [], {}, {}
     for name, _, _, _, (dtype, compiled, *_) in planned:
         rows.append(dict(model=name, dtype=dtype, compiled=compiled))
-    for row, (_, *plan) in zip(rows, planned):  # before there are other models in memory
+    for row, (_, *plan) in zip(rows, planned):  # while no other models are in memory
         say(f"peak memory of {row['model']}, {row['dtype']}")
         row["peak_memory_bytes"] = peak_bytes(*plan)
     for i, (name, step_class, trainee_class, trainee_args, step_args) in enumerate(planned):
@@ -333,7 +334,7 @@ def measure(planned, steps, rounds, say):
 
 
 def add_ratios(rows, seconds):
-    """Add to each of our rows the speed over nanoGPT's default and over the fastest of its rows, round by round."""
+    """Add to each of our rows the speed relative to nanoGPT's default and to its fastest row, round by round."""
     theirs = [i for i, row in enumerate(rows) if "ms" not in row]
     if not theirs:
         return

@@ -1,6 +1,6 @@
 """
-How every program here reads its flags and ends: flags are the fields of a dataclass, a user's mistake is one line and
-status 2, the last line on stdout is one JSON object. Standard library only, so that --help answers at once.
+Reads the flags of every program and ends it. Flags are the fields of a dataclass. A user's mistake prints one line and exits
+with status 2. The last line on stdout is one JSON object. Only the standard library is imported, so --help is fast.
 """
 
 import argparse
@@ -15,28 +15,30 @@ from pathlib import Path
 
 from common.versions import check_torch
 
-LARGE = 10**9  # a number with a range that states no upper end is at most this: larger ones are slips
+LARGE = 10**9  # upper limit of a number whose flag gives only a lower one: larger numbers are typing errors
 
 
 def flag(default=MISSING, help="", choices=None, low=None, high=None, above=None, below=None):
     """
-    A dataclass field that is also a command-line flag; without a default the flag is required.
+    A dataclass field that is also a command-line flag. Without a default, the flag is required.
 
-    low, high: the smallest and the largest number that it may have. above, below: the same without the ends. parse() refuses
-    other numbers.
+    low, high: the smallest and the largest number allowed. above, below: the same, but the limit itself is not allowed.
+    parse() refuses other numbers.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, above=above, below=below))
 
 
 def fail(message):
-    """End the program on a user's mistake: the message names the flag or file, then what to do."""
-    words = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))  # a file could steer a terminal
+    """End the program because of a user's mistake. The message names the flag or file, what is wrong, and what to do."""
+    words = "".join(
+        c if c.isprintable() else "?" for c in " ".join(str(message).split())
+    )  # a file's text could contain terminal commands
     print(f"{program_name()}: error: {words}", file=sys.stderr)
     sys.exit(2)
 
 
 def program_name():
-    """train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`"""
+    """The program's name: train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`."""
     if sys.argv[0] == "-m":  # its package is still being imported
         return sys.orig_argv[sys.orig_argv.index("-m") + 1]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -45,7 +47,7 @@ def program_name():
 
 def last_words(kind, error, trace):
     """
-    What Python says at the end of a program that stops: a line for Ctrl-C, for output that cannot be written, and for a package
+    Python's hook for uncaught exceptions. It prints one line for Ctrl-C, for output that cannot be written, and for a package
     that is not installed.
     """
     if issubclass(kind, KeyboardInterrupt):
@@ -59,22 +61,22 @@ def last_words(kind, error, trace):
 
 
 def is_ours(name):
-    """Whether a module lies in this repository. A name that is empty counts as ours."""
+    """Whether a module belongs to this repository. An empty name counts as ours."""
     return any((Path(__file__).parents[1] / path).exists() for path in (name, f"{name}.py"))
 
 
 def reason(error):
-    """An exception of another package's code, for one line."""
+    """Another package's exception as text that fits on one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def finish(**result):
-    """The last line a program prints."""
+    """Print the last line of a program: one JSON object."""
     print(json.dumps(result), flush=True)
 
 
 def rounded(x):
-    """A measured number as programs write it: four significant digits."""
+    """A measured number, rounded to four significant digits for output."""
     return float(f"{x:.4g}")
 
 
@@ -84,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def value_type(hint):
-    """int | None -> int: the type that a flag's text is read as."""
+    """The type that a flag's text is converted to: int | None -> int."""
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint
@@ -96,7 +98,7 @@ def build_parser(cls, presets, description, epilog=None, prog=None):
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # so that parse() can tell what was given from what is a default
+        argument_default=argparse.SUPPRESS,  # so that parse() can distinguish given flags from defaults
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(cls)
@@ -116,11 +118,11 @@ def build_parser(cls, presets, description, epilog=None, prog=None):
 
 def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None):
     """
-    Read the command line into cls: its defaults, then the preset's values, then what was given.
+    Read the command line into an instance of cls. Given flags override the preset's values, which override the defaults.
 
-    presets: name -> {field: value}; the preset is chosen by the field `preset`. prog: what --help calls the program, if it is
-    not program_name().
-    Returns (the instance, the dict of flags that were given).
+    presets: name -> {field: value}; the field `preset` chooses one. prog: the program's name in --help, if it is not
+    program_name().
+    Returns (the instance, the dict of given flags).
     """
     sys.excepthook = last_words
     check_torch(fail)
@@ -144,7 +146,7 @@ def check_ranges(args):
         value, (low, high, above, below) = getattr(args, f.name), (f.metadata[x] for x in ("low", "high", "above", "below"))
         if value is None or (low, high, above, below) == (None,) * 4:
             continue
-        within_low = (low is None or low <= value) and (above is None or above < value)  # false for "not a number"
+        within_low = (low is None or low <= value) and (above is None or above < value)  # false for NaN
         within_high = value <= (LARGE if high is None else high) and (below is None or value < below)
         if not (within_low and within_high):
             ends = {"{} or more": low, "above {}": above, "{} or less": high, "below {}": below}

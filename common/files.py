@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and stay so when the power fails; a claim that keeps a second program out."""
+"""Writes files completely or not at all, even if the power fails. A claim on a folder keeps a second program out of it."""
 
 import errno
 import fcntl
@@ -14,17 +14,17 @@ from common.cli import fail
 @contextmanager
 def written_whole(path, hint="make room, or give another name", errors=(OSError, RuntimeError), previous=None):
     """
-    Gives a path beside `path` to write a file or a folder to; it takes the place of `path` when the block ends.
+    A context that gives a temporary path in the same folder. Write a file or a folder there; at the end it replaces `path`.
 
-    What was written is on the disk before it gets its name. Where writing fails, `path` stays as it was and the program ends
-    with one line that says `hint`. errors: what counts as a failure to write; torch raises a RuntimeError where a disk is
-    full. previous: the file that was at `path` stays under this name.
+    The content is on the disk before it gets its final name. If writing fails, `path` stays unchanged, and the program ends
+    with one line that contains `hint`. errors: exceptions that mean a failed write; torch raises a RuntimeError if a disk is
+    full. previous: the old file at `path` is kept under this name.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(part)  # of a program that was killed
+        remove(part)  # left by a program that was killed
         yield part
         for file in [*part.rglob("*"), part] if part.is_dir() else [part]:
             flush(file)
@@ -35,7 +35,7 @@ def written_whole(path, hint="make room, or give another name", errors=(OSError,
     except errors as error:
         remove(part)
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:80]
-        if "unexpected pos" in why:  # torch's words for a write that fell short
+        if "unexpected pos" in why:  # torch's message for an incomplete write
             why = "no space left"
         fail(f"{path} cannot be written ({why}): {hint}")
     except BaseException:
@@ -44,28 +44,28 @@ def written_whole(path, hint="make room, or give another name", errors=(OSError,
 
 
 def flush(path):
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no fsync of a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no fsync of a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def keep_as(path, name):
-    """Give a file a second name, so that there is a file at `path` at every moment."""
+    """Give a file a second name, so that `path` exists at every moment."""
     remove(name)
     try:
         os.link(path, name)
-    except OSError:  # a file system without links: for a moment the file has the second name alone
+    except OSError:  # no links on this file system: for a moment the file has only the second name
         os.replace(path, name)
 
 
 def remove(path):
-    """Delete a file, a folder or a link, if it is there. What a link leads to stays, even if that is nothing yet."""
+    """Delete a file, a folder or a link, if it exists. A link is deleted even without a target; its target never is."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -74,17 +74,17 @@ def remove(path):
 
 class Claim:
     """
-    Keeps a second program from writing to the same place while this one lives; it is refused in one line, status 2.
+    Keeps a second program from writing to the same place while this program runs. The second one ends with one line, status 2.
 
-    The lock is the kernel's, so a program that crashed holds none, whatever file it left. A file system without locks is
-    written to without one.
+    The kernel holds the lock, so a crashed program holds none, even if its lock file is still there. On a file system without
+    locks, the program writes without one.
     """
 
     def __init__(self, file, what, hint):
-        """file: of the lock, in a folder that exists. what: is claimed, with its flag. hint: what the refused one can do."""
+        """file: the lock's, in an existing folder. what: the claimed place, with its flag. hint: what a refused user can do."""
         while True:
             try:
-                descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # no stranger's link
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # never follow a link
             except OSError as error:
                 fail(f"{what} cannot be written ({error.strerror}): {hint}")
             if not lock(descriptor):
@@ -92,15 +92,15 @@ class Claim:
                 fail(f"{what} is in use by another program{f', {holder}' if holder else ''}: wait until it ends, or {hint}")
             if is_at(descriptor, file):
                 break
-            os.close(descriptor)  # its holder has deleted the file since it was opened here
+            os.close(descriptor)  # its holder deleted the file after it was opened here
         os.ftruncate(descriptor, 0)
-        with suppress(OSError):  # a full disk: the lock holds without a word in its file
+        with suppress(OSError):  # on a full disk the lock works without text in its file
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self.release = weakref.finalize(self, give_up, descriptor, file, os.getpid())
 
 
 def claim_folder(folder, flag, name=".lock"):
-    """Make a folder, and claim it -> Claim. name: of the lock in it."""
+    """Make a folder and claim it -> Claim. name: the name of the lock file in it."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         fail(f"{flag} {folder} is a file: give a folder")
@@ -112,7 +112,7 @@ def claim_folder(folder, flag, name=".lock"):
 
 
 def claim_new(out, kind="file"):
-    """Claim the --out of a program, a file or a folder that is not there yet -> Claim. Tried now, not after hours of work."""
+    """Claim a program's --out, a file or folder that must not exist -> Claim. This fails before hours of work, not after."""
     if not out:
         fail(f"--out is empty: give a {kind}")
     path = Path(out).absolute()
@@ -127,7 +127,7 @@ def claim_new(out, kind="file"):
 
 
 def lock(descriptor):
-    """Whether this process has the lock of a file now."""
+    """Try to lock a file -> whether this process has the lock now."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -143,7 +143,7 @@ def is_at(descriptor, file):
 
 
 def give_up(descriptor, file, owner):
-    """Delete the file of a lock, then let go of it."""
-    if os.getpid() == owner:  # a child that was forked has the object too, and no lock
+    """Delete the file of a lock, then release the lock."""
+    if os.getpid() == owner:  # a forked child has the object too, but not the lock
         Path(file).unlink(missing_ok=True)
         os.close(descriptor)

@@ -1,14 +1,14 @@
 """
-What a GGUF file says about itself, compared with its size: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Checks the header of a GGUF file against the file's size: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-The package gguf believes each length that a file declares: a list of 10^18 numbers fills the memory, though the file ends.
+The package gguf trusts every declared length: a declared list of 10^18 numbers fills the memory, even if the file is short.
 """
 
 import math
 import struct
 from pathlib import Path
 
-WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type's number
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type number -> bytes of a value
 TEXT, LIST = 8, 9
 MOST_DIMS = 4
 
@@ -20,10 +20,10 @@ class Head:
         self.data, self.at = data, 0
 
     def skip(self, count):
-        """Pass over bytes -> where they begin. Raises ValueError where the file ends before."""
+        """Skip bytes -> the position of the first. Raises ValueError if the file is too short."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data):,}, and says that more follows")
+            raise ValueError(f"it ends at byte {len(self.data):,}, but declares more")
         return start
 
     def number(self, form):
@@ -35,7 +35,7 @@ class Head:
         return bytes(self.data[start : start + length])
 
     def value(self, kind):
-        """Pass over a value -> it, if it is a whole number of 4 bytes, else None."""
+        """Skip a value -> the value if it is an integer of 4 bytes, otherwise None."""
         if kind == TEXT:
             self.text()
         elif kind == LIST:
@@ -54,7 +54,7 @@ class Head:
 
 
 def check_gguf(path):
-    """Raise an error where a GGUF file declares more than it has -> the number of its tensors."""
+    """Raise an error if a GGUF file declares more than it has -> the number of its tensors."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -66,7 +66,7 @@ def check_gguf(path):
         name = head.text()
         found = head.value(head.number("I"))
         if name.endswith(b".block_count") and (found or 0) > tensors:
-            raise ValueError(f"{name.decode()} is {found}, it has {tensors} tensors")
+            raise ValueError(f"{name.decode()} is {found}, but it has {tensors} tensors")
     for _ in range(tensors):
         name, dims = head.text(), head.number("I")
         if not 1 <= dims <= MOST_DIMS:
@@ -75,5 +75,5 @@ def check_gguf(path):
         in_block, width = GGML_QUANT_SIZES[GGMLQuantizationType(head.number("I"))]
         stored += numbers // in_block * width
         if head.number("Q") > size or stored > size:
-            raise ValueError(f"{name[:40].decode(errors='replace')} lies beyond its end")
+            raise ValueError(f"{name[:40].decode(errors='replace')} is beyond its end")
     return tensors

@@ -1,18 +1,18 @@
-"""The loss of a language model's head: mean cross-entropy, without all logits in memory at once."""
+"""The loss of a language model's head: mean cross-entropy, computed in chunks so that not all logits are in memory at once."""
 
 import torch
 from torch.nn import functional as F
 
-CHUNK = 1024  # tokens whose logits are in memory at once; on a CPU, products of fewer are slower: 6% at 512, a fifth at 256
-BLOCK = 16  # tokens of a softmax on a CPU: small enough for its cache
+CHUNK = 1024  # tokens whose logits are in memory at once; on a CPU, smaller chunks are slower: 6% at 512, 20% at 256
+BLOCK = 16  # tokens of one softmax on a CPU; their logits fit into its cache
 
 
 def head_loss(x, targets, table, adapter=None):
     """
-    The mean cross-entropy in nats of the logits x @ table^T. x (B, T, m), targets: ids (B, T), table (V, m).
+    The mean cross-entropy, in nats, of the logits x @ table^T. x (B, T, m), targets: ids (B, T), table (V, m).
 
-    adapter: the table's, or None. Its r columns stand beside the table's, so that there is one product. Logits have autocast's
-    dtype, and the softmax of a few tokens at a time is computed in float32.
+    adapter: the table's LoRA adapter, or None. Its r columns are appended to the table's m, so one product is enough. Logits
+    have autocast's dtype. The softmax is computed in float32, a few tokens at a time.
     """
     if adapter is None:
         return HeadLoss.apply(x.flatten(0, 1), targets.flatten(), torch.is_grad_enabled(), table)
@@ -21,14 +21,14 @@ def head_loss(x, targets, table, adapter=None):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The forward pass computes the gradients too, chunk by chunk. The backward pass would have to compute all logits again."""
+    """The forward pass also computes the gradients, chunk by chunk. Otherwise the backward pass would recompute all logits."""
 
     @staticmethod
     def forward(ctx, x, targets, learns, *tables):
-        """x (N, m), targets (N,), tables (V, m_i) side by side, the m_i add up to m. learns: whether gradients are wanted."""
+        """x (N, m), targets (N,), tables (V, m_i), whose m_i sum to m. learns: whether gradients are needed."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        # Detached: torch 2.5 compiles forward() with gradients on, and refuses to write into a part of a tensor that needs one.
+        # Detached: torch 2.5 compiles forward() with gradients on, and then refuses to write into a slice of such a tensor.
         x, table = x.detach().to(dtype), [t.detach().to(dtype) for t in tables]
         table = table[0] if len(table) == 1 else torch.cat(table, 1)
         loss, dx, gradients = 0, torch.empty_like(x), [None] * len(tables)
@@ -53,9 +53,11 @@ class HeadLoss(torch.autograd.Function):
 
 
 def sum_and_gradient(logits, targets):
-    """The sum of the cross-entropy of logits (N, V). Writes its gradient over them: the probabilities, less 1 at the target."""
+    """The summed cross-entropy of logits (N, V). Overwrites them with its gradient: probabilities, minus 1 at the target."""
     loss = 0
-    whole = logits.device.type != "cpu" or torch.compiler.is_compiling()  # a compiler writes out every block, for minutes
+    whole = (
+        logits.device.type != "cpu" or torch.compiler.is_compiling()
+    )  # a compiler would unroll all blocks, which takes minutes
     size = len(logits) if whole else BLOCK
     for z, y in zip(logits.split(size), targets.split(size)):
         p = F.log_softmax(z, 1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Small modules, how they are made and shared, and whether all of a model has been filled."""
+"""Makes and shares small modules, and checks that every part of a loaded model has been filled."""
 
 import copy
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from common.cli import fail
 @contextmanager
 def fresh_memory_is_nan():
     """
-    A context in which memory that nothing has written to yet, as torch.empty() gives it, holds NaN.
+    A context in which new memory, for example from torch.empty(), contains NaN.
 
-    Whole numbers get the largest of their kind. So check_filled() finds what a reader forgot.
+    Integers get the largest value of their dtype. So check_filled() finds tensors that a reader did not fill.
     """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")  # torch.utils.deterministic.fill_uninitialized_memory, true by default
@@ -26,10 +26,10 @@ def fresh_memory_is_nan():
 
 def check_filled(model, source):
     """
-    End in one line if a parameter or a buffer of a model has no memory, or still holds what fresh_memory_is_nan() put there.
+    End in one line if a parameter or a buffer of a model has no memory, or still has the value of fresh_memory_is_nan().
 
-    All numbers must come from the file that the model was read from, or be computed from its config. In bytes and booleans no
-    value is free to mean "not filled", so they are not checked. source: for the message.
+    All numbers must come from the model's file or be computed from its config. Bytes and booleans are not checked, since each
+    of their values is valid. source: the model's name in the message.
     """
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.is_meta or is_fresh(t):
@@ -38,9 +38,9 @@ def check_filled(model, source):
 
 def check_complete(model, info, source):
     """
-    check_filled() for what from_pretrained(output_loading_info=True) returned. transformers draws missing weights at random.
+    check_filled() for the results of from_pretrained(output_loading_info=True). transformers makes missing weights random.
 
-    Of a model that accelerate has spread over devices, some weights may wait on the disk.
+    If accelerate has spread a model over devices, some weights may still be on the disk.
     """
     if missing := sorted(info["missing_keys"]):
         fail(f"{source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
@@ -65,28 +65,28 @@ def linear(weight, bias=None):
 
 
 def shared_copy(module, **children):
-    """A copy of a module that shares its parameters and submodules, save for the children that are given."""
+    """A copy of a module that shares its parameters and submodules, except for the given children."""
     twin = copy.copy(module)
     twin._modules = module._modules | children
     return twin
 
 
 class AtTable(nn.Module):
-    """A GPT in three calls, split at its stored table wte [V,k], or [V,d] if dense. What passes between them has its width."""
+    """A GPT in three calls, split at its stored table wte [V,k] ([V,d] if dense). Vectors in between have width k (or d)."""
 
     def __init__(self, gpt):
         super().__init__()
         self.gpt = gpt
 
     def lookup(self, idx):
-        """Token ids (B, T) -> rows of wte (B, T, k)."""
+        """Token ids (B, T) -> rows of wte (B, T, k)"""
         return self.gpt.transformer.wte(idx)
 
     def trunk(self, rows):
-        """Rows of wte (B, T, k) -> what lm_head reads (B, T, k)."""
+        """Rows of wte (B, T, k) -> the input of lm_head (B, T, k)"""
         t = self.gpt.transformer
         return t.scale_down(self.gpt.trunk(t.scale_up(rows)))
 
     def logits(self, h):
-        """What lm_head reads (B, T, k) -> logits (B, T, V)."""
+        """The input of lm_head (B, T, k) -> logits (B, T, V)"""
         return self.gpt.lm_head(h)

@@ -1,8 +1,8 @@
 """
-Figures: what they show, and how matplotlib draws them, as PNG and SVG; reports/html.py draws the same ones into a page.
+Describes figures and draws them with matplotlib as PNG and SVG. reports/html.py draws the same figures into a page.
 
-A figure says one thing, in its title. Its panels are small: each line is named at its end, in words, and has a colour, a
-marker and dashes of its own, so that it can be told without colour.
+A figure's title states its one answer. Its panels are small. Each line is labelled at its end, and has its own colour, marker
+and dashes, so that readers can distinguish the lines without colour.
 """
 
 import math
@@ -19,13 +19,13 @@ from common.cli import reason
 COLORS = ("#1f5fa8", "#c2410c", "#1b7a43", "#7a3fa0", "#b0256f", "#0e7490", "#7a5c1e", "#4b5563")
 DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3), (5, 1, 1, 1, 1, 1), (1, 3))  # lengths in points: line, gap, line, ...
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LABEL_WIDTH = 18  # of the name at a line's end, in characters
+LABEL_WIDTH = 18  # characters of a label at a line's end
 
 
 class Point(NamedTuple):
     x: float
     ys: list  # a number for each seed
-    words: str = ""  # what a page says of it, where x and y are not enough
+    words: str = ""  # the page's text for it; default: x and y
 
     @property
     def y(self):
@@ -34,10 +34,10 @@ class Point(NamedTuple):
 
 @dataclass
 class Panel:
-    """What one pair of axes shows."""
+    """The content of one pair of axes."""
 
     lines: dict  # name -> [Point]
-    x: str  # what the axes count, with the unit
+    x: str  # labels of the axes, with the unit
     y: str
     title: str = ""
     rules: dict = field(default_factory=dict)  # name -> y of a horizontal line
@@ -46,7 +46,7 @@ class Panel:
     xscale: str = "linear"  # linear, log, or ranks: log, with a tick for each x
     yscale: str = "linear"
     ylim: tuple | None = None
-    yticks: dict = field(default_factory=dict)  # y -> its words
+    yticks: dict = field(default_factory=dict)  # y -> its label
 
     def __post_init__(self):
         self.lines = {name: points for name, points in self.lines.items() if points}
@@ -54,17 +54,17 @@ class Panel:
 
 @dataclass
 class Figure:
-    name: str  # of its files, without a suffix
+    name: str  # of its files, without suffix
     title: str  # the answer, in a sentence
     caption: str  # what is drawn
     panels: list
-    order: list  # all series: by its place each has its style, in every figure of a report
+    order: list  # all series; a series' index decides its style, so it is the same in every figure of a report
     same_y: bool = True  # whether the panels share the y axis
-    behind: bool = False  # whether each panel has the lines of the others in grey, on the same x axis
+    behind: bool = False  # whether each panel shows the other panels' lines in grey, on the same x axis
 
 
 def style(order, name):
-    """How a series is drawn: (its number, colour, marker, dashes). A rule that is no series is black."""
+    """The style of a series: (its index, colour, marker, dashes). A rule that is not a series is black."""
     if name not in order:
         return None, "black", "", ()
     i = order.index(name)
@@ -72,7 +72,7 @@ def style(order, name):
 
 
 def front(panel):
-    """[(x, y)], by x: the points that no other one of the panel beats in both."""
+    """[(x, y)] sorted by x: the points of a panel that no other point beats in both x and y."""
     best, found = float("inf"), []
     for x, y in sorted((point.x, point.y) for points in panel.lines.values() for point in points):
         if y < best:
@@ -82,18 +82,18 @@ def front(panel):
 
 
 def ends(panel):
-    """[(name, y where its line ends, the lines of its label)]: what is labelled at the right edge."""
+    """The labels at the right edge: [(name, y of its line's end, the label's lines of text)]."""
     last = {name: points[-1].y for name, points in panel.lines.items()} | panel.rules
     return [(name, y, textwrap.wrap(name, LABEL_WIDTH, break_on_hyphens=False)) for name, y in last.items()]
 
 
 def apart(wished, heights, low, high):
-    """Where labels of these heights go, rising, so that none covers another: as near as possible to where each is wished."""
+    """Positions of labels with these heights, ascending and without overlap, each close to its wanted position."""
     order = sorted(range(len(wished)), key=lambda i: wished[i])
     offsets = [0.0]
     for a, b in zip(order, order[1:]):
         offsets.append(offsets[-1] + (heights[a] + heights[b]) / 2)
-    blocks = []  # less their offsets the places need only not fall: isotonic regression, by pooling neighbours
+    blocks = []  # positions minus offsets must not decrease: isotonic regression, by pooling neighbours
     for i, offset in zip(order, offsets):
         blocks.append([wished[i] - offset, 1])
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
@@ -107,7 +107,7 @@ def apart(wished, heights, low, high):
 
 
 def ticks(low, high, scale):
-    """Round numbers from low to high: some four of them."""
+    """About four round numbers from low to high."""
     if scale == "log" and high / low > 10:
         powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
         steps = (1, 2, 5) if high / low < 100 else (1,)
@@ -130,13 +130,13 @@ def short(x):
 
 
 def pyplot():
-    """matplotlib.pyplot, imported for the first figure: where it is broken or missing, a report keeps its tables."""
+    """matplotlib.pyplot, imported at the first figure, so that a report without matplotlib still has its tables."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "nanopca"  # the same figure is the same file
+    plt.rcParams["svg.hashsalt"] = "nanopca"  # equal figures become equal files
     return plt
 
 
@@ -144,9 +144,9 @@ def save(fig, path):
     """Write path.png and path.svg."""
     for kind in ("png", "svg"):
         if (file := Path(f"{path}.{kind}")).is_symlink():
-            file.unlink()  # a folder from elsewhere may have links to files that are not its own
+            file.unlink()  # the name may be a link to a file elsewhere
     fig.savefig(f"{path}.png", dpi=130)
-    fig.set_layout_engine("none")  # what the PNG has found
+    fig.set_layout_engine("none")  # keep the layout of the PNG
     fig.savefig(f"{path}.svg", metadata=dict(Date=None))
     pyplot().close(fig)
 
@@ -195,13 +195,13 @@ def draw_panel(ax, panel, figure):
     for x in panel.marks:
         ax.axvline(x, color="grey", linewidth=0.8)
         ax.annotate(f"{x}", (x, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
-    ax.tick_params(labelbottom=True, labelleft=True)  # every panel has its numbers, where axes are shared too
+    ax.tick_params(labelbottom=True, labelleft=True)  # every panel has numbers, even if axes are shared
     ax.set_title(textwrap.fill(panel.title, 58), loc="left", fontsize=10)
     ax.grid(alpha=0.3)
 
 
 def name_ticks(ax, panel):
-    """Short numbers, not powers, or the words that the panel has for them."""
+    """Tick labels: the panel's own, or short numbers instead of powers."""
     if panel.xscale == "ranks":
         ranks = sorted({p.x for points in panel.lines.values() for p in points})
         ax.set_xticks(ranks, [f"{rank}" for rank in ranks])
@@ -217,7 +217,7 @@ def name_ticks(ax, panel):
 
 
 def label_ends(ax, panel, order):
-    """Name the lines right of the axes, each near its end, with its marker."""
+    """Label the lines right of the axes, each near its end, with its marker."""
     named = ends(panel)
     to_axes = ax.transData + ax.transAxes.inverted()
     wished = [min(max(to_axes.transform((ax.get_xlim()[1], y))[1], 0), 1) for _, y, _ in named]
@@ -232,13 +232,13 @@ def draw(folder, figure):
     """
     Draw a figure into a folder -> the markdown that shows it.
 
-    Where that fails there is a word in its place, in the report too: a figure never costs a report its tables.
+    If drawing fails, the markdown is a short note instead, so a report always keeps its tables.
     """
     try:
         draw_figure(folder / figure.name, figure)
         return f"![{figure.title}]({figure.name}.png)"
     except Exception as error:
-        for suffix in ("png", "svg"):  # half a figure, or one of before, which does not belong to these tables
+        for suffix in ("png", "svg"):  # delete an incomplete or older figure, which does not belong to these tables
             with suppress(OSError):
                 (folder / f"{figure.name}.{suffix}").unlink()
         print(f"note: the figure {figure.name} is not drawn: {reason(error)}", file=sys.stderr)
@@ -246,7 +246,7 @@ def draw(folder, figure):
 
 
 def draw_all(folder, text):
-    """text: lines, tables and figures of a report -> its markdown lines. The figures are drawn into the folder."""
+    """Draw the figures of a report into the folder. text: its lines, tables and figures -> its markdown lines."""
     lines = []
     for part in text:
         lines += [draw(folder, part), "", f"*{part.caption}.*", ""] if isinstance(part, Figure) else [str(part)]
@@ -254,7 +254,7 @@ def draw_all(folder, text):
 
 
 def scree(name, spectra, ranks, caption):
-    """Two panels: the spectrum of each method, {method: singular values, falling}, and what each rank keeps of its energy."""
+    """Two panels: the spectrum of each method, and the energy that each rank keeps. spectra: {method: descending values}."""
     values, kept = {}, {}
     for method, S in spectra.items():
         total, sums = sum(s * s for s in S), []

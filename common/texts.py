@@ -1,4 +1,4 @@
-"""Text files into documents, and the tokenizers of datasets."""
+"""Splits text files into documents, and finds the tokenizer of a dataset."""
 
 import re
 
@@ -7,7 +7,7 @@ from common.tokenizer import TOKENIZERS, read_codec
 
 
 def articles(lines):
-    """Lines -> articles. An article begins at a heading of the first level, ' = Title = ', after a blank line."""
+    """Lines -> articles. An article begins with a first-level heading, ' = Title = ', after a blank line."""
     article, blank = [], True
     for line in lines:
         if blank and any(map(str.strip, article)) and re.fullmatch(r" = [^=].*[^=] = \n?", line):
@@ -20,9 +20,9 @@ def articles(lines):
 
 def codec_of(name, hint, required=True):
     """
-    The tokenizer of a dataset -> (Codec, vocab_size); None where there is no such dataset.
+    The tokenizer of a dataset -> (Codec, vocab_size); None if there is no such dataset.
 
-    hint: see read_codec(). required: end in an error where the dataset names no known tokenizer; if false, return None there.
+    hint: see read_codec(). required: if the dataset names no known tokenizer, end in an error; if false, return None.
     """
     folder = find_folder(name)
     if folder is None or not (folder / "meta.pkl").is_file():

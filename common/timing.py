@@ -1,4 +1,4 @@
-"""How long things take, measured by turns."""
+"""Measures how long tasks take, alternating between them."""
 
 import statistics
 import time
@@ -6,9 +6,10 @@ import time
 
 def by_turns(tasks, rounds, after_round=lambda i: None):
     """
-    Measure tasks by turns, round after round, so that other load slows all alike. One more round before warms up.
+    Measure tasks alternately: each round runs every task once, so other load slows all of them equally. One extra warm-up round
+    runs first.
 
-    tasks: {name: (prepare, run)}: run() is timed, and must wait for its device. Returns {name: [seconds, one a round]}.
+    tasks: {name: (prepare, run)}. Only run() is timed; it must wait for its device. Returns {name: [seconds of each round]}.
     """
     seconds = {name: [] for name in tasks}
     for i in range(rounds + 1):
@@ -22,5 +23,5 @@ def by_turns(tasks, rounds, after_round=lambda i: None):
 
 
 def spread(values):
-    """The median of some measurements, and the smallest and the largest of them."""
+    """The median, the smallest and the largest of some measurements."""
     return dict(median=statistics.median(values), low=min(values), high=max(values))

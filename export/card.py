@@ -1,4 +1,4 @@
-"""The model card: README.md in an exported folder. Its numbers were measured before; what was not measured is left out."""
+"""Writes the model card, README.md of an exported folder. It shows only numbers that were measured before the export."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from common.untrusted import COUNT, Positive, read_json
 
 NUMBER = (float, None)
-HINT = "move it away: the card then leaves its numbers out"
+HINT = "move it away: the card then skips its numbers"
 EVALUATION = {"val_loss": float, "val_ppl": float, "eval_tokens": COUNT, "tokens?": COUNT}
 SUMMARY = {"dataset": str, "final": EVALUATION, "hardware?": str, "seconds?": NUMBER, "starts_from?": (dict(ckpt=str), None)}
 MEASURED = {"loss": float, "ppl": float, "kl?": NUMBER, "texts?": {str: dict(ppl=float)}}
@@ -23,7 +23,7 @@ RECORD = {
 
 
 def facts_of_run(path, saved):
-    """[(name, text)] of a checkpoint: of a run's best what its folder says, of another one what the file says."""
+    """[(name, text)] of a checkpoint. A run's best checkpoint takes the facts from its folder, any other from the file."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if path.name != "ckpt.pt" or not path.with_name("summary.json").is_file():
         loss, tokens = saved.get("val_loss"), saved["tokens"]
@@ -49,7 +49,7 @@ def facts_of_run(path, saved):
 
 
 def facts_of_smaller(folder):
-    """[(name, text)] of a folder of surgery: its measured.json."""
+    """[(name, text)] of a folder of surgery, from its measured.json."""
     path = Path(folder) / "measured.json"
     if not path.is_file():
         return []
@@ -78,7 +78,7 @@ def facts_of_smaller(folder):
 
 
 def names(texts):
-    """Texts as a card shows them: of a path the file's name."""
+    """Names of texts as the card shows them: a path becomes the file's name."""
     return ", ".join(Path(text).name for text in texts.split(", ")) if texts else None
 
 
@@ -91,23 +91,23 @@ def code(command):
 
 
 def shown(word):
-    """A word of a command as a card shows it: of a place on this machine the last name."""
+    """A word of a command as the card shows it: a path on this machine becomes its last name."""
     return ",".join(Path(part).name if part.startswith("/") else part for part in word.split(","))
 
 
 def base_model(facts):
-    """The base model's id on the hub, where it is one."""
+    """The base model's id on the hub, if it has one."""
     name = dict(facts).get("base model") or ""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def write_card(folder, name, hf, form, facts):
-    """README.md of a folder. facts: [(name, text or None)]."""
+    """The lines of a folder's README.md. facts: [(name, text or None)]."""
     compact = form == "compact"
     header = dict(library_name="transformers", base_model=base_model(facts), tags=["nanopca"])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value), "---", "", f"# {name}", ""]
-    trust = ", trust_remote_code=True" if compact else ""  # the tokenizer's loader reads config.json, and would ask
-    needs = "`modeling_nanopca.py` beside the weights computes it." if compact else "No code beside transformers is needed."
+    trust = ", trust_remote_code=True" if compact else ""  # the tokenizer's loader reads config.json, and needs it too
+    needs = "Its code is `modeling_nanopca.py`, beside the weights." if compact else "It needs only transformers."
     lines += [f"{type(hf).__name__}, written by nanoPCA's `{form}` export. {needs}", "", "```python"]
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})']

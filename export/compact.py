@@ -1,4 +1,4 @@
-"""The compact form: modeling_nanopca.py beside the weights, and a config that names it."""
+"""Writes the compact form: weights, modeling_nanopca.py, and a config that names this file."""
 
 import json
 
@@ -12,8 +12,8 @@ from surgery.low_rank_modules import install, set_factors
 
 CODE = "modeling_nanopca"
 TITLE = {
-    False: "{model} with less in it: low-rank factors in place of matrices, latents in place of keys and values.",
-    True: "{model} with less in it: matrices, and keys and values where config.json says so, are kept by bits.",
+    False: "{model}, compressed: low-rank factors replace matrices, latents replace keys and values.",
+    True: "{model}, compressed: matrices, and keys and values if config.json says so, are stored in few bits.",
 }
 TAIL = """
 class CompactConfig({config}):
@@ -27,7 +27,7 @@ class CompactForCausalLM({mixin}, {model}):
 
 @torch.no_grad()
 def made_compact(hf, model, cuts):
-    """Give the standard form of our GPT its factors back, in place -> the plan (low_rank_modules.py)."""
+    """Put the factors back into the standard form of our GPT, in place -> the plan (low_rank_modules.py)."""
     layer = "gpt_neox.layers.{}.attention" if model.config.rotary_pct else "transformer.h.{}.attn"
     stacks = [dict(parts=[[layer.format(cut.layer), cut.target]], rank=len(cut.right)) for cut in cuts]
     c, t, table = model.config, model.transformer, None
@@ -48,8 +48,8 @@ def write_compact(folder, hf, plan, dtype):
     """
     Write a model's weights, its config.json and modeling_nanopca.py.
 
-    The names of the weights are those of the modules: save_pretrained() has other ones for some kinds of models, which only a
-    config of that kind reads back.
+    The weights are named like the modules. For some model types save_pretrained() uses other names, which can only be read back
+    with a config of that type.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -62,7 +62,7 @@ def write_compact(folder, hf, plan, dtype):
     values |= dict(auto_map=dict(AutoConfig=f"{CODE}.CompactConfig", AutoModelForCausalLM=f"{CODE}.CompactForCausalLM"))
     values |= dict(dtype=str(dtype).removeprefix("torch."), surgery=packed_plan(hf, plan) if packed else plan)
     if plan.get("table") or "wte" in plan.get("coded", []):
-        values["tie_word_embeddings"] = False  # the head reads the table by itself
+        values["tie_word_embeddings"] = False  # the code ties the head itself
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if hf.generation_config is not None:
         hf.generation_config.save_pretrained(folder)
@@ -73,13 +73,13 @@ def write_compact(folder, hf, plan, dtype):
 
 
 def stored(hf):
-    """(name, tensor) of all parameters and of the buffers that are kept; a shared one once."""
+    """(name, tensor) of all parameters and stored buffers. A shared tensor appears once."""
     kept = hf.state_dict().keys()
     return [(name, t) for name, t in [*hf.named_parameters(), *hf.named_buffers()] if name in kept]
 
 
 def packed_tensors(hf):
-    """What is stored of a packed model: as surgery does it, matrices beside the packed ones and the cache's in 16 bits."""
+    """The stored tensors of a packed model. As in surgery, unpacked matrices and those of the cache have 16 bits."""
     tensors = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in stored(hf)}
     for name, code in layer_codes(hf):
         tensors |= {f"{name}.{part}": t for part, t in code.tensors().items()}
@@ -104,5 +104,5 @@ def sizes(tensors):
 
 
 def counts(bits):
-    """How many components have 1 bit, 2 bits, ... of bits that rise."""
+    """bits of all components, ascending -> how many components have 1 bit, 2 bits, ..."""
     return [bits.count(b) for b in range(1, max(bits, default=0) + 1)]

@@ -1,4 +1,4 @@
-"""What a compact model is beyond its standard class: bundle.py makes the file beside the weights of one of these classes."""
+"""The additions of a compact model to its standard class. bundle.py copies one of these classes into the exported file."""
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ from surgery.low_rank_modules import install
 
 
 class CompactModel:
-    """Before a standard class of Hugging Face. from_pretrained() refuses files that do not fill all of the model."""
+    """A mixin before a standard class of Hugging Face. from_pretrained() refuses files that do not fill all of the model."""
 
     _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = False
 
@@ -27,9 +27,9 @@ class CompactModel:
 
 class LowRankModel(CompactModel):
     """
-    config.surgery says which parts have factors, and the cache holds latents.
+    A model with low-rank factors, listed in config.surgery. Its cache contains latents.
 
-    Keys are counted from the first in the cache, so a text can be padded on the left. A static cache is refused.
+    Key positions are counted from the first key in the cache, so a text can be padded on the left. A static cache is refused.
     """
 
     def __init__(self, config):
@@ -43,9 +43,9 @@ class LowRankModel(CompactModel):
 
 class PackedModel(CompactModel):
     """
-    config.surgery says which matrices are packed, and how the cache is.
+    A model with packed matrices. config.surgery lists them and the form of the cache.
 
-    Packed matrices are read on the CPU. Tokens are to be given as input_ids where the cache is packed.
+    Packed matrices are read on the CPU. If the cache is packed, give tokens as input_ids.
     """
 
     def __init__(self, config):
@@ -56,12 +56,13 @@ class PackedModel(CompactModel):
         if layers:
             install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], layers)
         self.post_init()
-        # LayerCodes: a key must be read back as it was written. Not of the class: transformers 4 would look for them too early.
+        # LayerCodes stay float32: a key must be read back exactly as it was written. This is not a class attribute, since
+        # transformers 4 would look for the modules too early.
         self._keep_in_fp32_modules_strict = {"self_attn.code", "attention.code"}
 
 
 class Levels(nn.Module):
-    """The levels of all depths' codes, in the bits of float16: {half bits: Code}."""
+    """The quantiser's levels for all bit depths, as float16: {half bits: Code}."""
 
     def __init__(self):
         super().__init__()
@@ -88,6 +89,6 @@ def blank_matrix(parts, codes):
 
 
 def blank_layer_code(bits, parts):
-    """bits: for each stream, how many components have 1 bit, 2 bits, ..."""
+    """bits: for each stream, the number of components with 1 bit, 2 bits, ..."""
     bits = [[b for b, count in enumerate(stream, 1) for _ in range(count)] for stream in bits]
     return LayerCode(bits=bits, **blank(parts))

@@ -1,4 +1,4 @@
-"""A model of surgery with low-rank factors, back in its standard architecture: each product of factors is one plain matrix."""
+"""Turns a low-rank model of surgery back into its standard architecture: each product of factors becomes one plain matrix."""
 
 import math
 
@@ -10,8 +10,8 @@ from util_factorization.modules import LowRank, Uncut
 
 
 def plain_config(hf, **changes):
-    """A copy of a model's config without what surgery wrote into it."""
-    ours = ("surgery", "_name_or_path")  # the latter is a place on the machine that made it
+    """A copy of a model's config without surgery's entries."""
+    ours = ("surgery", "_name_or_path")  # the latter is a path on the machine that made it
     return type(hf.config).from_dict({name: value for name, value in hf.config.to_dict().items() if name not in ours} | changes)
 
 

@@ -1,4 +1,4 @@
-"""What an export starts from, read into one form."""
+"""Reads the source of an export, a run or a folder of surgery, into one form."""
 
 import sys
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from training import checkpoint
 @dataclass
 class Source:
     """
-    hf         the model to write, of Hugging Face
-    plan       what is smaller in it (low_rank_modules.py), or None where it is dense
+    hf         the model to write, a Hugging Face model
+    plan       its smaller parts (low_rank_modules.py), or None if it is dense
     tokenizer  its tokenizer
-    logits     ids (B, T) -> logits (B, T, V), of the model as it was
+    logits     ids (B, T) -> logits (B, T, V), of the source model
     facts      [(name, text or None)] for the card
     """
 
@@ -33,7 +33,7 @@ class Source:
 
 
 def read_own(args):
-    """A checkpoint of train.py -> Source."""
+    """Read a checkpoint of train.py -> Source."""
     if (Path(args.model) / "config.json").is_file() and not checkpoint.file_of(args.model).is_file():
         fail(f"--model {args.model} is a folder of Hugging Face already: give a run folder, or one that surgery's --out wrote")
     saved = checkpoint.load(args.model, hint="give a run folder, its ckpt.pt, or a folder that surgery's --out wrote")
@@ -42,7 +42,7 @@ def read_own(args):
     if args.compact:
         refuse_what_is_not_smaller(model.config, args.model)
     if model.config.lora_rank is not None:
-        print(f"{args.model} has adapters: they are merged into the weights", file=sys.stderr)
+        print(f"{args.model} has adapters; the export merges them into the weights", file=sys.stderr)
         model.merge_lora()
     tokenizer = tokenizer_for(args.tokenizer, saved["args"]["dataset"], model.config.vocab_size, args.model)
     tokenizer.model_max_length = model.config.block_size
@@ -57,7 +57,7 @@ def refuse_what_is_not_smaller(config, name):
 
 
 def read_smaller(args):
-    """A folder that surgery's --out wrote -> Source."""
+    """Read a folder that surgery's --out wrote -> Source."""
     from surgery import load
 
     if args.tokenizer:
@@ -65,7 +65,7 @@ def read_smaller(args):
     small, tokenizer = load(args.model, packed=args.compact)
     plan = small.config.surgery
     if plan.get("cache") and args.dense:
-        fail(f"--dense: no standard architecture keeps a cache by bits, which {args.model} has: write it without --cache_bytes")
+        fail(f"--dense: {args.model} has a quantized cache, which no standard architecture has: write it without --cache_bytes")
     if args.compact:
         return Source(small, plan, tokenizer, lambda ids: small(ids).logits, facts_of_smaller(args.model))
     hf = small if "coded" in plan else multiplied(small, plan)

@@ -1,10 +1,10 @@
 """
-Our GPT as a standard architecture of Hugging Face: a GPT-2 where positions are learned, a GPT-NeoX (Pythia) where they are
-rotated. import_hf.py is the way back, and names the modules.
+Converts our GPT to a standard architecture of Hugging Face: a GPT-2 if its positions are learned, a GPT-NeoX (Pythia) if they
+are rotary. import_hf.py converts back, and has the tables of module names.
 
-What our GPT has beyond these becomes a plain matrix with equal logits. Factors are multiplied: wte with scale_up, wte with
-scale_down, k_restore with k_compress and k_proj, the same of v. Narrow value heads are filled with zeros. A bias that is not
-there is 0. Compression before the cache is given back too, as a list of Cuts, for a form that keeps it.
+Parts that the standard architecture lacks become plain matrices with equal logits. Factors are multiplied: wte with scale_up,
+wte with scale_down, k_restore with k_compress and k_proj, and the same for v. Narrow value heads are padded with zeros. A
+missing bias becomes 0. The compression of keys and values is also returned, as a list of Cuts, for the compact form.
 
 Shapes: V tokens, d = n_embd, k of the table, r of a compression, H heads, n numbers a head.
 """
@@ -17,13 +17,13 @@ import torch.nn as nn
 from common.cli import fail
 from util_factorization.import_hf import ACTIVATION, GPT2, GPT_NEOX
 
-THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # names of activations that both architectures know
+THEIRS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # our activations -> names that both architectures have
 assert all(ACTIVATION[theirs] == ours for ours, theirs in THEIRS.items())
 
 
 @dataclass
 class Cut:
-    """The weight of q, k or v of a layer is left @ right: left [d,r], right [r,d]."""
+    """A factorized weight of q, k or v in a layer: left @ right, left [d,r], right [r,d]."""
 
     layer: int
     target: str
@@ -32,16 +32,16 @@ class Cut:
 
 
 def refuse_what_no_architecture_has(config, flag):
-    """config: a GPTConfig. flag: what gave the model."""
+    """config: a GPTConfig. flag: the flag and value that named the model."""
     if not config.rotary_pct and (config.parallel_residual or config.norms_per_layer == 1):
         fail(
-            f"{flag} has learned positions and parallel blocks, which no standard architecture has together (GPT-2: blocks one "
-            "after the other, GPT-NeoX: rotated positions): give another model"
+            f"{flag} has learned positions and a parallel residual; no standard architecture has both (GPT-2 has a "
+            "sequential one, GPT-NeoX rotary positions): give another model"
         )
 
 
 def standard_config(model, end_of_text):
-    """The transformers config of our GPT. end_of_text: the tokenizer's id of it, or None."""
+    """The transformers config of our GPT. end_of_text: the id of the tokenizer's end-of-text, or None."""
     import transformers
 
     c = model.config
@@ -73,12 +73,12 @@ def standard_config(model, end_of_text):
 
 
 def rotation(model):
-    """The arguments of a GPTNeoXConfig that say which share of each head is rotated."""
+    """The arguments of a GPTNeoXConfig that set the rotated share of each head."""
     import transformers
 
     n, dims = model.config.n_embd // model.config.n_head, model.transformer.h[0].attn.rotary.dims
     share = model.config.rotary_pct
-    if int(n * share) != dims:  # they round down
+    if int(n * share) != dims:  # transformers rounds down
         share = (dims + 0.5) / n
     if int(transformers.__version__.split(".")[0]) < 5:
         return dict(rotary_pct=share, rotary_emb_base=10000)
@@ -86,13 +86,13 @@ def rotation(model):
 
 
 def is_tied(config):
-    """Whether lookup and head are one matrix [V,d]. Two scale matrices, or a mean that the lookup alone has, make them two."""
+    """Whether lookup and head are one matrix [V,d]. They differ if the two scale matrices differ or the lookup adds a mean."""
     return config.tie_head and (config.n_embd_wte is None or (config.n_embd_wte_scale_tying and not config.n_embd_wte_mean))
 
 
 @torch.no_grad()
 def to_standard(model, end_of_text=None):
-    """Our GPT without adapters, in float32 -> (GPT2LMHeadModel or GPTNeoXForCausalLM with its logits, Cuts)."""
+    """Our GPT without adapters, in float32 -> (a GPT2LMHeadModel or GPTNeoXForCausalLM with equal logits, [Cut])."""
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_config(standard_config(model, end_of_text), dtype=torch.float32).eval()
@@ -115,13 +115,13 @@ def to_standard(model, end_of_text=None):
 
 
 def head_of(model):
-    """The head [V,d] that factors stand for, or the head itself."""
+    """The head [V,d], multiplied out if it is factorized."""
     head = model.lm_head.weight
     return head if model.config.n_embd_wte is None else head @ model.transformer.scale_down.weight.T
 
 
 def factors(attn, target):
-    """q, k or v -> its (left [d,r], right [r,d]), or (None, its weight) where it is not compressed."""
+    """q, k or v -> (left [d,r], right [r,d]), or (None, weight) if it is not compressed."""
     proj, compress = getattr(attn, f"{target}_proj"), getattr(attn, f"{target}_compress", None)
     if isinstance(compress, nn.Linear):
         return getattr(attn, f"{target}_restore").weight, compress.weight @ proj.weight
@@ -129,7 +129,7 @@ def factors(attn, target):
 
 
 def bias_of(attn, target):
-    """The bias [d] of q, k or v: what comes out where nothing goes in."""
+    """The bias [d] of q, k or v: the output for a zero input."""
     proj = getattr(attn, f"{target}_proj")
     bias = proj(proj.weight.new_zeros(proj.in_features))
     if is_narrow(attn, target):
@@ -142,7 +142,7 @@ def is_narrow(attn, target):
 
 
 def spread(attn):
-    """[d,r]: sets the r / H numbers of each narrow head among d / H, the others are 0."""
+    """A matrix [d,r] that pads each narrow head from r / H to d / H numbers with zeros."""
     d, r = attn.c_proj.weight.shape
     widen = torch.eye(d // attn.n_head, r // attn.n_head, dtype=attn.c_proj.weight.dtype)
     return torch.block_diag(*[widen] * attn.n_head)
@@ -154,7 +154,7 @@ def out_projection(attn):
 
 
 def fill_gpt_neox(layer, block, qkv):
-    """qkv: (weight [d,d], bias [d]) of each. Theirs have every head's q, k and v side by side."""
+    """qkv: (weight [d,d], bias [d]) of q, k and v. GPT-NeoX has q, k and v side by side in each head."""
     fused = layer.attention.query_key_value
     H = block.attn.n_head
     put(fused, *(torch.stack([x.unflatten(0, (H, -1)) for x in some], 1).flatten(0, 2) for some in zip(*qkv)))
@@ -163,7 +163,7 @@ def fill_gpt_neox(layer, block, qkv):
 
 
 def fill_gpt2(layer, block, qkv):
-    """A Conv1D has its weight as [in, out]."""
+    """A Conv1D stores its weight as [in, out]."""
     weight, bias = (torch.cat(some) for some in zip(*qkv))
     put(layer.attn.c_attn, weight.T, bias)
     for ours, theirs in GPT2.items():
@@ -172,7 +172,7 @@ def fill_gpt2(layer, block, qkv):
 
 
 def weights_of(block, name):
-    """(weight, bias or None) of a module of a block by our name. A block with one norm has it in both places."""
+    """(weight, bias or None) of a module in a block, by our name. A block with a single norm returns it for both names."""
     if name == "ln_2" and not hasattr(block, name):
         name = "ln_1"
     module = block.get_submodule(name)

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model, as Hugging Face writes it to a folder."""
+"""Converts the tokenizer of an exported model to Hugging Face's form."""
 
 from common.cli import fail
 from common.dataset import find_folder, read_meta
@@ -8,9 +8,9 @@ from common.tokenizer import END_OF_TEXT, gpt2, read_codec
 
 def tokenizer_for(name, dataset, rows, source):
     """
-    A tokenizer of Hugging Face for a model whose table has so many rows, or one line.
+    A Hugging Face tokenizer for a model whose table has `rows` rows; ends in one line if it does not fit.
 
-    name: --tokenizer, a dataset, hub id or folder; "" takes the dataset's that the model was trained on. source: --model.
+    name: --tokenizer, a dataset, hub id or folder; "" means the tokenizer of the training dataset. source: --model.
     """
     what = name or dataset
     flag = f"--tokenizer {what}" if name else f"--model {source}: its dataset {what}"
@@ -18,14 +18,14 @@ def tokenizer_for(name, dataset, rows, source):
     if meta is None and not name:
         fail(f"--model {source} was trained on {dataset}, which is not here: run its prepare.py, or give --tokenizer")
     tokenizer = read_tokenizer(name, "--tokenizer") if meta is None else of_meta(meta)
-    ids = len(tokenizer) if meta is None else meta["vocab_size"]  # some datasets count a few ids that no text has
-    if ids > rows or ids < (rows if meta else 0.9 * rows):  # a table may be filled up to a round number of rows
-        fail(f"{flag} has {ids} tokens, the model a table of {rows}: give --tokenizer its own")
+    ids = len(tokenizer) if meta is None else meta["vocab_size"]  # some datasets count extra ids that no text uses
+    if ids > rows or ids < (rows if meta else 0.9 * rows):  # a table may be padded to a round number of rows
+        fail(f"{flag} has {ids} tokens, the model's table {rows} rows: give the model's own --tokenizer")
     return tokenizer
 
 
 def meta_of(name):
-    """The meta.pkl of a dataset with a tokenizer, checked; None where there is no such dataset."""
+    """The checked meta.pkl of a dataset with a tokenizer; None if there is no such dataset."""
     folder = find_folder(name)
     if folder is None or not (folder / "meta.pkl").is_file():
         return None
@@ -45,10 +45,10 @@ def of_meta(meta):
 
 
 def from_tiktoken(encoding):
-    """A tiktoken Encoding with one special token, end-of-text -> a tokenizer of Hugging Face."""
+    """A tiktoken Encoding, whose only special token is end-of-text -> a Hugging Face tokenizer."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens)
-    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # instead of a file
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # instead of reading a file
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=END_OF_TEXT)

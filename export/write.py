@@ -1,4 +1,4 @@
-"""A model into a folder of Hugging Face: written whole or not at all, read back, compared with what it was made of."""
+"""Writes a model to a Hugging Face folder, completely or not at all, reads it back and compares its logits."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ from export.card import write_card
 from export.compact import CODE, write_compact
 from export.multiplied import plain_config
 
-SAME = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-1}  # relative to the largest logit: how far rounding may move them
-SAME_CODES = 3e-2  # where the cache is kept by bits: a number on the edge of two codes may fall to either side
+SAME = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-1}  # allowed rounding of logits, relative to the largest
+SAME_CODES = 3e-2  # for a quantized cache: a number between two levels may round to either
 
 
 def write(args, source):
-    """-> what the program's last line says."""
+    """Write a Source -> the entries of the program's last line."""
     from safetensors import SafetensorError
 
     form, dtype = "compact" if args.compact else "dense", getattr(torch, args.dtype)
@@ -39,16 +39,16 @@ def write(args, source):
         write_card(part, Path(args.out).name, source.hf, form, counted + source.facts)
         moved = distance(part, dtype, ids, before)
         if not moved <= max(SAME[args.dtype], SAME_CODES * bool(packed and source.plan.get("cache"))):
-            raise RuntimeError(f"the exported model gives other logits, by {moved:.2g} of the largest")
+            raise RuntimeError(f"the exported model's logits differ by {moved:.2g} of the largest")
     print(f"{args.out}: {type(source.hf).__name__}, {numbers:,} {what}, {size:,} bytes; logits moved by {moved:.1e}")
     return dict(out=args.out, form=form, architecture=type(source.hf).__name__, numbers=numbers, bytes=size, moved=moved)
 
 
 def name_angles_twice(path):
-    """Add the rotary angles' names of before transformers 5 to a config.json: transformers 4 takes its defaults otherwise."""
+    """Add the old names of the rotary settings to a config.json. Without them, transformers 4 would use its defaults."""
     values = json.loads(path.read_text(encoding="utf-8"))
     rope = values.get("rope_parameters") or {}
-    if "rope_theta" not in rope:  # no angles, or other ones in some layers
+    if "rope_theta" not in rope:  # no rotary positions, or different ones in some layers
         return
     neox = values["model_type"].endswith("gpt_neox")
     names = dict(rope_theta="rotary_emb_base" if neox else "rope_theta")
@@ -65,15 +65,17 @@ def save_tokenizer(tokenizer, folder):
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before transformers 5
-    values["model_input_names"] = tokenizer.model_input_names  # transformers 4 adds token_type_ids, which generate() refuses
+    values["model_input_names"] = (
+        tokenizer.model_input_names
+    )  # otherwise transformers 4 adds token_type_ids, which generate() refuses
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
 def distance(folder, dtype, ids, before):
-    """How far the logits of the folder's model are from those before, relative to the largest."""
+    """The largest difference between the logits of the folder's model and of the source, relative to the largest logit."""
     from transformers import AutoModelForCausalLM
 
-    own = (folder / f"{CODE}.py").is_file()  # written a moment ago by this program
+    own = (folder / f"{CODE}.py").is_file()  # this program just wrote it, so it is trusted
     after = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own).eval()(ids).logits.float()
     return ((after - before).abs().max() / before.abs().max()).item()

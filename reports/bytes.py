@@ -1,5 +1,5 @@
 """
-results.jsonl of a study of bytes -> report.md and a figure for each system: nats lost against bytes.
+Turns results.jsonl of a study of bytes into report.md and a figure for each system: nats lost against bytes.
 
     python -m reports.bytes --runs model_weights/bytes
 """
@@ -14,43 +14,45 @@ from common.untrusted import WHOLE, Positive, read_json, read_json_lines, readin
 from reports.html import page
 from reports.markdown import Table
 
-# What is read of the study's folder (common/untrusted.py).
+# The fields that are read from the study's files, as shapes of common/untrusted.py.
 SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_tokens=int, calib_text=str)
 CONFIG = dict(settings=SETTINGS, hardware=str, commit=str, command=str)
 RECORD = dict(row=str, system=str, name=str, bytes=WHOLE, share=Positive, kl=float, top1=float)
 RECORD |= dict(texts={str: dict(nats=float, nats_se=(float, None))})
 
-FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
-WITHIN = 0.02  # nats: what a title calls little
+FLOOR = 0.001  # nats: smaller losses are drawn here, since the noise is about as large
+WITHIN = 0.02  # nats: a title calls a loss up to this "within"
 TITLES = dict(
-    table="The token table alone, kept smaller", weights="All linear layers and the table, kept smaller",
-    cache="The cache of keys and values, kept smaller",
+    table="Only the token table compressed", weights="All linear layers and the token table compressed",
+    cache="The key/value cache compressed",
 )  # fmt: skip
 LABELS = {
-    "bits": "bits by component", "error-aware": "integers, error-aware rounding", "to nearest": "integers, to nearest",
-    "rank": "a rank for all, float16", "ranks by frequency": "ranks by frequency, float16",
-    "bits in one group": "without groups of rows", "bits without a basis": "without the basis",
-    "bits without parents": "without parents", "bits read in place": "bits, read in place",
+    "bits": "bits by component", "error-aware": "integers, error-aware rounding", "to nearest": "integers, rounded to nearest",
+    "rank": "one rank for all, float16", "ranks by frequency": "ranks by token frequency, float16",
+    "bits in one group": "bits, without row groups", "bits without a basis": "bits, without a change of basis",
+    "bits without parents": "bits, without row prediction",
+    "bits read in place": "bits, read in place",
 }  # fmt: skip
 READING = (
-    "Bytes are those of everything that is kept, as a share of the same matrices in float16. Lost: nats per token over the "
-    "untouched model, ± its standard error over windows, paired. Front: no row of as many bytes or fewer loses less."
+    "Bytes counts everything that is stored, as a share of the same matrices in float16. Lost: nats per token more than the "
+    "untouched model, ± the standard error of the paired difference over windows. Front: no row with at most these bytes "
+    "loses less."
 )
 
 
 @dataclass
 class Args:
-    runs: str = flag("model_weights/bytes", "the folder of scripts/run_bytes.sh")
-    html: bool = flag(False, "also report.html: the same as one page, with values under the pointer and tables that sort")
+    runs: str = flag("model_weights/bytes", "folder that scripts/run_bytes.sh wrote")
+    html: bool = flag(False, "also write report.html: one page that shows values under the pointer and has sortable tables")
 
 
 def worst(record):
-    """Nats that were lost on the text that lost most."""
+    """The nats lost on the text with the largest loss."""
     return max(text["nats"] for text in record["texts"].values())
 
 
 def on_front(record, records):
-    """Whether no other row with as few bytes, to a hundredth of a percent of float16's, loses as little."""
+    """Whether no other row loses as little with as few bytes (compared to 0.01% of float16's bytes)."""
     return not any(round(r["share"], 4) <= round(record["share"], 4) and worst(r) < worst(record) for r in records)
 
 
@@ -65,7 +67,7 @@ def system_table(records):
 
 
 def system_figure(system, records):
-    """A line for each method over the bytes that it takes."""
+    """The figure of a system: a line for each method, nats lost against bytes."""
     rows, lines = sorted((r for r in records if r["name"] != "untouched"), key=lambda r: r["share"]), {}
     for r in rows:
         words = f"{r['row']}, {r['share']:.2%} of the bytes: {worst(r):+.4f} nats, KL {r['kl']:.4f}"
@@ -76,12 +78,12 @@ def system_figure(system, records):
     near = [r for r in rows if worst(r) <= WITHIN]
     best = min(near, key=lambda r: (round(r["share"], 3), worst(r))) if near else min(rows, key=worst)
     found = f"{LABELS.get(best['name'], best['name'])}, {best['share']:.0%} of the bytes, {max(worst(best), 0):.3f} nats"
-    title = f"{'The smallest within' if near else 'Nothing is within'} {WITHIN} nats{'' if near else '; the nearest'}: {found}"
+    title = f"{'Smallest within' if near else 'Nothing is within'} {WITHIN} nats{'' if near else '; the nearest'}: {found}"
     return Figure(system, title, TITLES[system], [panel], list(dict.fromkeys([*LABELS.values(), *lines])))
 
 
 def write_report(folder, html=False):
-    """report.md and the figures in the folder of results.jsonl, with html report.html too -> the tables."""
+    """Write report.md and the figures into the folder of results.jsonl, with `html` report.html too -> the tables."""
     finished = ("a file of finished rows", "run scripts/run_bytes.sh first")
     settings = read_json(folder / "config.json", CONFIG, *finished)
     records = read_json_lines(folder / "results.jsonl", RECORD, *finished)

@@ -1,17 +1,17 @@
-"""What the seeds claim, and what we do: a claim becomes a verdict by the paired test of its comparisons."""
+"""The claims of the original scripts and our own. The paired tests of a claim's comparisons decide its verdict."""
 
 from dataclasses import dataclass
 
 from reports.compare import best_loss, difference, mean, pairs, shown_p, spread
 from reports.markdown import Table
 
-EVERY, SIXTH, SMALLEST_TWO = "every rank that was run", "the rank nearest to a sixth of the width", "the two smallest ranks"
-MARGIN = 0.02  # nats: what "enough" and "reaches" may lack
+EVERY, SIXTH, SMALLEST_TWO = "every rank that was run", "the rank closest to a sixth of the width", "the two smallest ranks"
+MARGIN = 0.02  # nats: "enough" and "reaches" allow a loss up to this much higher
 
 
 @dataclass
 class Claim:
-    """Says of each pair that the first model's loss (or another number) is less than margin above the second's."""
+    """A claim: in each pair, the first model's loss (or another number) is less than `margin` above the second's."""
 
     text: str
     decide: tuple  # pairs of labels
@@ -19,7 +19,7 @@ class Claim:
     margin: float = 0.0
     equal_tokens: bool = False
     note: str = ""
-    numbers: tuple = (("", best_loss),)  # what it is, summary -> it
+    numbers: tuple = (("", best_loss),)  # (name of the number, function from the summary to the number)
 
     def differences(self, rows):
         ranks = sorted({row.k for row in rows if row.k and any(row.label == a for a, _ in self.decide)})
@@ -36,30 +36,30 @@ class Claim:
         ]
         for d in found:
             if self.equal_tokens and any(d.more_tokens):
-                d.problem = d.problem or "not comparable, the tokens differ."
+                d.problem = d.problem or "not comparable: the numbers of tokens differ."
         return found
 
 
 SEEDS_CLAIMS = (
-    Claim("A PCA start beats a random start, the seeds' way", (("A", "C"), ("10-13", "2-5")),
-          note="The PCA start has the tokens that its table or its weights were trained on before."),
+    Claim("A PCA start beats a random start, compared as in the original scripts", (("A", "C"), ("10-13", "2-5")),
+          note="The PCA start has an advantage: its table or its weights were trained on more tokens before."),
     Claim("A PCA start beats a random start, equal tokens counted from the same start",
           (("B", "2-5+"), ("10-13", "2-5+")), equal_tokens=True),
     Claim("k = 128 is enough", (("B", "D+"), ("10-13", "D+"), ("A", "A full")), SIXTH, MARGIN,
-          note="The seeds' 128 is a sixth of their width, 768. Enough: at most 0.02 nats over dense with the same training."),
+          note="128 is a sixth of the original width 768. Enough: at most 0.02 nats over dense with the same training."),
     Claim("Fine-tuning reaches the baseline", (("B", "D"), ("10-13", "D")), margin=MARGIN,
           note="Reaches: at most 0.02 nats over it."),
     Claim("Fine-tuning reaches the baseline with the same extra steps", (("B", "D+"), ("10-13", "D+"), ("10-13", "D+LoRA")),
           margin=MARGIN),
-    Claim("Fine-tuning is cheaper than scratch, where a baseline is there already", (("10-13", "2-5"), ("B", "A")),
-          margin=MARGIN, note="How much cheaper, the columns say; decided is whether it costs loss."),
+    Claim("Fine-tuning is cheaper than scratch, if a baseline exists already", (("10-13", "2-5"), ("B", "A")),
+          margin=MARGIN, note="The columns show the savings. The verdict is only about the loss."),
     Claim("Fine-tuning is cheaper than scratch, counting the baseline's tokens", (("10-13", "2-5+"),), margin=MARGIN,
-          equal_tokens=True, note="Both have read the same tokens in all, so what it saves is trained parameters."),
+          equal_tokens=True, note="Both have read the same tokens in total, so only the number of trained parameters differs."),
 )  # fmt: skip
 
 
 def our_claims(rows):
-    """Claims about the factorizations that are ours, as far as they were run."""
+    """Our claims about the factorizations that were run."""
     claims = [
         Claim("joint is below whiten below freq below svd, without training",
               (("joint", "whiten"), ("whiten", "freq"), ("freq", "6-9")), SMALLEST_TWO),
@@ -68,10 +68,10 @@ def our_claims(rows):
     for label in dict.fromkeys(row.label for row in rows if row.label.endswith("+LoRA") and row.k):
         name = label.replace("+", " + ")
         claims += [
-            Claim(f"{name} is below the seeds' PCA + LoRA", ((label, "10-13"),)),
+            Claim(f"{name} is below the original PCA + LoRA", ((label, "10-13"),)),
             Claim(f"{name} is below low-rank scratch, equal tokens counted from the same start", ((label, "2-5+"),),
                   equal_tokens=True),
-            Claim(f"{name} is below low-rank scratch, the seeds' way", ((label, "2-5"),)),
+            Claim(f"{name} is below low-rank scratch, compared as in the original scripts", ((label, "2-5"),)),
             Claim(f"{name} reaches the baseline with the same extra steps", ((label, "D+"),), margin=MARGIN),
         ]  # fmt: skip
     return [claim for claim in claims if claim.differences(rows)]
@@ -90,48 +90,49 @@ def mean_error(summary):
 
 
 def cache_claims(rows):
-    """(The claims of the V-DProj experiment, ours)."""
+    """(The claims of V-DProj's authors, our own claims about it)."""
     bins = set.intersection(*({*losses} for row in rows for losses in row.values("best", "position_loss")))
     bins = sorted(bins, key=lambda bin: int(bin.split("-")[0]))
     seeds = (
         Claim("2-phase is better than end to end", (("2-phase", "end to end"),),
-              note="Its authors: a perplexity of 415.1 against 428.7, 0.032 nats, one seed."),
+              note="Its authors report a perplexity of 415.1 against 428.7, which is 0.032 nats, with one seed."),
         Claim("2-phase is better than Pythia", (("2-phase", "Pythia"),),
-              note="Its authors: 415.1 against about 442, 0.063 nats."),
-        Claim("End to end is better than Pythia", (("end to end", "Pythia"),), note="Its authors: 428.7 against about 442."),
+              note="Its authors report a perplexity of 415.1 against about 442, which is 0.063 nats."),
+        Claim("End to end is better than Pythia", (("end to end", "Pythia"),),
+              note="Its authors report a perplexity of 428.7 against about 442."),
         Claim("2-phase is better than end to end at every position", (("2-phase", "end to end"),),
               numbers=tuple((f"positions {bin}", at_position(bin)) for bin in bins),
-              note="Nats per token, of the best checkpoint; its authors' table is of the last epoch."),
-        Claim("2-phase overfits more gently than end to end", (("2-phase", "end to end"),),
+              note="Nats per token of the best checkpoint. Its authors' table shows the last epoch."),
+        Claim("2-phase overfits less than end to end", (("2-phase", "end to end"),),
               numbers=(("loss of the last epoch - best", rise),)),
         Claim("2-phase restores the values better than end to end", (("2-phase", "end to end"),),
               numbers=(("share of V's variance missed", mean_error),),
-              note="By the share of the variance; its authors compare the squared error, which depends on the scale of V."),
+              note="We compare the share of the variance. Its authors compare the squared error, which depends on V's scale."),
     )  # fmt: skip
     ours = (
         Claim("Compressed values cost at most 0.02 nats against Pythia", (("end to end", "Pythia"), ("2-phase", "Pythia"),
               ("2-phase trained", "Pythia"), ("narrow", "Pythia")), margin=MARGIN),
         Claim("Compressed keys and values cost at most 0.02 nats against Pythia", (("K+V", "Pythia"),), margin=MARGIN),
-        Claim("Restoring is worth its parameters: end to end is better than narrow heads", (("end to end", "narrow"),)),
-        Claim("Phase 1 misses less of a trained network's values than of a random one's", (("phase 1 trained", "phase 1"),),
-              numbers=(("share of V's variance missed", mean_error),)),
-        Claim("2-phase is better when phase 1 has seen a trained network", (("2-phase trained", "2-phase"),),
-              note="It has the baseline's training besides."),
-        Claim("2-phase from a trained network is better than the network that it starts from",
-              (("2-phase trained", "Pythia"),), note="It has phase 1 and further epochs besides."),
+        Claim("Restoring the values helps: end to end is better than narrow heads", (("end to end", "narrow"),)),
+        Claim("Phase 1 misses a smaller share of a trained network's values than of a random network's",
+              (("phase 1 trained", "phase 1"),), numbers=(("share of V's variance missed", mean_error),)),
+        Claim("2-phase is better if phase 1 is fitted to a trained network", (("2-phase trained", "2-phase"),),
+              note="It has the baseline's training in addition."),
+        Claim("2-phase from a trained network is better than the trained network",
+              (("2-phase trained", "Pythia"),), note="It has phase 1 and more epochs in addition."),
     )  # fmt: skip
     return seeds, tuple(claim for claim in ours if claim.differences(rows))
 
 
 def overall(verdicts):
-    """holds where every comparison holds; does not hold where one does not; else inconclusive."""
+    """holds if every comparison holds; does not hold if one does not hold; otherwise inconclusive."""
     if "does not hold" in verdicts:
         return "does not hold"
     return "holds" if verdicts and set(verdicts) == {"holds"} else "inconclusive"
 
 
 def judge(claims, rows):
-    """(claim, verdict, its differences) for every claim. A claim without runs is inconclusive."""
+    """[(claim, verdict, its differences)]. A claim without runs is inconclusive."""
     judged = []
     for claim in claims:
         found = claim.differences(rows)
@@ -141,7 +142,7 @@ def judge(claims, rows):
 
 @dataclass
 class Judged:
-    """A claim, its verdict, and the table of numbers that the verdict follows from, None where nothing was run."""
+    """A claim, its verdict, and the table of numbers that decided it (None if nothing was run)."""
 
     text: str
     verdict: str

@@ -1,18 +1,18 @@
-"""Two models of the same seeds: the paired difference of their best losses, and its test."""
+"""Compares two models over the same random seeds: the paired difference of their best losses, and its t-test."""
 
 from dataclasses import dataclass
 from statistics import fmean as mean
 
-# What two runs must share for their losses to be compared, beside the text they are evaluated on.
+# Two runs can be compared if they share these settings and the evaluation text.
 COMMON = ("eval_tokens", "tokens_per_step", "n_embd", "positions", "mlp", "norms")
-LEVEL = 0.05  # of the p values, none of which is corrected for the others
+LEVEL = 0.05  # of p; not corrected for the number of tests
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def spread(xs):
-    """Sample standard deviation. (statistics.stdev does not know infinite numbers, which perplexities may be.)"""
+    """Sample standard deviation. (statistics.stdev fails on infinite numbers; a perplexity may be infinite.)"""
     return (sum((x - mean(xs)) ** 2 for x in xs) / (len(xs) - 1)) ** 0.5
 
 
@@ -26,10 +26,10 @@ def shown(xs, digits):
 
 def paired_p(differences):
     """
-    Two-sided p of the paired t-test that the mean difference is zero.
+    The two-sided p of the paired t-test that the mean difference is zero.
 
-    With t = sqrt(n - 1) tan(theta) Student's density becomes cos(theta)^(n - 2), which a sum integrates. scipy, 113 MB, would
-    be installed for this function alone; its ttest_1samp gives the same p to 4e-8 of it.
+    With t = sqrt(n - 1) tan(theta), Student's density becomes cos(theta)^(n - 2); a sum integrates it. This avoids installing
+    scipy (113 MB) for one function. Its ttest_1samp gives the same p to a relative 4e-8.
     """
     import numpy as np
 
@@ -54,20 +54,20 @@ def conditions(summary):
 
 
 def training_tokens(summary):
-    """Its own tokens, and those of what it starts from."""
+    """The training tokens of a run and of the run that it starts from."""
     return summary["tokens"] + ((summary["starts_from"] or {}).get("tokens") or 0)
 
 
 @dataclass
 class Difference:
-    """The first model's best loss minus the second's, over the seeds that both have."""
+    """The first model's best loss minus the second's, for each seed that both have."""
 
     first: object
     second: object
     values: list  # nats, one for each seed
-    more_tokens: list  # training tokens of the first minus the second, what each starts from included, one for each seed
+    more_tokens: list  # training_tokens() of the first minus the second, one for each seed
     problem: str = ""  # why the two cannot be compared
-    what: str = ""  # the number that is compared, where it is not the best loss
+    what: str = ""  # the compared number, if it is not the best loss
 
     @property
     def name(self):
@@ -93,12 +93,12 @@ def best_loss(summary):
 def difference(first, second, what="", value=best_loss):
     seeds = [seed for seed in first.summaries if seed in second.summaries]
     if not seeds:
-        return Difference(first, second, [], [], "no seed in common, so no comparison.", what)
+        return Difference(first, second, [], [], "not comparable: no seed in common.", what)
     pairs = [(first.summaries[seed], second.summaries[seed]) for seed in seeds]
     for a, b in pairs:
         for key, x, y in zip(("dataset", "val_unigram_entropy", *COMMON), conditions(a), conditions(b)):
             if x != y:
-                problem = f"not comparable, {key.replace('_', ' ')} is {x} for one and {y} for the other."
+                problem = f"not comparable: {key.replace('_', ' ')} is {x} for one and {y} for the other."
                 return Difference(first, second, [], [], problem, what)
     more_tokens = [training_tokens(a) - training_tokens(b) for a, b in pairs]
     return Difference(first, second, [value(a) - value(b) for a, b in pairs], more_tokens, what=what)
@@ -109,7 +109,7 @@ def shown_p(p):
 
 
 def comparison(first, second, subject):
-    """A sentence about the first row against the second, which follows from the best losses of the seeds both have."""
+    """A sentence that compares the first row with the second by the best losses of the seeds that both have."""
     found = difference(first, second)
     if found.problem:
         return f"{found.name}: {found.problem}"
@@ -118,7 +118,9 @@ def comparison(first, second, subject):
     if abs(gap) < 0.0005:
         sentence = f"{found.name}: {subject} makes no difference to 0.001 nats"
     if more:
-        sentence += f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, counting what each starts from"
+        sentence += (
+            f", with {abs(more):,} training tokens {'more' if more > 0 else 'fewer'}, including those of the starting models"
+        )
     if found.p is None:
         return f"{sentence}; one seed, so inconclusive."
     verdict = "" if found.p < LEVEL else ", so inconclusive"
@@ -126,27 +128,27 @@ def comparison(first, second, subject):
     return f"{sentence} ({seeds}, paired t-test {shown_p(found.p)}{verdict})."
 
 
-# label, label, the question; the answer is about the first of the two.
+# Label, label, question, and the subject of the answer: the first model.
 COMPARISONS = (
     ("A", "C", "Does a PCA start help?", "the PCA start"),
-    ("A", "D", "What does the smaller table cost, when it starts trained?", "rank {k} of {d}"),
-    ("A", "A full", "And against the whole table with the same start?", "rank {k} of {d}"),
-    ("C", "D", "And when everything starts random?", "rank {k} of {d}"),
+    ("A", "D", "What does the smaller table cost if it starts from a trained one?", "rank {k} of {d}"),
+    ("A", "A full", "And against the full-rank table with the same start?", "rank {k} of {d}"),
+    ("C", "D", "And if all weights start random?", "rank {k} of {d}"),
     ("B", "A", "Is fine-tuning better than scratch?", "fine-tuning"),
     ("B", "D", "Does the compressed model reach the baseline?", "compressing and fine-tuning"),
-    ("B", "D+", "And when the baseline gets the same extra steps?", "compressing and fine-tuning"),
+    ("B", "D+", "And if the baseline trains for the same extra steps?", "compressing and fine-tuning"),
 )
 
 
 def pairs(rows, first, second):
-    """Pairs of rows with equal rank. The second may be dense."""
+    """Pairs of rows with equal rank. The second row may also be dense."""
     for a in (row for row in rows if row.label == first):
         for b in (row for row in rows if row.label == second and (second == "A full" or row.k in (None, a.k))):
             yield a, b
 
 
 def comparisons(rows):
-    """The main job's questions, for every rank that was run: markdown lines."""
+    """The main job's questions and answers for every rank that was run: markdown lines."""
     return [
         f"- {question} {comparison(a, b, subject.format(k=a.k, d=a.one('n_embd')))}"
         for first, second, question, subject in COMPARISONS

@@ -1,5 +1,5 @@
 """
-The report of scripts/gpu_acceptance.sh: report.md with its figure, and the same numbers in report.json.
+Writes the report of scripts/gpu_acceptance.sh: report.md with its figure, and the same numbers in report.json.
 
     python -m reports.gpu --runs model_weights/gpu_acceptance
 """
@@ -15,17 +15,17 @@ from common.files import written_whole
 from common.untrusted import COUNT, read_json, read_json_lines
 from reports.markdown import table
 
-TENSORS_OF_24GB = 23e9  # bytes: of a card's 25.8e9, CUDA itself and gaps between tensors take the rest
-WARMUP = 20  # steps whose speed does not count
+TENSORS_OF_24GB = 23e9  # bytes: such a GPU has 25.8e9; CUDA itself and gaps between tensors take the rest
+WARMUP = 20  # first steps, whose speed is not counted
 
 
 @dataclass
 class Args:
-    runs: str = flag("model_weights/gpu_acceptance", "the folder that scripts/gpu_acceptance.sh wrote")
+    runs: str = flag("model_weights/gpu_acceptance", "folder that scripts/gpu_acceptance.sh wrote")
 
 
 def read_run(folder):
-    """A run -> (its summary, or None where it is not done; the lines of its metrics.jsonl; None where it has none)."""
+    """Read a run -> (its summary, None if unfinished; the lines of its metrics.jsonl), or None if it has no metrics."""
     metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
     if not metrics.exists():
         return None
@@ -39,18 +39,18 @@ def losses(lines):
 
 
 def speed(lines):
-    """Tokens a second: the median of the log lines after the first steps, whose time is the compiler's."""
+    """Tokens a second: the median of the log lines after the first steps, in which the compiler works."""
     logged = [line for line in lines if line.get("tokens_per_second")]
     return median(line["tokens_per_second"] for line in [each for each in logged if each["iter"] > WARMUP] or logged[-1:])
 
 
 def apart(one, other):
-    """The largest difference of two runs' training losses, nats."""
+    """The largest difference between the training losses of two runs, in nats."""
     one, other = losses(one), losses(other)
     return max(abs(one[step] - other[step]) for step in one.keys() & other.keys())
 
 
-# -- the parts: each returns (what report.json has, markdown), or None where nothing is measured ----------------------
+# -- the parts: each returns (its entry in report.json, markdown), or None if nothing was measured --------------------
 
 
 def arithmetic(out):
@@ -66,13 +66,13 @@ def arithmetic(out):
     ]  # fmt: skip
     cells = [[r["setting"], f"{r['apart']:.5f}", r["skipped"], f"{r['val_loss']:.4f}"] for r in rows]
     text = (
-        "A skipped step, which float16's scaler makes at the start, leaves the later ones a step behind: then they lie apart."
+        "At the start, float16's gradient scaler may skip a step. All later steps are then one update behind, so they differ."
     )
     return rows, f"{table(['setting', 'nats apart, at most', 'steps skipped', 'val loss'], cells)}\n\n{text}"
 
 
 def steps(done):
-    """The rows of bench.py train, beside nanoGPT at its best, which part dense measured by turns with the dense models."""
+    """The rows of bench.py train, relative to nanoGPT's best; the part "dense" measured it, alternating with our models."""
     found = [name for name in ("dense", "factorized", "lora") if done.get(name)]
     rows = [row for name in found for row in done[name]["rows"]]
     if not rows:
@@ -87,14 +87,14 @@ def steps(done):
         line += [f"{speed / best['tokens_per_second']['median']:.2f}" if best else "-", f"{peak / 1e9:.2f}" if peak else "-"]
         line += [f"{peak / best['peak_memory_bytes']:.2f}" if best and peak and best["peak_memory_bytes"] else "-"]
         cells.append([*line, {True: "yes", False: "no", None: "-"}[row["fits_24gb"]]])
-    header = ["model", "dtype", "tokens/s", "of products", "/ nanoGPT best", "peak GB", "/ nanoGPT best", "fits 24 GB"]
+    header = ["model", "dtype", "tokens/s", "of matrix rate", "/ nanoGPT best", "peak GB", "/ nanoGPT best", "fits 24 GB"]
     pages = ", ".join(f"[{name}]({name}.md)" for name in found)
-    text = "Memory is that of tensors. The commands, the spread and the milliseconds of each part of a step:"
+    text = "Memory counts tensors only. Commands, spread and milliseconds of each part of a step:"
     return rows, f"{table(header, cells)}\n\n{text} {pages}."
 
 
 def first_steps(out, folder="gpt2"):
-    """The first steps of the gpt2 preset, also of a run that is not done."""
+    """The first steps of the gpt2 preset; the run may be unfinished."""
     run = read_run(out / folder)
     if run is None or not losses(run[1]):
         return None
@@ -106,15 +106,15 @@ def first_steps(out, folder="gpt2"):
     found |= dict(peak_share=median(shares) if shares else None, done=summary is not None)
     kept = ("peak_memory_bytes", "hardware", "compiled")
     found |= {name: summary.get(name) for name in kept} if summary else {}
-    share = f", {found['peak_share']:.1%} of the card's peak" if shares else ""
-    memory = f", {found['peak_memory_bytes'] / 1e9:.2f} GB at most" if summary else ", not done"
+    share = f", {found['peak_share']:.1%} of the GPU's peak FLOPs" if shares else ""
+    memory = f", {found['peak_memory_bytes'] / 1e9:.2f} GB peak memory" if summary else ", not finished"
     memory += ", not compiled" * (found.get("compiled") is False)
     text = f"Step {steps}: training loss {loss:.4f}, validation loss {found['val_loss']:.4f}; "
     return found, text + f"{found['tokens_per_second']:,.0f} tokens/s{share}{memory}."
 
 
 def curve(out):
-    """Draws the losses of the first steps -> markdown."""
+    """Draw the losses of the first steps -> markdown."""
     from common.plots import Figure, Panel, Point, draw_all
 
     _, lines = read_run(out / "gpt2")
@@ -128,7 +128,7 @@ def curve(out):
 
 
 def cache(out, done):
-    """The texts of one model by three ways. They may part where two tokens are nearly as likely."""
+    """One model's text, decoded in three ways. The texts may differ from a point where two tokens are almost equally likely."""
     if "cache" not in done:
         return None
     found = {}
@@ -142,7 +142,7 @@ def cache(out, done):
         [way.replace("_", " "), f"{each['as_on_the_cpu']:.0%}", f"{each['tokens_per_second']:,.1f}"]
         for way, each in found.items()
     ]
-    return found, table(["64 tokens", "same text as on the CPU, up to", "tokens/s"], cells)
+    return found, table(["64 tokens", "same start as on the CPU", "tokens/s"], cells)
 
 
 def decoding(out, done):
@@ -156,7 +156,7 @@ def cards(out):
     found, text = dict(apart=apart(one[1], all_cards[1])), ""
     if large and large[0]:
         found["gpt2"], text = first_steps(out, "cards/gpt2")
-    return found, f"The small model's training losses lie {found['apart']:.6f} nats apart, at most. The gpt2 preset: {text}"
+    return found, f"The small model's training losses differ by {found['apart']:.6f} nats at most. The gpt2 preset: {text}"
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     out = Path(args.runs)
     if not (out / "results.jsonl").exists():
-        fail(f"--runs {out} has no results.jsonl: no part of scripts/gpu_acceptance.sh is done there")
+        fail(f"--runs {out} has no results.jsonl: run scripts/gpu_acceptance.sh first")
     shape = dict(part=str, seconds=COUNT, result=(dict, None))
     lines = read_json_lines(out / "results.jsonl", shape, "what the script writes", "delete it and start the script again")
     done, seconds = ({line["part"]: line[key] for line in lines} for key in ("result", "seconds"))
@@ -176,7 +176,7 @@ def main(argv=None):
     from training.device import hardware
 
     sections = dict(
-        arithmetic=("Arithmetic: 20 steps beside float32 on the CPU", arithmetic(out)),
+        arithmetic=("Arithmetic: 20 steps, compared with float32 on the CPU", arithmetic(out)),
         steps=("A training step", steps(done)),
         preset=("The first steps of the gpt2 preset", first_steps(out)),
         cache=("The same text with and without a cache", cache(out, done)),

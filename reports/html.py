@@ -1,8 +1,8 @@
 """
-A report as one page that needs nothing else: no network, no other file. It takes the parts that report.md is made of.
+Writes a report as one self-contained page: it needs no network and no other file. Its input is the parts of report.md.
 
-Figures are SVG whose points say their values, under the pointer or a finger, and without the script as tooltips; a series can
-be switched off. Tables sort by a click on a column's name. All text comes from files and is escaped.
+Figures are SVG. A point shows its values under the pointer or a finger, and as a tooltip if scripts are off. Each series can be
+switched off. A click on a column's name sorts a table. All text comes from files and is escaped.
 """
 
 import math
@@ -16,14 +16,14 @@ from reports.claims import Judged
 from reports.markdown import Samples, Table
 
 HERE = Path(__file__).parent
-# The browser itself refuses whatever is not in the page.
+# The browser refuses everything that is not in the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SIGNS = {"holds": "✓", "does not hold": "✗", "inconclusive": "?"}
 
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 440, 270  # of a panel, in its own units; the page scales it
-LEFT, TOP, BOTTOM = 54, 24, 42  # room around the axes for words
+LEFT, TOP, BOTTOM = 54, 24, 42  # margins around the axes, for text
 LINE = 13  # height of a line of a label
 SHAPES = {
     "o": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z", "s": "M-3.5,-3.5h7v7h-7Z", "^": "M0,-4.5L4.5,3.5H-4.5Z",
@@ -33,14 +33,14 @@ SHAPES = {
 
 
 class Axis:
-    """From numbers to places in a panel; a log axis of numbers of which none is positive is linear."""
+    """Maps numbers to places in a panel. A log axis becomes linear if no number is positive."""
 
     def __init__(self, values, scale, start, end, limits=None):
         low, high = limits or (min(values, default=0), max(values, default=1))
         self.log = scale != "linear" and low > 0
         self.start, self.end = start, end
         a, b = self.of(low), self.of(high)
-        equal = b - a <= 1e-9 * max(abs(a), abs(b))  # but for rounding
+        equal = b - a <= 1e-9 * max(abs(a), abs(b))  # up to rounding
         room = 0 if limits and not equal else (abs(0.1 * a) or 0.1) if equal else 0.04 * (b - a)
         self.low, self.high = a - room, b + room
         edges = [10 ** max(-300, min(e, 300)) if self.log else e for e in (self.low, self.high)]
@@ -52,13 +52,13 @@ class Axis:
         return math.log10(max(value, 1e-12)) if self.log else value
 
     def at(self, value):
-        """A place; of a number far outside the axes one that an SVG can hold."""
+        """The place of a number. For a number far outside the axes, a place that an SVG can still express."""
         share = (self.of(value) - self.low) / (self.high - self.low)
         return round(self.start + max(-1e3, min(1e3, share)) * (self.end - self.start), 1)
 
 
 def axes_of(figure):
-    """(x axis, y axis) of every panel."""
+    """[(x axis, y axis)], one pair for every panel."""
 
     def xs(panel):
         return [p.x for points in panel.lines.values() for p in points]
@@ -81,7 +81,7 @@ def path(points, x, y):
 
 
 def frame(panel, x, y):
-    """The axes with their ticks and words."""
+    """SVG of the axes with ticks and labels."""
     right, bottom = x.end, HEIGHT - BOTTOM
     words = panel.yticks or {value: short(value) for value in y.ticks}
     parts = [f'<text class="axis" x="2" y="12">{escape(panel.y)}</text>']
@@ -104,14 +104,14 @@ def frame(panel, x, y):
 
 
 def said(name, point, panel):
-    """What a page says of a point."""
+    """The text that the page shows for a point."""
     seeds = f" ({min(point.ys):.4g} to {max(point.ys):.4g}, {len(point.ys)} seeds)" if len(point.ys) > 1 else ""
     values = f"{panel.y}: {point.y:.4g}{seeds}\n{panel.x}: {point.x:,.5g}"
     return "\n".join(filter(None, (name, point.words, values)))
 
 
 def series(panel, order, x, y):
-    """The lines, clipped to the axes, and their points."""
+    """SVG of the lines, which are clipped to the axes, and of their points."""
     parts, dots = [], []
     for name, points in panel.lines.items():
         i, _, marker, dashes = style(order, name)
@@ -137,7 +137,7 @@ def series(panel, order, x, y):
 
 
 def labels(panel, order, x, y):
-    """The names of the lines, right of the axes."""
+    """SVG of the lines' names, right of the axes."""
     named = ends(panel)
     wished = [max(TOP, min(y.at(value), HEIGHT - BOTTOM)) for _, value, _ in named]
     heights = [LINE * len(words) + 3 for _, _, words in named]
@@ -155,7 +155,7 @@ def labels(panel, order, x, y):
 
 
 def chart(figure, panel, x, y, number):
-    """A panel: its title, and its lines as SVG."""
+    """HTML of a panel: its title, and its lines as SVG."""
     lines, dots = series(panel, figure.order, x, y)
     grey = []
     for other in figure.panels if figure.behind else ():
@@ -179,7 +179,7 @@ def chart(figure, panel, x, y, number):
 
 
 def of_figure(figure):
-    """Its answer, a button for each series, its panels."""
+    """HTML of a figure: its title, a button for each series, its panels."""
     names = [name for name in figure.order if any(name in {**p.lines, **p.rules} for p in figure.panels)]
     buttons = []
     for name in names if len(names) > 1 else ():
@@ -200,7 +200,7 @@ def of_figure(figure):
 
 
 def inline(text):
-    """One paragraph's markdown: code, bold and emphasis."""
+    """Markdown within a paragraph (code, bold, emphasis) -> HTML."""
     parts = re.split(r"`([^`]*)`", text)
     for i, part in enumerate(parts):
         part = escape(part)
@@ -212,7 +212,7 @@ def inline(text):
 
 
 def of_lines(lines):
-    """The markdown that reports write: headings, lists and paragraphs."""
+    """The markdown that reports write (headings, lists, paragraphs) -> HTML."""
     html, paragraph, items = [], [], []
 
     def close():
@@ -278,7 +278,7 @@ PARTS = {Table: of_table, Figure: of_figure, Judged: of_claim, Samples: of_sampl
 
 
 def page(parts):
-    """The parts of a report, lines of markdown and objects, -> the text of an HTML file."""
+    """The parts of a report (lines of markdown, and objects) -> the text of an HTML file."""
     body = []
     for kind, group in groupby(parts, key=lambda part: type(part) if type(part) in PARTS else str):
         if kind is str:

@@ -1,7 +1,7 @@
 """
-What a report is made of, beside lines of text and the figures of common/plots.py: tables, and what models wrote.
+Two kinds of parts of a report: tables, and samples of text. (The others are lines of text and the figures of common/plots.py.)
 
-str() of a part is its markdown; reports/html.py makes a page of the same parts.
+str() of a part is its markdown; reports/html.py makes a page from the same parts.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 class Table:
     header: list
     lines: list  # rows of cells
-    title: str = ""  # of a table that a page shows when it is asked to
+    title: str = ""  # if given, the page shows the table folded
 
     def __str__(self):
-        """Markdown that is aligned, so that it reads on a terminal too."""
+        """Aligned markdown, readable on a terminal too."""
         cells = [self.header, *self.lines]
         widths = [max(len(str(row[i])) for row in cells) for i in range(len(self.header))]
 
@@ -34,10 +34,10 @@ def table(header, lines):
 
 @dataclass
 class Samples:
-    """What models wrote to one prompt."""
+    """Texts that models wrote to one prompt."""
 
     prompt: str
-    written: list  # [(model, {how it was drawn, "" where all were alike: text})]
+    written: list  # [(model, {how the text was sampled, "" if all were sampled alike: text})]
 
     def __str__(self):
         lines = [f"To the prompt *{self.prompt}*:", ""] if self.prompt else []

@@ -1,10 +1,10 @@
-"""The table that `python -m surgery --bytes` ends with."""
+"""The last table that `python -m surgery --bytes` prints."""
 
 from reports.markdown import table
 
 
 def packed_table(record):
-    """What the packed model takes, loses and how fast it decodes, beside the untouched one."""
+    """The packed model's bytes, loss and decoding speed, compared with the untouched model."""
     untouched, whole = record["models"]["untouched"], record["float16_bytes"]
     names = list(untouched["texts"])
     lines = []
@@ -22,12 +22,12 @@ def packed_table(record):
 
 
 def cache_line(cache):
-    """Bytes of a token, its share of float16, and from how many tokens on the cache saves more than its constants take."""
+    """The cache's bytes a token, its share of float16, and the number of tokens at which its saving exceeds its constants."""
     float16, packed = cache["bytes_per_token"]["untouched"] / 2, cache["bytes_per_token"]["packed"]  # measured in float32
     form = f" ({cache['form']})" if cache["asked"] else ""
     line = f"Cache{form}: {packed:,.0f} bytes a token at {cache['tokens']} tokens, float16 {float16:,.0f}"
     if not cache["asked"]:
         return line + "."
     constants = cache["constants"]
-    saved = f"saved from {constants / (float16 - packed):,.0f} tokens on"
-    return f"{line} ({packed / float16:.1%}); its constants are {constants / 1e6:.1f} MB, {saved}."
+    saved = f"saved after {constants / (float16 - packed):,.0f} tokens"
+    return f"{line} ({packed / float16:.1%}); its constants take {constants / 1e6:.1f} MB, {saved}."

@@ -1,4 +1,4 @@
-"""Run folders -> rows. A row is one model, with a run for each seed."""
+"""Reads run folders into rows. A row is one model, with a run for each random seed."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from common.cli import fail
 from common.untrusted import COUNT, WHOLE, expect, read_json, read_json_lines, reading
 from util_factorization import METHODS
 
-# What is read of the files of a run and of factors (common/untrusted.py). Older runs lack what has a question mark.
+# The fields that are read from the files of a run and of factors, as shapes of common/untrusted.py. Older runs lack the fields
+# with a question mark.
 POINT = dict(iter=COUNT, tokens=COUNT, val_loss=float, val_ppl=float, ln_f_cosine=float, ln_f_cosine_full=float)
 STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))
 SUMMARY = dict(
@@ -27,21 +28,21 @@ FACTS = {
 }  # fmt: skip
 AGAIN = "delete the folder and run it again"
 
-METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"  # a method in a folder's name; the seeds call svd pca
+METHOD = rf"(?P<m>{'|'.join(list(METHODS)[1:])})"  # a method in a folder's name; the original scripts call svd "pca"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run. {m} stands for the method in the folder's name. To add a kind, add its line to KINDS."""
+    """A kind of run. {m} stands for the method in the folder's name. To add a kind, add a line to KINDS."""
 
     label: str
-    folder: str  # a pattern: k\d+ is the rank of the table, r\d+ how many numbers a token and layer the cache keeps
-    series: str  # its line in the figures, its name in words
+    folder: str  # a pattern: k\d+ is the rank of the table, r\d+ the cached numbers of a token and layer
+    series: str  # the name of its line in the figures
     what: str
-    of_cache: bool = False  # about the value cache, not about the token table
+    of_cache: bool = False  # about the value cache instead of the token table
 
 
-KINDS = (  # in the order of the tables
+KINDS = (  # in the order of the tables' rows
     Kind("D", r"gpt_baseline", "baseline", "experiment 1: dense table, from scratch"),
     Kind("A", r"gpt_pca_k\d+", "PCA table, rest from scratch (A)", "PCA table, the rest from scratch"),
     Kind("C", r"gpt_random_lowrank_k\d+", "random factors, scratch (C)", "random factors, from scratch"),
@@ -55,19 +56,19 @@ KINDS = (  # in the order of the tables
     Kind("B {m}", rf"gpt_{METHOD}_finetune_k\d+", "{m} + full fine-tuning",
          "D, its table factorized by {m}, every weight trained on"),
     Kind("2-5+", r"gpt_lowrank_scratch_more_k\d+", "low-rank scratch, more steps (2-5+)",
-         "2-5, every weight, with as many steps more"),
-    Kind("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight, with as many steps more"),
-    Kind("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many steps more"),
-    Kind("Pythia", r"pythia_baseline", "Pythia (baseline)", "keys and values as they are", of_cache=True),
-    Kind("end to end", r"vdproj_end_to_end_r\d+", "V-DProj, end to end", "compressed values, their error counted with 0.1",
+         "2-5, every weight trained for as many extra steps"),
+    Kind("D+", r"gpt_baseline_more", "baseline, more steps (D+)", "D, dense, every weight trained for as many extra steps"),
+    Kind("D+LoRA", r"gpt_baseline_lora", "baseline + LoRA (D+LoRA)", "D, dense, adapters trained for as many extra steps"),
+    Kind("Pythia", r"pythia_baseline", "Pythia (baseline)", "keys and values uncompressed", of_cache=True),
+    Kind("end to end", r"vdproj_end_to_end_r\d+", "V-DProj, end to end", "compressed values, error in the loss with weight 0.1",
          of_cache=True),
     Kind("2-phase", r"vdproj_two_phase_r\d+", "V-DProj, 2-phase",
          "phase 1, then the rest trained with v_compress and v_restore frozen", of_cache=True),
     Kind("2-phase trained", r"vdproj_two_phase_trained_r\d+", "V-DProj, 2-phase from trained", "phase 1 trained, then the same",
          of_cache=True),
-    Kind("narrow", r"vdproj_narrow_r\d+", "narrow value heads", "v_proj gives the kept numbers itself, nothing restores them",
+    Kind("narrow", r"vdproj_narrow_r\d+", "narrow value heads", "v_proj computes the cached numbers, nothing restores them",
          of_cache=True),
-    Kind("K+V", r"kvdproj_end_to_end_r\d+", "K and V, end to end", "as end to end, the keys compressed too", of_cache=True),
+    Kind("K+V", r"kvdproj_end_to_end_r\d+", "K and V, end to end", "as end to end, with compressed keys too", of_cache=True),
     Kind("phase 1", r"vdproj_phase1_r\d+", "phase 1", "v_compress and v_restore fitted to the values of the random network",
          of_cache=True),
     Kind("phase 1 trained", r"vdproj_phase1_trained_r\d+", "phase 1 from trained", "fitted to those of the trained baseline",
@@ -81,18 +82,18 @@ class Row:
 
     label: str
     name: str
-    series: str  # the line of a figure that it is a point of
+    series: str  # its line in the figures
     what: str
     summaries: dict  # seed -> summary.json
     folders: dict  # seed -> its folder
-    of_cache: bool = False  # whether it is about the value cache, not the token table
+    of_cache: bool = False  # about the value cache instead of the token table
 
     @property
     def title(self):
         return f"{self.label} {self.name}".strip()
 
     def values(self, *path):
-        """One number for each seed, None where a run has none."""
+        """One number for each seed, None for a run without it."""
         out = []
         for summary in self.summaries.values():
             for key in path:
@@ -105,7 +106,7 @@ class Row:
 
     @property
     def k(self):
-        """Rank of the token table, or the numbers that the values are kept as; None where nothing is cut."""
+        """The rank of the token table, or the numbers that a compressed value has; None if nothing is compressed."""
         if not self.of_cache:
             return self.one("n_embd_wte")
         kept = self.one("cache_widths")[1]
@@ -113,7 +114,7 @@ class Row:
 
     @property
     def group(self):
-        """How its table came to be."""
+        """How its token table was made."""
         if self.k is None:
             return "dense"
         if not self.one("tokens"):
@@ -127,9 +128,9 @@ class Row:
 
     @property
     def stored(self):
-        """Parameters that a shipped model has, adapters merged."""
+        """The number of parameters of the model after its adapters are merged."""
         counts = self.one("parameters")
-        return counts["total"] - counts.get("adapters", 0)  # runs from before LoRA have no such group
+        return counts["total"] - counts.get("adapters", 0)  # old runs, before LoRA, have no adapters
 
     @property
     def trained(self):
@@ -137,7 +138,7 @@ class Row:
 
 
 def read_rows(root):
-    """Returns (the finished runs as rows, the folders of unfinished ones)."""
+    """Read the runs under `root` -> (the finished runs as rows, the folders of unfinished runs)."""
     configs = sorted(p for pattern in ("*/config.json", "seed_*/*/config.json") for p in root.glob(pattern))
     found, unfinished = {}, []
     for config in configs:
@@ -149,7 +150,7 @@ def read_rows(root):
         seed = summary["seed"]
         row = found.setdefault(folder.name, Row("", folder.name, folder.name, "", {}, {}))
         if seed in row.summaries:
-            fail(f"{folder} and {row.folders[seed]} are one run with one seed, {seed}: move one out of {root}")
+            fail(f"{folder} and {row.folders[seed]} are the same run with the same seed, {seed}: move one out of {root}")
         row.summaries[seed], row.folders[seed] = summary, folder
     rows = []
     for kind in KINDS:
@@ -161,7 +162,7 @@ def read_rows(root):
                 with reading(row.folders[seed] / "summary.json", "what train.py writes of a value cache", AGAIN):
                     expect(summary, CACHE_SUMMARY)
                     if odd := [bin for bin in summary["best"]["position_loss"] if not re.fullmatch(r"\d{1,9}-\d{1,9}", bin)]:
-                        raise ValueError(f"{odd[0]!r} is no range of positions")
+                        raise ValueError(f"{odd[0]!r} is not a range of positions")
         for match in sorted(matches, key=lambda match: place_of(match, found)):
             row = found.pop(match.string)
             row.label, row.series, row.what = (
@@ -175,12 +176,12 @@ def read_rows(root):
 
 
 def place_of(match, found):
-    """The order within a kind: by method, then by rank."""
+    """The sort key within a kind: method, then rank."""
     return list(METHODS).index(match.groupdict().get("m", "svd")), found[match.string].k or 0
 
 
 def read_curve(folder):
-    """The evaluations of a run: [(step, tokens it had trained on itself, val_loss)]."""
+    """The evaluations of a run: [(step, tokens that this run had trained on, val_loss)]."""
     path = folder / "metrics.jsonl"
     lines = [line for line in read_json_lines(path, dict, "what train.py logs", AGAIN) if "val_loss" in line]
     with reading(path, "what train.py logs", AGAIN):
@@ -189,16 +190,16 @@ def read_curve(folder):
 
 
 def read_factors(root):
-    """The JSON of every factor file, by method: {method: [facts, by rank]}."""
+    """The JSON of every factor file: {method: [facts, sorted by rank]}."""
     found = {}
     for path in sorted([*root.glob("pca_factorized/factors_*.json"), *root.glob("seed_*/pca_factorized/factors_*.json")]):
         facts = read_json(path, FACTS, "what pca_factorize_wte.py writes", "delete it, or factorize the checkpoint again")
-        found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # of several seeds, the first
+        found.setdefault(facts["method"], {}).setdefault(facts["k"], facts)  # keep the first seed
     return {method: [found[method][k] for k in sorted(found[method])] for method in METHODS if method in found}
 
 
 def total_seconds(row, rows):
-    """Seconds of training, one number for each seed: its own and those of the run it starts from, None where that is gone."""
+    """Training seconds of a run plus those of the run it starts from, one number for each seed; None if that run is missing."""
     out = []
     for seed, summary in row.summaries.items():
         start, before = summary["starts_from"], 0
@@ -212,7 +213,7 @@ def total_seconds(row, rows):
 
 
 def provenance_lines(rows):
-    """Where the runs of a report come from: data, seeds, hardware, versions, commit, command."""
+    """Lines on how the runs of a report were made: data, seeds, hardware, versions, commit, command."""
     folders = [folder for row in rows for folder in row.folders.values()]
     configs = [read_json(folder / "config.json", CONFIG, "what train.py writes", AGAIN) for folder in folders]
 

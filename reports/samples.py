@@ -1,4 +1,4 @@
-"""What models write to the same prompt, from their checkpoints."""
+"""Lets the checkpoints of several models write text to the same prompt."""
 
 import textwrap
 
@@ -11,16 +11,16 @@ from kv_cache.own_cache import KVCache
 from training import checkpoint
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 40
-WIDTH = 80  # of a line in characters: "  B (k=128) wrote: " stands before it
+WIDTH = 80  # characters of a line, after "  B (k=128) wrote: "
 
 
 def one_line(text):
-    """The beginning of what a model wrote, for the terminal."""
+    """The beginning of a model's text, for the terminal."""
     return textwrap.shorten(text, WIDTH, placeholder=" ...")
 
 
 def samples(rows):
-    """[(row, the prompt, what it wrote)]; none where checkpoints, text or tokenizer are not here."""
+    """[(row, the prompt, the text it wrote)]; empty if checkpoints, dataset or tokenizer are missing."""
     found = []
     for row in rows:
         folder, dataset = next(iter(row.folders.values())), row.one("dataset")
@@ -33,14 +33,14 @@ def samples(rows):
 
 
 def opening(dataset, codec):
-    """The first words of the validation text, ids."""
+    """The ids of the first words of the validation text."""
     ids = Dataset(dataset).val[: 4 * PROMPT_TOKENS].tolist()
     return [i for i in ids if i != codec.end_of_text][:PROMPT_TOKENS]
 
 
 @torch.inference_mode()
 def written(folder, prompt, codec):
-    """The same draw for every model: what it writes after the prompt, without its line breaks."""
+    """The text that a model writes after the prompt, without line breaks. Every model samples with the same random numbers."""
     saved = checkpoint.load(folder)
     model = checkpoint.build(saved, dropout=0.0).eval()
     model.merge_lora()

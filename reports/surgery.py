@@ -1,4 +1,4 @@
-"""results.jsonl of a sweep -> report.md: the table, perplexity against the share kept, ranks by layer, the answers."""
+"""Turns results.jsonl of a sweep into report.md: table, perplexity against the kept share, ranks by layer, sampled answers."""
 
 import math
 import os
@@ -13,20 +13,22 @@ from reports.html import page
 from reports.markdown import Samples, Table
 
 READING = (
-    "Perplexity is measured on fixed windows of documents that nothing was calibrated on. Change: from the untouched model's, "
-    "± its standard error over windows, paired. KL is KL(untouched | changed) in nats per token; top-1 is how often both "
-    "models find the same next token likeliest; both, and the figures, over all windows. Share is the share of the components "
-    "kept, mean over layers; error is |W - W'| / |W|, output error the same of the outputs on calibration text, both mean "
-    "over layers. A cache that keeps the latents of a shared key and value basis has that share of its size."
+    "Perplexity is measured on fixed windows of documents that calibration did not use. Change: relative to the untouched "
+    "model, ± the standard error of the paired difference over windows. KL is KL(untouched | changed) in nats per token. "
+    "Top-1 is how often both models find the same next token most likely. KL, top-1 and the figures use all windows. Share is "
+    "the share of the components kept. Error is |W - W'| / |W|; output error is the same for the outputs on calibration text. "
+    "All three are means over layers. If the cache keeps the latents of a shared key and value basis, it shrinks to that "
+    "share of its size."
 )
 READING_SMALLER = (
-    "Low-rank factors in place of the matrices, read back from disk. On disk each matrix is a skeleton, which saves r^2 "
-    "numbers that are there again in memory; MB are of float32 weights. The cache's bytes are counted on the tensors of a "
-    "cache that the model filled. Tokens/s: greedy decoding of one text after a prompt of one window, both models by turns, "
-    "median. Healing: LoRA towards the untouched model's distribution, on calibration text where no other is named, merged."
+    "Low-rank factors replace the matrices; the models were read back from disk. On disk, r rows of each left factor are unit "
+    "vectors, which saves r^2 numbers; in memory they are back. MB counts float32 weights. The cache's bytes are counted on "
+    "the tensors of a filled cache. Tokens/s: greedy decoding of one text after a prompt of one window, the models "
+    "alternating, median. Healing trains LoRA towards the untouched model's distribution, on calibration text unless another "
+    "text is named, and merges it."
 )
 
-# What is read of a sweep's folder (common/untrusted.py).
+# The fields that are read from a sweep's files, as shapes of common/untrusted.py.
 TEXT = dict(ppl=Positive, nats_se=(float, None))
 MEASURES = dict(ppl=Positive, kl=float, top1=float, texts={str: TEXT})
 PART = {"ranks": [int, ...], "full": [WHOLE, ...], "energies": [float, ...], "errors?": [float], "output_errors?": [float]}
@@ -40,15 +42,15 @@ SETTINGS = dict(model=str, eval_windows=int, window=int, eval_text=str, calib_te
 CONFIG = dict(settings=SETTINGS, hardware=str, commit=str, command=str)
 SWEEP = ("the file of a sweep", "give another --out_dir, or delete it and measure again")
 
-WITHIN = 0.05  # of the perplexity: what a title calls near
-FLOOR = 0.001  # nats: what is less is drawn here, since chance is about as large
-# Ticks of the axis of lost nats. Each tick says by how much that raises the perplexity.
+WITHIN = 0.05  # share of the perplexity: a title calls a change up to this "within"
+FLOOR = 0.001  # nats: smaller losses are drawn here, since the noise is about as large
+# Ticks of the axis of lost nats. Each tick's label is the increase of the perplexity.
 TICKS = {FLOOR: "+0.1%", math.log(1.01): "+1%", math.log(1.1): "+10%", math.log(2): "x 2", math.log(10): "x 10"}
 TICKS |= {math.log(1000): "x 1,000"}
 
 
 def check_together(records, smaller, kinds):
-    """Raise ValueError where records do not belong to one sweep. kinds: its texts."""
+    """Raise ValueError if the records do not belong to one sweep. kinds: the texts of the sweep."""
     if not any(r["method"] == "-" for r in records):
         raise ValueError("it has no untouched model")
     models = [model for each in smaller for model in each["models"].values()]
@@ -75,13 +77,13 @@ def level(record):
 
 
 def kept(record):
-    """Share of the components that were kept, over all matrices that were cut."""
+    """The share of the components that were kept, over all cut matrices."""
     ranks = [k / full for part in record["parts"].values() for k, full in zip(part["ranks"], part["full"])]
     return mean(ranks) if ranks else 1.0
 
 
 def lost(record):
-    """Share of the energy, in the method's metric, that the cut took, over all matrices; at least a millionth, for the axis."""
+    """The share of the energy, in the method's metric, that all cuts removed; at least a millionth, for the log axis."""
     energies = [energy for part in record["parts"].values() for energy in part["energies"]]
     return max(1 - mean(energies), 1e-6) if energies else 1e-6
 
@@ -102,13 +104,13 @@ def result_table(records, kinds):
 
 
 def columns(measures, kinds):
-    """Two for each text. kinds: {its name: what calibration has to do with it}."""
+    """Two column names for each text. kinds: {name of the text: how it relates to the calibration text}."""
     names = [f", {name} ({kinds[name]})" for name in measures["texts"]] if len(measures["texts"]) > 1 else [""]
     return [column for name in names for column in (f"perplexity{name}", "change")]
 
 
 def perplexities(measures, untouched):
-    """The cells of columns(): of exp(nats) the standard error is exp(nats) times that of nats."""
+    """The cells of columns(). The standard error of exp(nats) is exp(nats) times that of nats."""
     cells = []
     for name, m in measures["texts"].items():
         ratio = m["ppl"] / untouched["texts"][name]["ppl"]
@@ -118,7 +120,7 @@ def perplexities(measures, untouched):
 
 
 def smaller_table(records, kinds):
-    """Every smaller model beside the untouched one."""
+    """The table of every smaller model and the untouched one."""
     lines = []
     for r in records:
         for name, m in r["models"].items():
@@ -138,12 +140,12 @@ def smaller_table(records, kinds):
 
 
 def what(record):
-    """What was replaced, in words: its targets and their bases."""
+    """The replaced parts, in words: targets and their bases."""
     return " ".join(record[name] for name in ("targets", "mode") if record[name] != "table")
 
 
 def series(record):
-    """The line of a figure that a record is a point of."""
+    """The name of a record's line in a figure."""
     return record["method"] + ", ranks by layer" * bool(record.get("budget"))
 
 
@@ -152,13 +154,13 @@ def nats(record, untouched):
 
 
 def cost(record, untouched):
-    """+7.6% of perplexity, or 13 times the untouched one."""
+    """The change of perplexity in words: +7.6%, or 13 times."""
     ratio = record["ppl"] / untouched["ppl"]
     return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio:,.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def sweep_figure(name, caption, records, untouched, by_energy):
-    """A panel for everything that was replaced, a line for each method, over the share that is kept, or of energy lost."""
+    """A panel for each set of replaced parts, a line for each method; x is the share kept, or the share of the energy lost."""
     x = lost if by_energy else kept
     share = "the energy lost, in each method's own metric" if by_energy else "the components kept"
     panels, near, far = [], [], []
@@ -168,7 +170,7 @@ def sweep_figure(name, caption, records, untouched, by_energy):
             words = f"{level(r)}, {kept(r):.1%} of the components: {cost(r, untouched)}, KL {r['kl']:.4f}"
             lines.setdefault(series(r), []).append(Point(x(r), [max(nats(r, untouched), FLOOR)], words))
         within = [r for r in some if r["ppl"] / untouched["ppl"] - 1 <= WITHIN]
-        best = (max if by_energy else min)(within, key=x, default=None)  # what is cut most
+        best = (max if by_energy else min)(within, key=x, default=None)  # the strongest cut
         found = (
             f"{x(best):.0%} {'lost' if by_energy else 'kept'} costs {cost(best, untouched)}"
             if best
@@ -178,10 +180,10 @@ def sweep_figure(name, caption, records, untouched, by_energy):
                             xscale="log" if by_energy else "linear", yscale="log", yticks=TICKS))  # fmt: skip
         near += [f"{replaced} {x(best):.0%}"] if best else []
         far += [] if best else [replaced]
-    title = f"Within {WITHIN:.0%} of the perplexity, share of {share}: {', '.join(near)}"
+    title = f"Share of {share} within {WITHIN:.0%} of the perplexity: {', '.join(near)}"
     title += f"; none for {', '.join(far)}" if far else ""
     if len(panels) == 1:
-        panels[0].title = ""  # the figure's says it
+        panels[0].title = ""  # the figure's title has it
     if not near:
         best = min(records, key=lambda r: r["ppl"])
         title = f"Nothing is within {WITHIN:.0%} of the perplexity: the nearest, {label(best)} {level(best)}, is at "
@@ -190,7 +192,7 @@ def sweep_figure(name, caption, records, untouched, by_energy):
 
 
 def layer_figure(records):
-    """A panel for each record: the share of the components that every layer keeps."""
+    """The figure of ranks: a panel for each record, with the share of the components that every layer keeps."""
     panels = []
     for r in records:
         lines = {}
@@ -206,12 +208,12 @@ def layer_figure(records):
     shares = {(label(r), level(r), name): [k / full for k, full in zip(part["ranks"], part["full"])]
               for r in records for name, part in r["parts"].items()}  # fmt: skip
     (replaced, at, name), share = max(shares.items(), key=lambda item: max(item[1]) - min(item[1]))
-    title = f"Layers differ most in {name} of {replaced} at {at}: they keep {min(share):.0%} to {max(share):.0%}"
+    title = f"Layers differ most in {name} ({replaced}, {at}): they keep {min(share):.0%} to {max(share):.0%}"
     return Figure("ranks_by_layer", title, "Share of the components that each layer keeps", panels, order)
 
 
 def by_layer(records):
-    """The records to show layer by layer: every budget, and of each choice the threshold nearest to 0.9."""
+    """The records to show layer by layer: every budget, and for each method and mode the threshold closest to 0.9."""
     shown = {}
     for r in records:
         if r["variance"] and r["mode"] != "table":
@@ -221,7 +223,7 @@ def by_layer(records):
 
 
 def layer_table(record):
-    """Components kept and error of the weights of every layer, or group of layers, and target."""
+    """A table of kept components and weight errors, for every target and every layer (or group of layers)."""
     parts, layers = record["parts"], len(next(iter(record["parts"].values()))["ranks"])
     cells = [[i, *(f"{p['ranks'][i]}/{p['full'][i]}, {p['errors'][i]:.3f}" for p in parts.values())] for i in range(layers)]
     header = ["group" if record["mode"] == "shared_layers" else "layer", *parts]
@@ -229,7 +231,7 @@ def layer_table(record):
 
 
 def figures(records):
-    """The figures of a sweep, each with its answer."""
+    """The figures of a sweep. Each title states the answer."""
     untouched = next(r for r in records if r["method"] == "-")
     of_table = [r for r in records if r["mode"] == "table"]
     of_layers = [r for r in records if r["mode"] not in ("table", "-")]
@@ -244,25 +246,25 @@ def figures(records):
 
 
 def answers(records):
-    """What the models answered to the prompt: parts of the report."""
+    """The models' answers to the prompt, as parts of the report."""
     answered = [r for r in records if "answer" in r and "sampled" in r]
     written = [
         (f"{label(r) or 'untouched'} {level(r) if label(r) else ''}".strip() + f", perplexity {r['ppl']:.1f}",
          {how: " ".join(r[name].split()) or "(nothing)" for how, name in (("greedy", "answer"), ("sampled", "sampled"))})
         for r in answered
     ]  # fmt: skip
-    return ["## What it answers", "", Samples("", written), ""] if written else []
+    return ["## Answers to the prompt", "", Samples("", written), ""] if written else []
 
 
 def parts_of(settings, facts, records, smaller):
-    """(The parts of the report, its tables for the terminal)."""
+    """-> (the parts of the report, its tables for the terminal)."""
     results = result_table(records, settings["texts"])
     about = f"{settings['model']}, {settings['eval_windows']} windows of {settings['window']} tokens of {settings['eval_text']}"
     text = ["# Surgery", "", f"{about}, calibrated on {settings['calib_text']}.", ""]
     text += [f"{facts['hardware']}; commit {facts['commit']}. First command: `{facts['command']}`", ""]
     text += ["## In figures", "", *figures(records)] if len(records) > 1 else []
     text += ["## What was measured", "", results, "", READING, ""]
-    smaller = list({r["out"]: r for r in smaller}.values())  # a folder that was deleted and written again counts once
+    smaller = list({r["out"]: r for r in smaller}.values())  # if a folder was written twice, the last record counts
     tables = [results, *([smaller_table(smaller, settings["texts"])] if smaller else [])]
     text += ["## Really smaller", "", tables[1], "", READING_SMALLER, ""] if smaller else []
     text += answers(records)
@@ -272,7 +274,7 @@ def parts_of(settings, facts, records, smaller):
 
 
 def write_report(folder, records, smaller, html=False):
-    """report.md and its figures in the folder, with html report.html too, all of them or none; returns the tables."""
+    """Write report.md and its figures into the folder, with `html` report.html too: all files or none -> the tables."""
     facts = read_json(folder / "config.json", CONFIG, *SWEEP)
     settings = facts["settings"]
     with reading(folder / "results.jsonl", *SWEEP):
@@ -280,7 +282,7 @@ def write_report(folder, records, smaller, html=False):
         expect(smaller, [SMALLER])
         check_together(records, smaller, settings["texts"])
     text, tables = parts_of(settings, facts, records, smaller)
-    # Not written_whole(), which replaces one file or a whole folder: here several files go beside others that stay.
+    # written_whole() replaces one file or an entire folder. Here several files are added to a folder whose other files stay.
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:
             (Path(part) / "report.md").write_text("\n".join(draw_all(Path(part), text)))
@@ -289,5 +291,5 @@ def write_report(folder, records, smaller, html=False):
             for file in Path(part).iterdir():
                 os.replace(file, folder / file.name)
     except OSError as error:
-        fail(f"{folder}/report.md cannot be written ({error.strerror or error}): make room; the same command writes it again")
+        fail(f"{folder}/report.md cannot be written ({error.strerror or error}): make room, then repeat the command")
     return "\n\n".join(map(str, tables))

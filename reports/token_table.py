@@ -1,4 +1,4 @@
-"""The report on the token table: its tables, what holds, its figures, and the few lines for the terminal."""
+"""The report on the token table: tables, verdicts on claims, figures, and a short version for the terminal."""
 
 import textwrap
 
@@ -9,11 +9,11 @@ from reports.markdown import Table
 from reports.rows import provenance_lines, read_curve, read_factors, total_seconds
 
 READING = (
-    "The loss is in nats per token, at the run's own best step, which is chosen on the same windows that are reported. "
-    "Stored counts adapters as merged. Tokens are training tokens: those of what a run starts from + its own. Seconds are its "
-    "own, of training alone. ln_f_cosine lives in the head's own space, d or k wide. ln_f_cosine_full lives in d-space, "
-    "yet it rises when a table shrinks and the loss gets worse: neither measures quality between tables. ± is the standard "
-    "deviation over seeds. The p values are not corrected for the number of comparisons."
+    "The loss is in nats per token, at the run's best step, which was chosen on the same windows that are reported. Stored: "
+    "parameters after adapters are merged. Tokens are training tokens: those of the run that a run starts from + its own. "
+    "Seconds are the run's own training time. ln_f_cosine is measured in the head's space, d or k wide, ln_f_cosine_full in d "
+    "dimensions. Neither measures the quality of a table: ln_f_cosine_full rises when a table shrinks and the loss gets worse. "
+    "± is the standard deviation over seeds. The p values are not corrected for the number of comparisons."
 )
 
 
@@ -50,7 +50,7 @@ def result_table(rows, dense):
 
 
 def rank_table(rows, spreads=True):
-    """A line for each series, a column for each rank; spreads: with the standard deviation over seeds."""
+    """A table with a row for each series and a column for each rank. spreads: add the standard deviation over seeds."""
     ranks = sorted({row.k for row in rows if row.k})
 
     def cell(row):
@@ -88,12 +88,12 @@ def factor_table(factors):
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
-FEW = 7  # lines that one panel shows clearly
+FEW = 7  # the most lines that one panel shows clearly
 LOSS = "validation loss (nats per token)"
 
 
 def by_series(rows, x, y):
-    """{series: [Point(x(row), y(row) of each seed)]}, by rank. A row whose x is None has no point."""
+    """{series: [Point(x(row), y(row) of each seed)]}, sorted by rank. A row whose x is None has no point."""
     found = {}
     for row in sorted(rows, key=lambda row: row.k or 0):
         if x(row) is not None:
@@ -118,15 +118,15 @@ def named(row):
 
 
 def groups(rows):
-    """{title: rows} for small panels: all in one where they are few, else by how their tables came to be."""
+    """{title: rows}, one entry for each panel: all rows together if they are few, otherwise by how their tables were made."""
     if len({row.series for row in rows}) <= FEW:
         return {"": rows}
     return {group: [r for r in rows if r.group == group] for group in dict.fromkeys(r.group for r in rows if r.k)}
 
 
 def figures(rows, factors):
-    """The figures of the token table, each with its answer."""
-    order = list(dict.fromkeys(row.series for row in rows))  # one style a series, in every figure
+    """The figures of the token table. Each title states the answer."""
+    order = list(dict.fromkeys(row.series for row in rows))  # a series has the same style in every figure
     first = " (the first seed)" if any(len(row.summaries) > 1 for row in rows) else ""
     several = len({row.k for row in rows if row.k}) > 1
 
@@ -143,7 +143,7 @@ def figures(rows, factors):
         ]
         return Figure(name, title, caption, panels, order)
 
-    of_seconds = "Best validation loss against seconds of training, those of the run a model starts from included"
+    of_seconds = "Best validation loss against seconds of training, including those of the starting model"
     found = [
         *([loss_by_rank(rows, order)] if several else []),
         against("loss_against_parameters", smallest_within(rows, lambda row: row.stored, "parameters"),
@@ -161,29 +161,29 @@ def figures(rows, factors):
 
 
 def smallest_within(rows, size, what):
-    """The smallest model that loses at most MARGIN to the best dense one, in a sentence. size: row -> a count of `what`."""
+    """A sentence: the smallest model that loses at most MARGIN to the best dense one. size: row -> a count of `what`."""
     dense = min((row for row in rows if row.k is None), key=loss_of, default=None)
     smaller = [row for row in rows if dense and size(row) < size(dense)]
     if not smaller:
-        return "There is no dense model to compare a smaller one with"
+        return "No dense and smaller models to compare"
     near = [row for row in smaller if loss_of(row) - loss_of(dense) <= MARGIN]
     best = min(near, key=size) if near else min(smaller, key=loss_of)
     gap = loss_of(best) - loss_of(dense)
     kept = f"{named(best)}, {size(best):,} of {size(dense):,} {what}, {abs(gap):.3f} nats {'under' if gap < 0 else 'over'} it"
-    which = "The smallest" if near else "No smaller model is"
+    which = "Smallest" if near else "No smaller model is"
     return f"{which} within {MARGIN} nats of {dense.series}{': ' if near else '; the nearest: '}{kept}"
 
 
 def best_for_its(size, rows, what):
-    """The models that no other beats in both loss and `what`, in a sentence. size: row -> a count of `what`, or None."""
+    """A sentence: the models that no other beats in both loss and `what`. size: row -> a count of `what`, or None."""
     points = {(size(row), loss_of(row)): named(row) for row in rows if size(row) is not None}
     names = [points[corner] for corner in front(Panel({"": [Point(x, [y]) for x, y in points]}, "", ""))]
     some = names if len(names) < 5 else [names[0], f"{len(names) - 2} others", names[-1]]
-    return f"No other model is as good in as few {what}: {'; '.join(some)}"
+    return f"Lowest loss for their {what}: {'; '.join(some)}"
 
 
 def loss_by_rank(rows, order):
-    """A panel for models as they were cut, and panels for those that were trained after it."""
+    """The figure of losses by rank: one panel for models right after the cut, others for models that were trained."""
     rules = {row.series: loss_of(row) for row in rows if row.k is None}
     baseline = {series: y for series, y in rules.items() if series == "baseline"}
     low, panels = [row for row in rows if row.k], []
@@ -199,8 +199,8 @@ def loss_by_rank(rows, order):
     if dense is not None:
         ranks = sorted({row.k for row in low})
         costs = [min(loss_of(row) for row in low if row.k == k) - dense for k in (ranks[0], ranks[-1])]
-        title = f"Over the best dense model, the best of rank {ranks[0]} ends {costs[0]:.3f} nats, "
-        title += f"the best of rank {ranks[-1]} {costs[1]:.3f}"
+        title = f"Nats above the best dense model: {costs[0]:.3f} for the best of rank {ranks[0]}, "
+        title += f"{costs[1]:.3f} for the best of rank {ranks[-1]}"
     return Figure("loss_by_rank", title, "Best validation loss by rank of the token table", panels, order, same_y=False)
 
 
@@ -215,12 +215,12 @@ def cosines_by_rank(rows, order):
     odd = [1 for a, b in pairs if mean(a.values("best", "ln_f_cosine_full")) > mean(b.values("best", "ln_f_cosine_full"))
            and loss_of(a) > loss_of(b)]  # fmt: skip
     title = f"ln_f_cosine_full is larger at the smallest rank, where the loss is worse, in {len(odd)} of {len(pairs)} series"
-    caption = "ln_f_cosine by rank, in the head's own space and in d-space"
+    caption = "ln_f_cosine by rank, in the head's space and in d dimensions"
     return Figure("ln_f_cosine", title, caption, panels, order, same_y=False)
 
 
 def of_series(rows):
-    """{series: rows, by rank}"""
+    """{series: rows sorted by rank}"""
     found = {}
     for row in sorted(rows, key=rank_of):
         found.setdefault(row.series, []).append(row)
@@ -228,7 +228,7 @@ def of_series(rows):
 
 
 def curve(row):
-    """The evaluations of a row's first run, after the tokens of the run that all its weights come from: points."""
+    """The evaluations of a row's first run as points. x includes the tokens of the run that all its weights come from."""
     start = row.one("starts_from") or {}
     before = start["tokens"] if start.get("part") == "all weights" else 0
     evaluations = read_curve(next(iter(row.folders.values())))
@@ -236,7 +236,7 @@ def curve(row):
 
 
 def without_the_start(curves):
-    """Limits of the y axis: the first evaluations are far above, and would flatten what matters."""
+    """Limits of the y axis. They cut off the first evaluations, whose high losses would flatten the rest."""
     every = sorted(point.y for points in curves for point in points)
     high = every[round(0.8 * (len(every) - 1))]
     room = 0.05 * (high - every[0]) or 0.1
@@ -244,7 +244,7 @@ def without_the_start(curves):
 
 
 def validation_curves(rows, order, first):
-    """[The figure]: a panel for each rank and group; the dense models are in every one. Nothing was trained: []."""
+    """[The figure], or [] if nothing was trained. It has a panel for each rank and group; each also shows the dense models."""
     curves = {row.name: curve(row) for row in rows if row.one("tokens")}
     rows = [row for row in rows if curves.get(row.name)]
     if not rows:
@@ -259,13 +259,13 @@ def validation_curves(rows, order, first):
             panels.append(Panel(lines, "training tokens", LOSS, title, rules, ylim=ylim))
     best = min(rows, key=lambda row: curves[row.name][-1].y)
     title = f"{named(best)} ends lowest: {curves[best.name][-1].y:.3f} nats after {curves[best.name][-1].x:,} tokens"
-    caption = f"Validation loss over training tokens, those of the run that all weights come from included{first}"
+    caption = f"Validation loss over training tokens, including those of the run that all weights come from{first}"
     return [Figure("validation_curves", title, caption, panels, order)]
 
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
-# The models of the main job in words; {k} is the rank.
+# Names of the main job's models; {k} is the rank.
 IN_TABLE = {
     "D": "dense table, from scratch (D)",
     "A": "rank {k}: PCA of D's table, the rest new (A)",
@@ -281,7 +281,7 @@ IN_SENTENCE = {
     "B": "the compressed and fine-tuned model (B, rank {k})",
     "D+": "the baseline with the same extra steps (D+)",
 }
-QUESTIONS = (  # a question, the two models that answer it, the control that belongs into the same sentence
+QUESTIONS = (  # a question, the two models that answer it, the control with equal tokens
     ("Does a PCA start help?", "A", "C", None),
     ("What does the smaller table cost?", "A", "D", None),
     ("Is fine-tuning better than starting from scratch?", "B", "A", None),
@@ -290,7 +290,7 @@ QUESTIONS = (  # a question, the two models that answer it, the control that bel
 
 
 def short_table(rows, dense):
-    """Few columns, 100 characters wide at most."""
+    """A table with few columns, at most 100 characters wide."""
     if len({row.k for row in rows if row.k}) > 2 or any(row.label not in IN_TABLE for row in rows):
         return rank_table(rows, spreads=False)
     lines = []
@@ -303,7 +303,7 @@ def short_table(rows, dense):
 
 
 def gap(first, second):
-    """'0.120 nats under the random start (C)', with the paired test where there are seeds; None if not comparable."""
+    """'0.120 nats under the random start (C)', with the paired test if there are several seeds; None if not comparable."""
     found = difference(first, second)
     if found.problem:
         return None
@@ -317,7 +317,7 @@ def capital(text):
 
 
 def answers(rows):
-    """The four answers of the main job, a sentence each, as lines of 100 characters."""
+    """The main job's four questions with one sentence as answer, in lines of at most 100 characters."""
     lines = []
     for question, first, second, control in QUESTIONS:
         for a, b in pairs(rows, first, second):
@@ -335,10 +335,10 @@ def answers(rows):
 
 def unigram_line(rows):
     entropy = rows[0].one("val_unigram_entropy")
-    sentence = f"Unigram entropy of the validation text, what a model without context can reach: {entropy:.4f} nats."
+    sentence = f"Unigram entropy of the validation text, the lowest loss without context: {entropy:.4f} nats."
     for row in (row for row in rows if row.label == "D"):
         under = entropy - mean(row.values("best", "val_loss"))
-        sentence += f" D lies {abs(under):.3f} nats {'over' if under < 0 else 'under'} it."
+        sentence += f" D is {abs(under):.3f} nats {'over' if under < 0 else 'under'} it."
     return sentence
 
 
@@ -346,7 +346,7 @@ def unigram_line(rows):
 
 
 def kinds(rows):
-    """What the labels stand for: a line for each, with the ranks that were run."""
+    """The meaning of the labels: a line for each, with the ranks that were run."""
     ranks = {}
     for row in (row for row in rows if row.what):
         ranks.setdefault((row.label, row.what), []).append(row.k)
@@ -365,13 +365,13 @@ def section(root, rows):
     claims, compared = (SEEDS_CLAIMS, our_claims(rows)), comparisons(rows)
     text = ["# How low-rank is the token table?", "", *found, *([""] if found else [])]
     text += [result_table(rows, dense), "", *kinds(rows), "", *by_rank]
-    text += ["## In figures", "", *figures(rows, factors)]
+    text += ["## Figures", "", *figures(rows, factors)]
     text += ["## How it was measured", "", *provenance_lines(rows), "", READING, "", unigram_line(rows), ""]
-    text += ["## What holds", "", "Of the seeds' claims:", "", *judged_claims(claims[0], rows)]
+    text += ["## Which claims hold", "", "Claims of the original scripts:", "", *judged_claims(claims[0], rows)]
     if ours := judged_claims(claims[1], rows):
-        text += ["Of ours:", "", *ours]
-    text += ["## What the comparisons say", "", *compared, ""] if compared else []
-    text += ["## Parameters by group, and cost", "", parameter_table(rows), ""]
+        text += ["Our claims:", "", *ours]
+    text += ["## Comparisons", "", *compared, ""] if compared else []
+    text += ["## Parameters by group and cost", "", parameter_table(rows), ""]
     if factors:
         text += ["## The factorization", "", factor_table(factors), ""]
     return [*str(short_table(rows, dense)).splitlines(), "", *found], text, claims

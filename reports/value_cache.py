@@ -1,4 +1,4 @@
-"""The report on the value cache: the V-DProj experiment's tables, what holds of it, and its figures."""
+"""The report on the value cache: tables of the V-DProj experiment, verdicts on its claims, and figures."""
 
 import math
 
@@ -10,13 +10,13 @@ from reports.rows import provenance_lines, read_curve
 from reports.token_table import LOSS, smallest_within, without_the_start
 
 READING = (
-    "Losses, perplexities and errors are those of the best checkpoint, read back; it is chosen on the same fixed windows "
-    "that are reported. An epoch is {epoch} steps. KV reduction counts the numbers that a cache keeps of a token; bench.py "
-    "decode measures the bytes that a cache allocates. Missed is the share of the values' variance over the tokens that "
-    "v_restore does not give back, mean over layers; recon is the experiment's own measure, mean (V - V_restored)^2, which "
-    "depends on the scale of V. No loss asks for restored keys: the cross-entropy alone trains their compression. Tokens: "
-    "those of what a run starts from + its own. ± is the standard deviation over seeds. The p values are not corrected for "
-    "the number of comparisons."
+    "Losses, perplexities and errors are those of the best checkpoint, which was read back. It was chosen on the same fixed "
+    "windows that are reported. An epoch is {epoch} steps. KV reduction counts the numbers that the cache keeps of a token; "
+    "bench.py decode measures the allocated bytes. Missed: the share of the values' variance over tokens that v_restore does "
+    "not restore, mean over layers. Recon: the original experiment's measure, mean (V - V_restored)^2, which depends on the "
+    "scale of V. No loss term compares restored keys: only the cross-entropy trains the compression of keys. Tokens: those of "
+    "the run that a run starts from + its own. ± is the standard deviation over seeds. The p values are not corrected for the "
+    "number of comparisons."
 )
 
 
@@ -25,7 +25,7 @@ def kv_reduction(row):
 
 
 def epoch_of(row, which):
-    """Epochs after which the best checkpoint was kept, or the run ended; None for a run that counts steps."""
+    """The epoch of the best checkpoint, or of the run's end; None for a run that counts steps."""
     return [summary[which]["iter"] / steps if (steps := summary["epoch_steps"]) else None for summary in row.summaries.values()]
 
 
@@ -57,7 +57,7 @@ def main_table(rows):
 
 
 def short_table(rows):
-    """Few columns, for the terminal."""
+    """A table with few columns, for the terminal."""
     lines = [
         [row.series, f"{1 - kv_reduction(row):.2%}", f"{mean(row.losses):.3f}", f"{mean(row.values('best', 'val_ppl')):.1f}"]
         for row in rows
@@ -66,13 +66,13 @@ def short_table(rows):
 
 
 def bins_of(rows):
-    """Every range of positions that a run was evaluated at, in order."""
+    """All ranges of positions that the runs were evaluated at, in order."""
     bins = {bin for row in rows for losses in row.values("best", "position_loss") for bin in losses}
     return sorted(bins, key=lambda bin: [int(edge) for edge in bin.split("-")])
 
 
 def position_table(rows):
-    """Perplexity by position in the window, exp of the mean loss there."""
+    """A table of perplexity (exp of the mean loss) by position in the window."""
     bins = bins_of(rows)
 
     def perplexities(row, bin):
@@ -91,7 +91,7 @@ def error_table(rows):
 
 
 def figures(rows):
-    """The figures of the value cache, each with its answer."""
+    """The figures of the value cache. Each title states the answer."""
     order, first = [row.series for row in rows], next(iter(rows[0].folders))
 
     def kept(row):
@@ -99,7 +99,7 @@ def figures(rows):
 
     points = {row.series: [Point(kept(row), row.losses)] for row in rows}
     found = [Figure("loss_against_cache", smallest_within(rows, kept, "numbers a token and layer"),
-                    "Best validation loss against what the cache keeps",
+                    "Best validation loss against the numbers that the cache keeps",
                     [Panel(points, "numbers kept a token and layer", f"best {LOSS}")], order)]  # fmt: skip
     curves = {
         row.series: [Point(step / row.one("epoch_steps"), [loss]) for step, _, loss in read_curve(row.folders[first])]
@@ -125,7 +125,7 @@ def positions(rows, order):
     best = {x: min((p.y, name) for name, points in by_position.items() for p in points if p.x == x)[1]
             for points in by_position.values() for x, *_ in points}  # fmt: skip
     counts = {name: list(best.values()).count(name) for name in dict.fromkeys(best.values())}
-    title = f"Lowest: {', '.join(f'{name} in {n}' for name, n in counts.items())} of {len(best)} ranges of positions"
+    title = f"Lowest loss: {', '.join(f'{name} in {n}' for name, n in counts.items())} of {len(best)} ranges of positions"
     panel = Panel(by_position, "position in the window", LOSS)
     return Figure("positions", title, "Loss by position in the window, best checkpoints", [panel], order)
 
@@ -135,11 +135,11 @@ def section(root, rows):
     trained = [row for row in rows if not row.label.startswith("phase 1")]
     tables = [main_table(rows), "", *([position_table(trained), ""] if trained else []), error_table(rows), ""]
     seeds, ours = cache_claims(rows)
-    text = ["# What can the value cache lose?", "", *tables, *(f"- {row.title}: {row.what}." for row in rows), ""]
-    text += ["## The cache in figures", "", *figures(trained)] if trained else []
+    text = ["# How far can the value cache be compressed?", "", *tables, *(f"- {row.title}: {row.what}." for row in rows), ""]
+    text += ["## Figures of the cache", "", *figures(trained)] if trained else []
     epoch = shown({steps for row in rows for steps in row.values("epoch_steps")}, 0)
     text += ["## How the cache was measured", "", *provenance_lines(rows), "", READING.format(epoch=epoch), ""]
-    text += ["## What holds of V-DProj", "", "Of its authors' claims:", "", *judged_claims(seeds, rows)]
+    text += ["## Which claims about V-DProj hold", "", "Claims of its authors:", "", *judged_claims(seeds, rows)]
     if ours:
-        text += ["Of ours:", "", *judged_claims(ours, rows)]
+        text += ["Our claims:", "", *judged_claims(ours, rows)]
     return str(short_table(trained or rows)).splitlines(), text, (seeds, ours)

@@ -55,5 +55,5 @@ def test_dead_layers_are_coded_like_any_other(operate, model, tmp_path):
 
 def test_a_row_that_is_not_finite_is_refused(operate, model, assert_one_line_error):
     result = operate("--targets", "wte", "--method", "svd", "--rank", "8", model=model(row=math.nan))
-    assert_one_line_error(result, "--model", "embed_tokens", "not finite")
+    assert_one_line_error(result, "--model", "embed_tokens", "NaN or infinite")
     assert not result.records

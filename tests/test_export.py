@@ -225,7 +225,7 @@ def test_a_compact_model_without_trust_says_what_to_pass(compact, run_main, tmp_
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         opened(compact[0])
     result = run_main("util_factorization/import_hf.py", "--model", compact[0], "--out", tmp_path / "ckpt.pt")
-    assert_one_line_error(result, "code of its own", "surgery.eval --trust_remote_code", "trust_remote_code=True")
+    assert_one_line_error(result, "contains code", "surgery.eval --trust_remote_code", "trust_remote_code=True")
 
 
 # -- by bits ----------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_packed_model_is_as_small_and_says_the_same(packed, tmp_path):
 def test_a_packed_model_dense_or_in_one_line(packed, run_main, tmp_path, assert_one_line_error):
     result = run_main("-m", "export", "--model", packed[1], "--out", tmp_path / "dense", "--dense")
     if json.loads((packed[1] / "config.json").read_text())["surgery"]["cache"]:
-        return assert_one_line_error(result, "--dense", "no standard architecture", "cache by bits")
+        return assert_one_line_error(result, "--dense", "no standard architecture", "quantized cache")
     assert result.status == 0, result.err
     assert_same([opened(tmp_path / "dense")], load(packed[1], packed=False)[0], ids(300, B=1))
 
@@ -355,7 +355,7 @@ def test_mistakes_of_an_export_are_one_line(tiny_model, spoken, export, tmp_path
     (tmp_path / "there").mkdir()
     for model, argv, out, *words in [
         (run, other, "out", "--dense", "--compact"),
-        (run, (*other, "--dense", "--compact"), "out", "two forms"),
+        (run, (*other, "--dense", "--compact"), "out", "give one of them"),
         (run, (*other, "--dense"), "there", "--out", "exists"),
         (run, ("--dense",), "out", "none", "--tokenizer"),
         (few, (*other, "--dense"), "out", "--tokenizer", "300 tokens", "97"),

@@ -163,7 +163,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(run_main, tmp_path, monk
         )
     monkeypatch.setattr("common.hugging_face.hub_error", lambda name: "RepositoryNotFoundError")
     result = run_main("util_factorization/import_hf.py", "--model", "gpt-3", "--out", tmp_path / "ckpt.pt")
-    assert_one_line_error(result, "--model gpt-3", "no model on the hub")
+    assert_one_line_error(result, "--model gpt-3", "nor a model on the hub")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def test_a_page_has_the_cells_the_claims_and_the_points_of_the_report(thirteen):
 
 def test_a_figure_says_its_answer(thirteen):
     titles = dict(reversed(pair) for pair in re.findall(r"!\[(.*)\]\((\w+)\.png\)", thirteen[0]))
-    assert titles["loss_by_rank"] == "Over the best dense model, the best of rank 2 ends 0.320 nats, the best of rank 8 0.020"
+    assert (
+        titles["loss_by_rank"] == "Nats above the best dense model: 0.320 for the best of rank 2, 0.020 for the best of rank 8"
+    )
     nearest = "PCA + full fine-tuning (B), k=8, 110 of 130 parameters, 0.020 nats over it"
     found = f"No smaller model is within 0.02 nats of baseline, more steps (D+); the nearest: {nearest}"
     assert titles["loss_against_parameters"] == found
@@ -118,7 +120,9 @@ def test_the_page_of_a_sweep(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     surgery.write_report(tmp_path, records, [], html=True)
     reader, titles = Reader((tmp_path / "report.html").read_text()), (tmp_path / "report.md").read_text()
-    assert "share of the components kept: k separate 50%; none for v separate](attention_by_rank.png)" in titles
+    assert (
+        "the components kept within 5% of the perplexity: k separate 50%; none for v separate](attention_by_rank.png)" in titles
+    )
     words = "".join(reader.words)
     assert "k separate: 50% kept costs +3.3%" in words and "so <31.0>" in words
     assert "fisher\n90.0%, 50.0% of the components: +3.3%, KL 0.1000\n" in words

@@ -243,7 +243,7 @@ def test_merged_reloaded_and_unmerged_evaluate_alike(train, tmp_path, start, run
     torch.testing.assert_close(a(*batch(a))[0], b(*batch(b))[0], atol=1e-5, rtol=1e-5)
 
     assert_one_line_error(
-        run_main(program, "--ckpt_path", merged, "--out", tmp_path / "twice.pt"), "no adapters", "merged already"
+        run_main(program, "--ckpt_path", merged, "--out", tmp_path / "twice.pt"), "no adapters", "they are merged"
     )
     assert_one_line_error(run_main(program, "--ckpt_path", out, "--out", merged), "--out", "exists")
     with in_use(tmp_path / ".m.pt.lock"):

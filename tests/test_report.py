@@ -44,11 +44,11 @@ def test_one_seed_is_inconclusive_and_the_words_follow_the_numbers(tmp_path, run
     assert "A vs C (k=4): the PCA start is 0.120 nats better; one seed, so inconclusive." in text
     assert "A vs D (k=4): rank 4 of 16 is 0.100 nats better; one seed, so inconclusive." in text
     assert "B vs D+ (k=4): compressing and fine-tuning is 0.100 nats worse" in text
-    assert "6.5000 nats. D lies 1.500 nats under it." in text
+    assert "6.5000 nats. D is 1.500 nats under it." in text
     assert "2.50x" in text and "2.50x" in result.out  # 100 / 40
     write_run(tmp_path / "worse" / "gpt_baseline", 7.0)
     assert run_main("report.py", "--runs", tmp_path / "worse").status == 0
-    assert "D lies 0.500 nats over it." in (tmp_path / "worse" / "report.md").read_text()
+    assert "D is 0.500 nats over it." in (tmp_path / "worse" / "report.md").read_text()
     for figure in ("validation_curves", "loss_against_parameters", "loss_against_seconds"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{figure}.svg").read_text() and f"{figure}.png" in (tmp_path / "report.md").read_text()
@@ -66,7 +66,8 @@ def test_seeds_make_one_row_with_spread_and_a_paired_test(tmp_path, run_main):
     assert "A vs C (k=4): the PCA start is 0.100 nats better" in text
     words = " ".join(out.split())
     assert "0.098 nats under the dense baseline (D), p < 0.0001 over 3 seeds, spread 0.001" in words
-    assert "One seed" not in words and "- A PCA start beats a random start, the seeds' way: holds" in out
+    assert "several seeds" not in words
+    assert "- A PCA start beats a random start, compared as in the original scripts: holds" in out
 
 
 def test_the_terminal_shows_a_table_four_answers_and_how_to_get_three_seeds(tmp_path, run_main):
@@ -85,7 +86,7 @@ def test_the_terminal_shows_a_table_four_answers_and_how_to_get_three_seeds(tmp_
         ("Does the compressed model reach the baseline?", "with equal tokens, 0.100 nats over the baseline with the same"),
     ):
         assert any(question in " ".join(a.split()) and found in " ".join(a.split()) for a in answers), question
-    assert 'One seed cannot be tested, three can: SEEDS="1 2 3" bash scripts/run_all_experiments.sh 4' in lines
+    assert 'A test needs several seeds. For three: SEEDS="1 2 3" bash scripts/run_all_experiments.sh 4' in lines
     assert f"{tmp_path / 'report.md'}" in lines[-1]
 
 
@@ -93,9 +94,7 @@ def test_a_comparison_says_who_saw_more_text(tmp_path):
     write_run(tmp_path / "gpt_baseline", 5.0)
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, starts_from=dict(part="token table", ckpt="x", tokens=1000))
     d, a = read_rows(tmp_path)[0]
-    expected = (
-        "A vs D (k=4): it is 0.100 nats better, with 1,000 training tokens more, counting what each starts from; one seed"
-    )
+    expected = "A vs D (k=4): it is 0.100 nats better, with 1,000 training tokens more, including those of the starting models"
     assert comparison(a, d, "it").startswith(expected)
 
 
@@ -103,7 +102,7 @@ def test_the_whole_table_as_factors_is_the_control_of_a(tmp_path, run_main):
     for name, k, loss in (("gpt_baseline", None, 5.0), ("gpt_pca_k4", 4, 4.9), ("gpt_pca_k16", 16, 4.85)):
         write_run(tmp_path / name, loss, k)
     run_main("report.py", "--runs", tmp_path)
-    text = (tmp_path / "report.md").read_text().split("## What the comparisons say")[1]
+    text = (tmp_path / "report.md").read_text().split("## Comparisons")[1]
     assert "A vs A full (k=4): rank 4 of 16 is 0.050 nats worse; one seed" in text and text.count("A vs D") == 1
 
 
@@ -112,12 +111,12 @@ def test_runs_that_cannot_be_compared_say_so(tmp_path):
     write_run(tmp_path / "gpt_pca_k4", 4.9, 4, tokens_per_step=40)
     write_run(tmp_path / "gpt_random_lowrank_k4", 4.9, 4, seed=7)
     d, a, c = read_rows(tmp_path)[0]
-    assert comparison(a, d, "x") == "A vs D (k=4): not comparable, tokens per step is 40 for one and 10 for the other."
+    assert comparison(a, d, "x") == "A vs D (k=4): not comparable: tokens per step is 40 for one and 10 for the other."
     write_run(tmp_path / "gpt_pca_k8", 4.9, 8)
     summary = json.loads((tmp_path / "gpt_pca_k8" / "summary.json").read_text())
     summary["parameters"]["mlp"] = 32  # another depth
     (tmp_path / "gpt_pca_k8" / "summary.json").write_text(json.dumps(summary))
-    assert "not comparable, mlp is 32 for one and 16" in comparison(read_rows(tmp_path)[0][2], d, "x")
+    assert "not comparable: mlp is 32 for one and 16" in comparison(read_rows(tmp_path)[0][2], d, "x")
     assert "no seed in common" in comparison(c, d, "x")
 
 
@@ -133,7 +132,7 @@ def test_mistakes(tmp_path, run_main, assert_one_line_error):
     assert_one_line_error(run_main("report.py", "--runs", tmp_path / "none"), "--runs", "run_all_experiments.sh")
     write_run(tmp_path / "seed_1" / "gpt_baseline", 5.0)
     write_run(tmp_path / "seed_2" / "gpt_baseline", 5.1)
-    assert_one_line_error(run_main("report.py", "--runs", tmp_path), "one seed")
+    assert_one_line_error(run_main("report.py", "--runs", tmp_path), "the same seed")
     (tmp_path / "seed_2" / "gpt_baseline" / "summary.json").write_text("{}")
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "summary.json")
     (tmp_path / "seed_2" / "gpt_baseline" / "summary.json").unlink()
@@ -193,9 +192,9 @@ def test_thirteen_rows_by_rank_and_what_holds(tmp_path, run_main):
     assert lines["baseline"] == ["5.000 ± 0.100", "-", "-"]
     for expected in (
         "**Fine-tuning reaches the baseline: does not hold**",  # at rank 2
-        "**A PCA start beats a random start, the seeds' way: holds**",
+        "**A PCA start beats a random start, compared as in the original scripts: holds**",
         "**joint is below whiten below freq below svd, without training: does not hold**",
-        "**fisher + LoRA is below the seeds' PCA + LoRA: holds**",
+        "**fisher + LoRA is below the original PCA + LoRA: holds**",
     ):
         assert expected in report
     assert "| 10-13 vs D (k=8) |    -0.0500 |" in report
@@ -265,7 +264,8 @@ def test_a_rank_that_cannot_be_compared_is_told_and_leaves_the_claim_open(tmp_pa
     fair = "fisher + LoRA is below low-rank scratch, equal tokens counted from the same start"
     assert change("gpt_baseline")[fair] == "holds"
     assert change("gpt_lowrank_scratch_more_k8", tokens=600)[fair] == "inconclusive"
-    assert change("gpt_pca_lora_k8", eval_tokens=999)["A PCA start beats a random start, the seeds' way"] == "inconclusive"
+    claim = "A PCA start beats a random start, compared as in the original scripts"
+    assert change("gpt_pca_lora_k8", eval_tokens=999)[claim] == "inconclusive"
 
 
 def test_claims_that_no_runs_speak_of_are_inconclusive(tmp_path, run_main):

@@ -144,7 +144,7 @@ def test_every_mode_and_method_runs_and_1_is_the_identity(operate, model, tmp_pa
         "q,k,v shared_kv fisher",
         "attention_by_variance.png",
         "ranks_by_layer.png",
-        "## What it answers",
+        "## Answers to the prompt",
     ):
         assert words in report
     assert (tmp_path / "out" / "attention_by_rank.png").read_bytes().startswith(b"\x89PNG")

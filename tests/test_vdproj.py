@@ -360,7 +360,7 @@ def test_report_of_the_cache(train, tmp_path, run_main):
     column = next(line for line in lines if "KV reduction" in line).index("KV reduction")
     reduction = {line[1].split()[0]: line[column] for line in lines if len(line) > 12 and line[1]}
     assert reduction["Pythia"] == "0.00%" and reduction["K+V"] == "37.50%"
-    assert "How low-rank is the token table" not in text and "What can the value cache lose?" in text
+    assert "How low-rank is the token table" not in text and "How far can the value cache be compressed?" in text
     row = next(row for row in read_rows(tmp_path)[0] if row.label == "end to end")
     assert row.k == 10 and row.series == "V-DProj, end to end"
     assert f"{np.exp(row.values('best', 'position_loss', '0-16')).mean():,.1f}" in text
@@ -413,6 +413,8 @@ def test_report_of_what_is_there(train, tmp_path, run_main, assert_one_line_erro
     result = run_main("report.py", "--runs", tmp_path)
     assert result.status == 0, result.err
     text = (tmp_path / "report.md").read_text()
-    assert "How low-rank is the token table?" in text and "What can the value cache lose?" in text and "16-32" in text
+    assert (
+        "How low-rank is the token table?" in text and "How far can the value cache be compressed?" in text and "16-32" in text
+    )
     (tmp_path / "vdproj_end_to_end_r10" / "metrics.jsonl").unlink()
     assert_one_line_error(run_main("report.py", "--runs", tmp_path), "metrics.jsonl")

@@ -1,18 +1,18 @@
 """
-Low rank: the SVD of token tables and matrices, and the programs of experiments 1-13.
+Low-rank factors of token tables and matrices by SVD, and the programs of experiments 1-13.
 
-    spectrum, calibrate                  singular values and what a rank keeps; moments of a model, measured on text
+    spectrum, calibrate                  singular values and what a rank keeps; second moments of a model, measured on text
     decompose_table, decompose_matrix    exact factors by every method, for every rank
     modules                              low-rank factors in place of a matrix, a table or a head
-    pca_factorize_wte, merge_lora        programs: a table's factors on disk; adapters merged into their weights
-    which_side, import_hf                programs: which use of a table a cut hurts; GPT-2 and Pythia become checkpoints
+    pca_factorize_wte, merge_lora        programs: write a table's factors to disk; merge adapters into their weights
+    which_side, import_hf                programs: does a cut hurt lookup or head; turn GPT-2 or Pythia into a checkpoint
 
-The methods stand below, so that --help need not import torch. To add one, add its line here and its cost in decompose_table.py
-(or decompose_matrix.py).
+The methods are listed below, so --help does not import torch. To add a method, add its line here and its cost in
+decompose_table.py or decompose_matrix.py.
 """
 
-# Of a token table. counts: how often each token occurs; head: C of what the head reads; lookup: G of the loss's gradient at
-# the looked-up row.
+# Methods for a token table, and the inputs each needs. counts: how often each token occurs; head: C, the second moment of the
+# head's input; lookup: G, the second moment of the loss's gradient at the looked-up row.
 METHODS = dict(
     svd=(),
     centered=(),
@@ -21,10 +21,11 @@ METHODS = dict(
     joint=("counts", "head"),
     fisher=("counts", "head", "lookup"),
 )
-MOMENTS = {"head", "lookup"}  # what has to be measured on calibration text
+MOMENTS = {"head", "lookup"}  # inputs that are measured on calibration text
 JOINT_LAMBDA = 0.3
 
-# Of a matrix, y = W x. C: of its input; G: of the loss's gradient at its output. sequential is fisher, layer by layer.
+# Methods for a matrix, y = W x. C: second moment of its input; G: of the loss's gradient at its output. sequential is fisher,
+# layer by layer.
 MATRIX_METHODS = dict(pca=(), svd=(), whiten=("C",), fisher=("C", "G"), sequential=("C", "G"))
 
 
@@ -34,7 +35,7 @@ def reads_text(method):
 
 
 def check_needs(method, methods, **given):
-    """Raises ValueError for a method that `methods` does not have, or where what it needs is None."""
+    """Raise ValueError if `methods` lacks the method, or if an input that the method needs is None."""
     if method not in methods:
         raise ValueError(f"method {method!r} is none of {', '.join(methods)}")
     for name in methods[method]:

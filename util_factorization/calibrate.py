@@ -1,4 +1,4 @@
-"""What a model does with its token table, measured on text: second moments that weigh errors in whiten, joint and fisher."""
+"""Measures how a model uses its token table on text: the second moments that weigh errors in whiten, joint and fisher."""
 
 import torch
 from torch.nn import functional as F
@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 def calibrate(model, windows, device="cpu", gradients=False, sampled=False):
     """
-    One pass of a model over windows, an iterable of numpy (B, T) token ids and the (B, T) that follow them.
+    Run a model once over windows, an iterable of numpy (B, T) token ids and the (B, T) ids that follow them.
 
-    Returns (C [d,d], G [d,d] or None), float64. C = E[h h^T] of what the head reads, h after ln_f (and before that through
-    scale_down, if the model is an AtTable of a factorized table; then d stands for k). With gradients
-    G = E[g g^T] of the gradient g that a window's summed loss has at a looked-up row. The loss is of the text's own next tokens
-    (the empirical Fisher), or if sampled of tokens that the model draws from torch's global generator (the true Fisher).
+    Returns (C [d,d], G [d,d] or None), float64. C = E[h h^T], h: the input of the head, after ln_f. (If the model is an AtTable
+    of a factorized table, h has also passed scale_down, and d is k.) With gradients, G = E[g g^T], g: the gradient of a
+    window's summed loss at a looked-up row. The loss predicts the text's own next tokens (the empirical Fisher). With
+    `sampled`, it predicts tokens that the model draws from torch's global generator (the true Fisher).
     """
     model.to(device).eval().requires_grad_(False)
     C, G, tokens = 0, 0, 0

@@ -1,9 +1,9 @@
 """
-Hugging Face in: a Pythia (GPT-NeoX) or a GPT-2 from the hub or a local folder -> a checkpoint of ours with the same logits.
+Imports a Pythia (GPT-NeoX) or a GPT-2 from the Hugging Face hub or a local folder as a checkpoint with the same logits.
 
     python util_factorization/import_hf.py --model EleutherAI/pythia-70m --out model_weights/pythia70m/ckpt.pt
 
-The weights are kept in float32. A model that our GPT cannot express is refused: the error names what does not fit.
+The weights are stored in float32. A model that our GPT cannot represent is refused; the error names the part that does not fit.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.cli import fail, finish, flag, parse
 from common.files import claim_new
 
-# Settings that our GPT has fixed, by model_type. A config that is older than a setting lacks it and has this value.
+# Settings that are fixed in our GPT, by model_type. An old config may lack a setting; then it has this value.
 GRANTED = dict(
     gpt_neox=dict(attention_bias=True, layer_norm_eps=1e-5),
     gpt2=dict(
@@ -24,7 +24,7 @@ GRANTED = dict(
 )
 ACTIVATION = dict(gelu="gelu", gelu_new="gelu_tanh", gelu_fast="gelu_tanh", gelu_pytorch_tanh="gelu_tanh")  # theirs -> ours
 
-# Our modules of a block -> theirs.
+# Our module names in a block -> theirs.
 GPT_NEOX = {
     "ln_1": "input_layernorm",
     "attn.c_proj": "attention.dense",
@@ -43,27 +43,27 @@ GPT2 = {
 
 @dataclass
 class Args:
-    model: str = flag(help="a hub id, or a folder written by save_pretrained")
-    out: str = flag(help="the file to write; an existing one is left alone")
-    dataset: str = flag("", "dataset that later programs use by default; left out, wikitext103 for a GPT-2, pile for a Pythia")
-    block_size: int | None = flag(None, "keep so many positions; left out, all", low=1)
+    model: str = flag(help="hub id, or folder written by save_pretrained")
+    out: str = flag(help="file to write; an existing file is not overwritten")
+    dataset: str = flag("", "dataset that later programs use by default; default: wikitext103 for a GPT-2, pile for a Pythia")
+    block_size: int | None = flag(None, "positions to keep; default: all", low=1)
 
 
 DATASET = dict(gpt_neox="pile", gpt2="wikitext103")  # with the same tokenizer
 
 
 def read_checkpoint(source, flag, block_size=None, dataset=""):
-    """A GPT-2 or a Pythia, by a hub id or a folder -> (our GPT, the other entries of its checkpoint)."""
+    """Read a GPT-2 or a Pythia from a hub id or a folder -> (our GPT, the other entries of its checkpoint)."""
     from common.hugging_face import read_config, read_model
 
     theirs = read_config(source, flag)
-    config = gpt_config(theirs)  # refuses before the weights are downloaded
+    config = gpt_config(theirs)  # refuse before the weights are downloaded
     if block_size and block_size > config.block_size:
-        fail(f"--block_size {block_size}: {source} has {config.block_size} positions, give as many or fewer")
+        fail(f"--block_size {block_size}: {source} has {config.block_size} positions: give at most that")
     model = from_hugging_face(read_model(source, flag)[0], block_size)
     shape = {name: value for name, value in asdict(model.config).items() if name != "vocab_size"}
     facts = dict(args=shape | dict(dataset=dataset or DATASET[theirs.model_type]), iter_num=0, data_step=0)
-    return model, facts | dict(tokens=None, starts_from=None, val_loss=None)  # nobody counted the tokens here
+    return model, facts | dict(tokens=None, starts_from=None, val_loss=None)  # its training tokens are unknown
 
 
 def from_hugging_face(hf, block_size=None):
@@ -82,7 +82,7 @@ def from_hugging_face(hf, block_size=None):
 
 
 def gpt_config(theirs):
-    """A transformers config -> GPTConfig with tie_head left open, or an error that names what does not fit."""
+    """A transformers config -> GPTConfig without its tie_head, or an error that names the setting that does not fit."""
     from model import GPTConfig
 
     kind = theirs.model_type
@@ -91,7 +91,7 @@ def gpt_config(theirs):
         fail(f"{who} has model_type {kind}: give a Pythia (gpt_neox) or a GPT-2 (gpt2)")
     for name, ours in GRANTED[kind].items():
         if getattr(theirs, name, ours) != ours:
-            fail(f"{who} has {name} {getattr(theirs, name)}, where our GPT has {ours}: give a model with that")
+            fail(f"{who} has {name} {getattr(theirs, name)}, but our GPT has {ours}: give a model with that")
     d = theirs.hidden_size
     if kind == "gpt_neox":
         activation, width = theirs.hidden_act, theirs.intermediate_size
@@ -101,7 +101,7 @@ def gpt_config(theirs):
     if activation not in ACTIVATION:
         fail(f"{who} has the activation {activation}: give a model with one of {', '.join(ACTIVATION)}")
     if width % d:
-        fail(f"{who} has an MLP of width {width}, no whole multiple of {d}: give a model with one")
+        fail(f"{who} has an MLP of width {width}, not a multiple of {d}: give a model whose MLP width is one")
     return GPTConfig(
         vocab_size=theirs.vocab_size,
         block_size=theirs.max_position_embeddings,
@@ -111,31 +111,31 @@ def gpt_config(theirs):
         mlp_expansion_factor=width // d,
         activation=ACTIVATION[activation],
         bias=True,
-        dropout=0.0,  # a new run sets its own
+        dropout=0.0,  # each run sets its own
         **positions,
     )
 
 
 def rotary_share(theirs, who):
-    """The share of each head that a GPT-NeoX rotates, or an error where its rotation is not ours."""
+    """The share of each head that a GPT-NeoX rotates, or an error if our GPT cannot rotate like this."""
     rope = getattr(theirs, "rope_parameters", None)
     if rope is None:  # before transformers 5
         rope = dict(theirs.rope_scaling or {}, partial_rotary_factor=theirs.rotary_pct, rope_theta=theirs.rotary_emb_base)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or rope["rope_theta"] != 10000:
         fail(
-            f"{who} has rope_type {kind} and rope_theta {rope['rope_theta']}, where our GPT has default and 10000: "
+            f"{who} has rope_type {kind} and rope_theta {rope['rope_theta']}, but our GPT has default and 10000: "
             "give a model with those"
         )
     n = theirs.hidden_size // theirs.num_attention_heads
-    dims = int(n * rope["partial_rotary_factor"])  # they round down
+    dims = int(n * rope["partial_rotary_factor"])  # transformers rounds down
     if not dims or dims % 2:
         fail(f"{who} rotates {dims} of the {n} numbers of a head: give a model that rotates an even number of them")
     return dims / n
 
 
 def named(modules, conv1d=False):
-    """{our name: their module} -> {our parameter's name: its tensor}; a Conv1D has its weight as [in, out]."""
+    """{our name: their module} -> {our parameter's name: its tensor}. A Conv1D stores its weight as [in, out]."""
     state = {}
     for name, module in modules.items():
         state[f"{name}.weight"] = module.weight.T if conv1d and module.weight.ndim == 2 else module.weight
@@ -145,7 +145,7 @@ def named(modules, conv1d=False):
 
 def gpt_neox_state(hf, n_head):
     def split(rows):
-        """[H 3 n, ...], every head's q, k and v side by side -> q, k and v, each [H n, ...]"""
+        """[H 3 n, ...], with q, k and v side by side in each head -> q, k and v, each [H n, ...]"""
         return rows.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(1, 2)
 
     state = named({"transformer.ln_f": hf.gpt_neox.final_layer_norm})

@@ -1,5 +1,5 @@
 """
-Merge the adapters of a LoRA checkpoint into its weights: a plain checkpoint of the base's size with the same logits.
+Merges the adapters of a LoRA checkpoint into its weights. The result has the size of the base model and the same logits.
 
     python util_factorization/merge_lora.py --ckpt_path model_weights/gpt_pca_lora_k64 --out merged.pt
 """
@@ -16,7 +16,7 @@ from common.files import claim_new
 @dataclass
 class Args:
     ckpt_path: str = flag(help="checkpoint with adapters, or the run folder that holds ckpt.pt")
-    out: str = flag(help="the file to write; an existing one is left alone")
+    out: str = flag(help="file to write; an existing file is not overwritten")
 
 
 def main(argv=None):
@@ -26,7 +26,7 @@ def main(argv=None):
 
     checkpoint = ckpt.load(args.ckpt_path, hint="give the ckpt.pt of a run with --lora_rank")
     if checkpoint["config"].get("lora_rank") is None:
-        fail(f"--ckpt_path {args.ckpt_path} has no adapters: nothing to merge, or merged already")
+        fail(f"--ckpt_path {args.ckpt_path} has no adapters, or they are merged: give the ckpt.pt of a run with --lora_rank")
     claim = claim_new(args.out)
     model = ckpt.build(checkpoint)
     before = model.count_parameters()
@@ -37,7 +37,7 @@ def main(argv=None):
     ckpt.save_new(args.out, model, **facts)
     claim.release()
     after = model.count_parameters()
-    print(f"{args.ckpt_path}: {before['adapters']:,} numbers of adapters merged, {after['total']:,} stored")
+    print(f"{args.ckpt_path}: {before['adapters']:,} adapter parameters merged, {after['total']:,} parameters stored")
     finish(out=args.out, adapters_merged=before["adapters"], parameters=after)
 
 

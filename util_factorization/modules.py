@@ -1,4 +1,4 @@
-"""Low-rank factors in place of a matrix, of a token table, or of a head. down [r,in] and up [out,r] stand for up down."""
+"""Modules that replace a matrix, a token table or a head by low-rank factors: up @ down, up [out,r], down [r,in]."""
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ class LowRank(nn.Module):
 
 
 class SharingLowRank(LowRank):
-    """A LowRank with the `down` of another one, or with what takes its place there: an adapted layer of PEFT."""
+    """A LowRank that uses the `down` of another LowRank. That `down` may have become an adapted layer of PEFT."""
 
     def __init__(self, owner, up):
         nn.Module.__init__(self)
@@ -28,7 +28,7 @@ class SharingLowRank(LowRank):
 
 
 class Uncut(LowRank):
-    """A whole matrix where attention expects a LowRank."""
+    """An uncut matrix, for attention that expects a LowRank."""
 
     def __init__(self, whole):
         nn.Module.__init__(self)
@@ -39,7 +39,7 @@ class Uncut(LowRank):
 
 
 class FactorizedTable(nn.Module):
-    """The lookup: rows of wte [V,k], then scale_up [d,k], whose bias is the mean row of methods that have one."""
+    """The lookup: rows of wte [V,k], then scale_up [d,k]. Its bias is the mean row, if the method has one."""
 
     def __init__(self, wte, scale_up):
         super().__init__()
@@ -75,15 +75,15 @@ class TiedHead(FactorizedHead):
         wte = self.wte
         if isinstance(wte, nn.Embedding):
             return super().forward(h)
-        rows = wte(torch.arange(len(wte.weight), device=h.device))  # PEFT's adapters act in the lookup and in the head
+        rows = wte(torch.arange(len(wte.weight), device=h.device))  # so PEFT's adapters act in the head too
         return self.scale_down(h) @ rows.T
 
 
 def restore_sums(sums, up, bias):
     """
-    The heads' sums over latents -> their outputs, side by side.
+    Turn each head's weighted sum of latents into its output; the outputs are side by side.
 
-    sums (B, H, r); up (G, r, n) of G heads of values, which H / G heads of queries share; bias (G, n) or None -> (B, 1, H n)
+    sums (B, H, r); up (G, r, n) of G value heads, each shared by H / G query heads; bias (G, n) or None -> (B, 1, H n)
     """
     y = sums.unflatten(1, (len(up), -1)) @ up  # (B, G, H/G, n)
     y = y if bias is None else y + bias[:, None]

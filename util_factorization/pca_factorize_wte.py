@@ -1,9 +1,9 @@
 """
-Factorize the token table of a checkpoint: one decomposition, then a pair of factor files for every rank.
+Factorizes the token table of a checkpoint: one decomposition, then a pair of factor files for every rank.
 
     python util_factorization/pca_factorize_wte.py --ckpt_path model_weights/gpt_baseline/ckpt.pt --rank_k 64,128,256
 
-The files are what train.py imports with --import_wte_npy and --import_scale_matrices_npz.
+train.py imports the files with --import_wte_npy and --import_scale_matrices_npz.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from util_factorization import JOINT_LAMBDA, METHODS, MOMENTS, reads_text
 from util_factorization.import_hf import read_checkpoint
 
 FOLDER = "model_weights/pca_factorized"
-CALIB_TOKENS = 131072  # 8,192 already give the same losses to 0.01 on the laptop's model
+CALIB_TOKENS = 131072  # for the laptop's model, 8,192 already give the same losses to 0.01
 
 
 def methods_with(*needs):
@@ -30,21 +30,26 @@ def methods_with(*needs):
 class Args:
     ckpt_path: str = flag(
         "model_weights/gpt_baseline/ckpt.pt",
-        "checkpoint, or run folder with ckpt.pt, or a GPT-2 of Hugging Face (id, folder)",
+        "checkpoint, run folder with ckpt.pt, or a GPT-2 of Hugging Face (hub id or folder)",
     )
-    rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point, 0.9, is the share of the energy to keep")
-    out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "with {k}, a file for every rank")
-    out_scale_npz: str = flag(FOLDER + "/scale_mats_{method}_k{k}.npz", "with {k}, a file for every rank")
-    method: str = flag("svd", "svd is the seeds' PCA; see decompose_table.py", choices=tuple(METHODS))
+    rank_k: str = flag("64,128,256", "ranks, comma-separated; a number with a point (0.9) is the share of the energy to keep")
+    out_wte_npy: str = flag(FOLDER + "/wte_{method}_k{k}.npy", "file for wte; {k} is replaced by the rank")
+    out_scale_npz: str = flag(
+        FOLDER + "/scale_mats_{method}_k{k}.npz", "file for the scale matrices; {k} is replaced by the rank"
+    )
+    method: str = flag("svd", "method of decompose_table.py; svd is the PCA of the original scripts", choices=tuple(METHODS))
     dataset: str = flag(
-        "", f"token counts for {methods_with('counts')}; left out, the checkpoint's own dataset, if it is there"
+        "",
+        f"dataset whose tokens are counted, for {methods_with('counts')}; default: the checkpoint's own, if it is there",
     )
     calib_dataset: str = flag(
-        "", f"training text that {methods_with(*MOMENTS)} read; left out, the dataset of the token counts"
+        "", f"dataset whose training text {methods_with(*MOMENTS)} read; default: the dataset of the token counts"
     )
-    calib_tokens: int | None = flag(None, f"tokens of it, in windows evenly spread; left out, {CALIB_TOKENS}, or all", low=1)
-    joint_lambda: float = flag(JOINT_LAMBDA, "what the lookup weighs against the head in joint", above=0)
-    device: str = flag("cpu", "where calibration and decomposition run: cpu or cuda")
+    calib_tokens: int | None = flag(
+        None, f"calibration tokens, in evenly spaced windows; default: {CALIB_TOKENS}, or all if fewer", low=1
+    )
+    joint_lambda: float = flag(JOINT_LAMBDA, "weight of the lookup relative to the head, for joint", above=0)
+    device: str = flag("cpu", "device for calibration and decomposition: cpu or cuda")
 
 
 def parse_ranks(text, d):
@@ -54,31 +59,31 @@ def parse_ranks(text, d):
         try:
             rank = float(part) if "." in part else int(part)
         except ValueError:
-            fail(f"--rank_k {text}: {part!r} is neither a rank (64) nor a share of the energy (0.9)")
+            fail(f"--rank_k {text}: {part!r} is neither a rank nor a share of the energy: give for example 64 or 0.9")
         if isinstance(rank, float) and not 0 < rank <= 1:
-            fail(f"--rank_k {part}: a share of the energy lies in (0, 1]")
+            fail(f"--rank_k {part}: a share of the energy is above 0 and at most 1: change it")
         if isinstance(rank, int) and not 1 <= rank <= d:
-            fail(f"--rank_k {part}: the table has ranks 1 to {d}")
+            fail(f"--rank_k {part}: the table's rank is between 1 and {d}: change it")
         ranks.append(rank)
     return ranks
 
 
 def check_names(args, given, n_ranks):
-    """Refuse names that would overwrite one file with another."""
+    """Refuse file names if one file would overwrite another."""
     if ("out_wte_npy" in given) != ("out_scale_npz" in given):
         fail("--out_wte_npy and --out_scale_npz name a pair: give both or none")
     for name in ("out_wte_npy", "out_scale_npz"):
         path = getattr(args, name)
         if set(re.findall(r"{(.*?)}", path)) - {"k", "method"}:
-            fail(f"--{name} {path}: {{k}} and {{method}} are what can be filled in")
+            fail(f"--{name} {path}: only {{k}} and {{method}} can be filled in: drop the other braces")
         if n_ranks > 1 and "{k}" not in path:
-            fail(f"--{name} {path} names one file for {n_ranks} ranks: put {{k}} into it")
+            fail(f"--{name} {path} is one file for {n_ranks} ranks: put {{k}} into the name")
     if args.out_wte_npy == args.out_scale_npz:
         fail(f"--out_wte_npy and --out_scale_npz are both {args.out_wte_npy}: give two names")
 
 
 def calibration(args, checkpoint, dataset):
-    """C and G (or None) of the checkpoint's model, see calibrate.py, and facts about the calibration text."""
+    """(C and G or None of the checkpoint's model as in calibrate.py, facts about the calibration text)."""
     from common.dataset import Dataset
     from training import checkpoint as ckpt
     from util_factorization.calibrate import calibrate
@@ -90,14 +95,14 @@ def calibration(args, checkpoint, dataset):
     available = (len(text.train) - 1) // T
     if (args.calib_tokens or 0) > available * T:
         fail(
-            f"--calib_tokens {args.calib_tokens}: {text.folder / 'train.bin'} has {available * T} in whole windows of {T}, "
-            "give fewer or more text"
+            f"--calib_tokens {args.calib_tokens}: {text.folder / 'train.bin'} has {available * T} tokens in full windows "
+            f"of {T}: lower it or give more text"
         )
     count = min(-(-(args.calib_tokens or CALIB_TOKENS) // T), available)
     d = checkpoint["config"]["n_embd"]
     if count * T < 2 * d:
         more = "--calib_tokens" if available * T >= 2 * d else f"--calib_dataset {text.folder}"
-        fail(f"{more}: {count * T} tokens in whole windows of {T} say too little about {d} directions, give {2 * d} or more")
+        fail(f"{more}: {count * T} tokens in full windows of {T} are too few for {d} directions: give {2 * d} or more")
     windows = text.fixed_windows(count, max(1, 4096 // T), T, split="train")
     C, G = calibrate(ckpt.build(checkpoint), windows, args.device, gradients="lookup" in METHODS[args.method])
     facts = dict(calib_dataset=text.folder.name, calib_tokens=count * T)
@@ -105,7 +110,7 @@ def calibration(args, checkpoint, dataset):
 
 
 def read_dense(ckpt_path):
-    """(The file or source, its checkpoint); an error unless the token table is dense, tied and without adapters."""
+    """(The file or source, its checkpoint). An error unless the token table is dense, tied and without adapters."""
     from common.hugging_face import is_hub_id
     from training import checkpoint as ckpt
 
@@ -121,12 +126,12 @@ def read_dense(ckpt_path):
     if checkpoint["config"]["n_embd_wte"] is not None:
         fail(f"--ckpt_path {path} has a factorized table already: give the dense baseline's checkpoint")
     if not checkpoint["config"].get("tie_head", True):
-        fail(f"--ckpt_path {path} has a head of its own, and factors serve a tied table: give a tied model's checkpoint")
+        fail(f"--ckpt_path {path} has an untied head, but factors need a tied table: give a tied model's checkpoint")
     return path, checkpoint
 
 
 def token_counts(args, checkpoint):
-    """(The dataset or None, counts [V] or None); an error where the method needs counts and there are none."""
+    """(The dataset or None, counts [V] or None). An error if the method needs counts and there are none."""
     import torch
 
     from common.dataset import Dataset, find_folder
@@ -171,7 +176,7 @@ def main(argv=None):
     from util_factorization.decompose_table import decompose
 
     if args.device != "cpu" and not torch.cuda.is_available():
-        fail(f"--device {args.device}: there is no CUDA device here, give --device cpu")
+        fail(f"--device {args.device}: there is no CUDA device here: give --device cpu")
     dataset, counts = token_counts(args, checkpoint)
     C, G, source = calibration(args, checkpoint, dataset) if reads_text(args.method) else (None, None, {})
     decomposition = decompose(table, args.method, counts, C, G, args.joint_lambda, args.device)

@@ -1,22 +1,22 @@
-"""What a cut at a rank costs: the singular values of a decomposition. Also roots of second moments."""
+"""The singular values of a decomposition: how much each rank loses and keeps. Also square roots of second moments."""
 
 import torch
 
-ROUNDING = 1e-12  # of the energy: where no more than this is missing, the share counts as reached
-RIDGE = 1e-6  # of a moment's mean eigenvalue: a little weight for directions that do not occur in the text
+ROUNDING = 1e-12  # share of the energy that may be missing when a share counts as reached
+RIDGE = 1e-6  # share of a moment's mean eigenvalue: gives a little weight to directions that do not occur in the text
 
 
 class Spectrum:
     """
-    Part of a decomposition. S [n]: its singular values, falling, in the method's own metric. full: its largest rank.
+    Base class of a decomposition. S [n]: its singular values in the method's metric, descending. full: its largest rank.
     """
 
     def tail(self, k):
-        """The error of rank k in the method's own metric, a square root; no factorization of rank k has less (Eckart-Young)."""
+        """The error of rank k in the method's metric (not squared). No factorization of rank k has less (Eckart-Young)."""
         return self.S[k:].square().sum().sqrt().item()
 
     def energy(self, k):
-        """Share of the sum of squares that k components keep; 1 where the matrix is zero."""
+        """The share of the sum of squares that k components keep; 1 if the matrix is zero."""
         total = self.tail(0)
         return 1 - (self.tail(k) / total) ** 2 if total else 1.0
 
@@ -35,7 +35,7 @@ def root(M):
 
 
 def with_ridge(M):
-    """A second moment in float64 that can be inverted. One of zeros, of a layer that nothing reaches, weighs all alike."""
+    """A second moment in float64, made invertible. A zero moment (no input reaches the layer) becomes the identity."""
     M = M.double()
     if not M.any():
         return torch.eye(len(M), dtype=M.dtype)

@@ -1,5 +1,6 @@
 """
-Where a factorization hurts: the loss without training when only the lookup, only the head, or both use the factors.
+Shows which use of the table a factorization hurts: the loss without training if only the lookup, only the head, or both use
+the factors.
 
     python util_factorization/which_side.py --ckpt_path model_weights/gpt_baseline --factors model_weights/pca_factorized
 """
@@ -15,9 +16,9 @@ from common.cli import fail, finish, flag, parse
 
 @dataclass
 class Args:
-    ckpt_path: str = flag("model_weights/gpt_baseline", "the dense checkpoint that was factorized, or its run folder")
-    factors: str = flag("model_weights/pca_factorized", "folder of its factor files; all are evaluated")
-    dataset: str = flag("", "validation text; left out, the checkpoint's own dataset")
+    ckpt_path: str = flag("model_weights/gpt_baseline", "dense checkpoint that was factorized, or its run folder")
+    factors: str = flag("model_weights/pca_factorized", "folder of the factor files; all of them are evaluated")
+    dataset: str = flag("", "dataset of the validation text; default: the checkpoint's own")
 
 
 def main(argv=None):
@@ -34,7 +35,7 @@ def main(argv=None):
     if checkpoint["config"]["n_embd_wte"] is not None or checkpoint["config"].get("lora_rank") is not None:
         fail(f"--ckpt_path {args.ckpt_path} is not a dense model: give the baseline that was factorized")
     if not checkpoint["config"].get("tie_head", True):
-        fail(f"--ckpt_path {args.ckpt_path} has a head of its own: give the tied baseline that was factorized")
+        fail(f"--ckpt_path {args.ckpt_path} has an untied head: give the tied baseline that was factorized")
     files = [(p, *re.fullmatch(r"wte_(\w+)_k(\d+)", p.stem).groups()) for p in Path(args.factors).glob("wte_*_k*.npy")]
     if not files:
         fail(f"--factors {args.factors} has no wte_*_k*.npy: run scripts/run_pca_factorization.sh first")
@@ -46,7 +47,7 @@ def main(argv=None):
         fail(f"--dataset {data.folder} has {data.vocab_size} ids, the table {len(dense)}: give the one it was trained on")
 
     def loss(lookup, head):
-        """The model's loss on the run's own fixed windows, with a table [V,d] for each side."""
+        """The model's loss on the run's own fixed windows, with one table [V,d] for the lookup and one for the head."""
         total, tokens = 0.0, 0
         for x, y in data.fixed_windows(iters * batch_size, batch_size, model.config.block_size):
             h = model.trunk(lookup[torch.from_numpy(x)])

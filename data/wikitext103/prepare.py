@@ -1,11 +1,10 @@
 """
-WikiText-103 (raw) -> train.bin, val.bin, meta.pkl, in GPT-2's tokens.
+Writes WikiText-103 (raw) to train.bin, val.bin and meta.pkl in GPT-2's tokens.
 
     python data/wikitext103/prepare.py                          # Salesforce/wikitext from the Hugging Face hub
     python data/wikitext103/prepare.py --local_dir wikitext     # wiki.train.raw and wiki.valid.raw, or the hub's parquet files
 
-The official split is kept: wiki.valid.raw becomes val.bin, and the test text is in neither file. Articles are separated by
-end-of-text.
+The official split is kept: wiki.valid.raw becomes val.bin; the test text is not used. End-of-text separates the articles.
 """
 
 import os
@@ -23,20 +22,20 @@ ARTICLES_AT_ONCE = 512
 
 @dataclass
 class Args:
-    local_dir: str = flag("", "folder with wiki.{train,valid}.raw or parquet files; left out, the hub")
-    out_dir: str = flag(str(Path(__file__).parent), "where train.bin, val.bin and meta.pkl go")
+    local_dir: str = flag("", "folder with wiki.{train,valid}.raw or parquet files; default: download from the hub")
+    out_dir: str = flag(str(Path(__file__).parent), "folder for train.bin, val.bin and meta.pkl")
     threads: int = flag(os.cpu_count() or 1, "threads of the tokenizer", low=1)
 
 
 def local_lines(folder, split):
-    """The lines of a split. The folder has a .raw file for it, or parquet files."""
+    """The lines of a split, from the folder's .raw file or parquet files."""
     raw, parquet = SPLITS[split]
     if (folder / raw).is_file():
         with open(folder / raw, encoding="utf-8") as f:
             yield from f
         return
     files = sorted(folder.rglob(parquet))
-    files = [f for f in files if f.parent.name == "wikitext-103-raw-v1"] or files  # the hub's folder holds four corpora
+    files = [f for f in files if f.parent.name == "wikitext-103-raw-v1"] or files  # the hub's folder has four corpora
     if not files:
         fail(f"--local_dir {folder} has neither {raw} nor {parquet}: unpack WikiText-103 raw there")
     if len({f.parent for f in files}) > 1:
@@ -55,7 +54,7 @@ def hub_lines(split):
         fail("the package datasets is not installed: pip install datasets, or give --local_dir")
     try:
         part = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split={"val": "validation"}.get(split, split))
-    except Exception as error:  # whatever the network layer raises
+    except Exception as error:  # the network library raises many types
         why = str(error).splitlines()[0][:100]
         fail(f"Salesforce/wikitext cannot be loaded from the hub ({type(error).__name__}: {why}): give --local_dir")
     yield from part["text"]
