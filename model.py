@@ -1,17 +1,19 @@
 """
-One GPT: GPT-2 by default, Pythia by config; optional factorized token table, LoRA adapters, compressed keys and values.
+One GPT: GPT-2 by default, Pythia by config. Optional parts: a factorized token table, LoRA adapters, compressed keys and
+values.
 
 Shapes: B batch, T positions, S positions that a query may see, d = n_embd, k = n_embd_wte (rank of the token table),
-V = vocab_size, H heads, r = a rank: lora_rank, k_proj_dim, v_proj_dim.
+V = vocab_size, H heads, r = a rank (lora_rank, k_proj_dim or v_proj_dim).
 
     dense       wte [V,d]                                          logits = h @ wte^T
     factorized  wte [V,k], scale_up [d,k], scale_down [d,k]        logits = (h @ scale_down) @ wte^T
 
-with h = ln_f(...), (B, T, d). wte and lm_head are one tensor; n_embd_wte_scale_tying makes the scale matrices one, too.
+with h = ln_f(...), (B, T, d). wte and lm_head are one tensor. n_embd_wte_scale_tying makes scale_up and scale_down one tensor.
 
 An adapter belongs to a weight: W' = W + s B A wherever W is used. The adapter of a tied table acts in the lookup and the head.
 
-A model may compress keys and values to r numbers a token, all heads together. The cache keeps these, and attention restores:
+A model may compress keys and values to r numbers per token, for all heads together. The cache keeps these numbers, and
+attention restores the keys and values from them:
 
     v_proj -> v_compress -> [cache] -> v_restore -> heads
     k_proj -> k_compress -> [cache] -> k_restore -> rotary -> heads
@@ -30,8 +32,8 @@ from common.loss import head_loss
 @dataclass
 class GPTConfig:
     """
-    The shape of a model. train_args.ModelArgs has the same fields as flags, since that file must not import torch. A default
-    here means a model without the optional part, so that older checkpoints still load.
+    The shape of a model. train_args.ModelArgs repeats the fields as flags, because that file must not import torch. Each
+    default here switches an optional part off, so older checkpoints still load.
     """
 
     vocab_size: int
@@ -45,29 +47,29 @@ class GPTConfig:
     dropout: float
     n_embd_wte: int | None = None  # rank of the token table; None keeps it dense
     n_embd_wte_scale_tying: bool = False
-    n_embd_wte_mean: bool = False  # the lookup adds a mean row [d] (a centred factorization); the head needs none
+    n_embd_wte_mean: bool = False  # the lookup adds a mean row [d], for a centred factorization; the head needs none
     factor_init: str = "matched"  # matched | naive, see GPT.init_factors
-    rotary_pct: float = 0.0  # share of each head that is rotated by its position; 0 learns positions (wpe) instead
+    rotary_pct: float = 0.0  # share of each head that is rotated by position; 0: learned positions (wpe)
     parallel_residual: bool = False  # x + attn(ln_1 x) + mlp(ln_2 x), Pythia's block
-    norms_per_layer: int = 2  # with 1, a parallel block's attention and MLP share ln_1
+    norms_per_layer: int = 2  # 1: attention and MLP of a parallel block share ln_1
     tie_head: bool = True  # lm_head is wte
-    v_proj_dim: int | None = None  # numbers a token that the cache holds for the values of all heads; None is d
-    k_proj_dim: int | None = None  # for the keys, before their rotation
-    v_proj_narrow: bool = False  # v_proj gives v_proj_dim numbers itself: narrower heads, nothing to restore
-    lora_rank: int | None = None  # r; None is a model without adapters
+    v_proj_dim: int | None = None  # numbers per token that the cache holds for the values of all heads; None: d
+    k_proj_dim: int | None = None  # the same for the keys, before their rotation
+    v_proj_narrow: bool = False  # v_proj itself outputs v_proj_dim numbers: narrower heads, nothing to restore
+    lora_rank: int | None = None  # r; None: no adapters
     lora_alpha: float = 0.0  # an adapter's scale s is lora_alpha / lora_rank
-    lora_dropout: float = 0.0  # on what an adapter reads
+    lora_dropout: float = 0.0  # on an adapter's input
     lora_targets: str = ""  # module names, comma-separated
 
 
 ACTIVATIONS = {
-    "gelu": nn.GELU,  # exact, as in the seeds and in Pythia
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # what OpenAI's GPT-2 weights were trained with
+    "gelu": nn.GELU,  # exact, as in the original scripts and in Pythia
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # OpenAI's GPT-2 weights were trained with it
 }
 
 
 class NoCache:
-    """Stands for the KV cache where there is none: all positions are computed at once."""
+    """Takes the place of the KV cache if there is none: all positions are computed at once."""
 
     length = 0
 
@@ -85,7 +87,7 @@ def rotate(x, cos, sin):
     """
     Rotate the first D numbers of x (..., n) in pairs: number i and number i + D/2, as in GPT-NeoX and Llama.
 
-    cos, sin (..., D/2): of the angle of each pair.
+    cos, sin (..., D/2): cosine and sine of each pair's angle.
     """
     half = cos.shape[-1]
     a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
@@ -106,7 +108,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
     def forward(self, x, start):
-        """x (B, T, H n), heads side by side -> the same, rotated. start: the position of the first of the T."""
+        """Rotate x (B, T, H n), heads side by side. start: position of the first of the T tokens."""
         x = x.unflatten(-1, (self.n_head, -1))  # (B, T, H, n)
         cos, sin = (t[start : start + x.shape[1]].to(x.dtype) for t in (self.cos, self.sin))
         return rotate(x, cos, sin).flatten(-2)
@@ -139,13 +141,13 @@ class CausalSelfAttention(nn.Module):
 
     @staticmethod
     def bottleneck(d, r, bias):
-        """A map to r numbers and a map back; identities where r is None."""
+        """A map to r numbers and a map back. Both are identities if r is None."""
         if r is None:
             return nn.Identity(), nn.Identity()
         return nn.Linear(d, r, bias=bias), nn.Linear(r, d, bias=bias)
 
     def forward(self, x, cache=NO_CACHE):
-        """x (B, T, d), the positions that follow the cache's -> (B, T, d). The cache keeps their keys and values."""
+        """x (B, T, d), at the positions after those in the cache -> (B, T, d). Adds their keys and values to the cache."""
         start = cache.length
         q = self.rotary(self.q_proj(x), start)
         k = self.rotary_kept(self.k_compress(self.k_proj(x)), start)  # (B, T, r_k)
@@ -154,18 +156,18 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(self.attend(q, k, v)))
 
     def attend(self, q, k, v):
-        """q (B, T, d) of the last T positions, k and v (B, S, r) as kept -> the heads' outputs, side by side (B, T, d)."""
+        """q (B, T, d) of the last T positions; k, v (B, S, r) from the cache -> the heads' outputs side by side (B, T, d)."""
         T, S = q.shape[1], k.shape[1]
         k, v = self.rotary_read(self.k_restore(k), 0), self.v_restore(v)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, width / H)
         mask, dropout = None if T in (1, S) else causal_mask(T, S, q.device), self.dropout * self.training
-        # is_causal lets the first query see the first key alone. That is right where all positions are computed at once.
+        # is_causal lets the first query see only the first key. That is right only if all positions are computed at once.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
         return y.transpose(1, 2).flatten(-2)
 
 
 def causal_mask(T, S, device):
-    """(T, S) booleans: True where a query may look. Query t of the last T positions looks at positions 0 to S - T + t."""
+    """Booleans (T, S): True if the query may see the key. Query t of the last T positions sees positions 0 to S - T + t."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
@@ -210,14 +212,14 @@ BLOCKS = {(False, 2): Block, (True, 2): ParallelBlock, (True, 1): ParallelBlockO
 
 
 class NoPositions(nn.Module):
-    """Stands for wpe in a model that rotates its queries and keys instead."""
+    """Takes the place of wpe in a model that rotates its queries and keys instead."""
 
     def forward(self, pos):
         return 0
 
 
 class ScaleDown(nn.Linear):
-    """A Linear(k, d) that is applied through its transpose, d -> k. It has the shape of scale_up, so the two can be tied."""
+    """A Linear(k, d) that applies its transpose, d -> k. Its weight has the shape of scale_up's, so the two can be tied."""
 
     def forward(self, x):
         return x @ self.weight
@@ -225,9 +227,9 @@ class ScaleDown(nn.Linear):
 
 class Adapter(nn.Module):
     """
-    LoRA (arXiv:2106.09685) beside a weight W [out, in]: W' = W + s B A, B [out, r] zeros, A [r, in] Kaiming-uniform.
+    LoRA (arXiv:2106.09685) for a weight W [out, in]: W' = W + s B A. B [out, r] starts at zero, A [r, in] Kaiming-uniform.
 
-    Raises ValueError where r is above the smaller side of W.
+    Raises ValueError if r is above the smaller side of W.
     """
 
     def __init__(self, n_out, n_in, config):
@@ -242,7 +244,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as torch draws a Linear's weight: U(-1, 1) / sqrt(in)
 
     def delta(self):
-        """s B A [out, in], what merging adds to W."""
+        """s B A [out, in], which merging adds to W."""
         return self.scale * self.B @ self.A
 
     def down(self, x):
@@ -258,7 +260,7 @@ class Adapter(nn.Module):
         return self.scale * self.dropout(x) @ self.B @ self.A
 
     def rows(self, idx):
-        """ids (...) -> rows of s B A (..., in); dropout has nothing to act on here."""
+        """ids (...) -> rows of s B A (..., in). No dropout: the input is ids."""
         return self.scale * F.embedding(idx, self.B) @ self.A
 
 
@@ -282,18 +284,18 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def adapt(modules, config):
-    """Give every weight of the modules an adapter; modules that share a weight share its adapter."""
+    """Give every weight of the modules an adapter. Modules that share a weight share its adapter."""
     adapters = {}  # by weight
     for module in modules:
         if module.weight not in adapters:
             adapters[module.weight] = Adapter(*module.weight.shape, config)
         module.lora = adapters[module.weight]
-        module.__class__ = ADAPTED[type(module)]  # the same weights under the same names, with an adapter beside
+        module.__class__ = ADAPTED[type(module)]  # the weights keep their names; the module gets an adapter
 
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Add every adapter to its weight, once, and leave plain modules."""
+    """Add every adapter to its weight, once, and make the modules plain again."""
     adapted = [module for module in model.modules() if type(module) in PLAIN]
     for weight, delta in {module.weight: module.lora.delta() for module in adapted}.items():
         weight += delta
@@ -303,7 +305,7 @@ def merge_adapters(model):
 
 
 def effective_weight(module):
-    """A module's weight; where it has an adapter, with the adapter merged into it."""
+    """A module's weight, plus its adapter if it has one."""
     return module.weight + module.lora.delta() if type(module) in PLAIN else module.weight
 
 
@@ -315,7 +317,7 @@ class GPT(nn.Module):
         block = BLOCKS[config.parallel_residual, config.norms_per_layer]
         parts = dict(
             wte=nn.Embedding(config.vocab_size, k or d),
-            # a dense table passes through identities: forward() is the same for both
+            # a dense table uses identities, so forward() is the same for both
             scale_up=nn.Identity() if k is None else nn.Linear(k, d, bias=config.n_embd_wte_mean),
             wpe=NoPositions() if config.rotary_pct else nn.Embedding(config.block_size, d),
             drop=nn.Dropout(config.dropout),
@@ -335,7 +337,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), biases 0, the projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
+        """Initialise as GPT-2: N(0, 0.02), biases 0, projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_residual = name.endswith(("c_proj", "mlp_down"))
@@ -347,14 +349,14 @@ class GPT(nn.Module):
 
     def init_factors(self):
         """
-        Draw the factors so that the effective table wte @ scale^T has the std 0.02 of a dense one.
+        Draw the factors so that the effective table wte @ scale^T has std 0.02, as a dense table has.
 
-        The rows of scale^T get unit norm, as a PCA's have. The naive draw, N(0, 0.02) for every factor, gives a table of
+        The rows of scale^T get about unit norm, as in a PCA. The naive draw, N(0, 0.02) for every factor, gives a table of
         std 0.02^2 sqrt(k): 0.0032 at k = 64.
         """
         d, k, t = self.config.n_embd, self.config.n_embd_wte, self.transformer
         nn.init.normal_(t.wte.weight, std=0.02 * math.sqrt(d / k))
-        for scale in dict.fromkeys((t.scale_up.weight, t.scale_down.weight)):  # one tensor where they are tied
+        for scale in dict.fromkeys((t.scale_up.weight, t.scale_down.weight)):  # one tensor if they are tied
             nn.init.normal_(scale, std=1 / math.sqrt(d))
 
     @torch.no_grad()
@@ -367,7 +369,7 @@ class GPT(nn.Module):
             self.transformer.scale_up.bias.copy_(torch.as_tensor(mean))
 
     def effective_table(self):
-        """The dense table [V,d] that the factors stand for, the mean row of a centred one included."""
+        """The dense table [V,d] that the factors represent, with the mean row if the factorization is centred."""
         table = effective_weight(self.lm_head)
         if self.config.n_embd_wte is None:
             return table
@@ -375,17 +377,17 @@ class GPT(nn.Module):
         return table + self.transformer.scale_up.bias if self.config.n_embd_wte_mean else table
 
     def add_lora(self):
-        """Adapt the targets' weights. Raises ValueError for a target that names no matrix, or has a side below the rank."""
+        """Adapt the targets' weights. Raises ValueError if a target names no matrix, or one with a side below the rank."""
         modules = [(name.split(".")[-1], module) for name, module in self.named_modules() if type(module) in ADAPTED]
         targets = set(self.config.lora_targets.split(","))
         names = {name for name, _ in modules} - {"lm_head", "wpe"}  # the head has wte's adapter
         if unknown := sorted(targets - names):
-            raise ValueError(f"{unknown[0]!r} names no matrix of this model, which has {','.join(sorted(names))}: leave it out")
+            raise ValueError(f"{unknown[0]!r} names no matrix of this model, which has {','.join(sorted(names))}: drop it")
         weights = {module.weight for name, module in modules if name in targets}
         adapt([module for _, module in modules if module.weight in weights], self.config)
 
     def merge_lora(self):
-        """Add every adapter to its weight, once, and leave a plain model."""
+        """Add every adapter to its weight, once, and make the model plain again."""
         merge_adapters(self)
         self.config = replace(self.config, lora_rank=None, lora_alpha=0.0, lora_dropout=0.0, lora_targets="")
 
@@ -394,7 +396,7 @@ class GPT(nn.Module):
         return self.transformer.scale_up(self.transformer.wte(idx))
 
     def trunk(self, x, cache=NO_CACHE):
-        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). cache: the positions before them."""
+        """Rows of the token table (B, T, d) -> the output of ln_f (B, T, d). cache: keys and values of earlier positions."""
         t = self.transformer
         x = t.drop(x + t.wpe(torch.arange(cache.length, cache.length + x.shape[1], device=x.device)))
         for layer, block in enumerate(t.h):
@@ -410,19 +412,19 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.scale_down(h))
 
     def loss(self, h, targets):
-        """The output of ln_f (B, T, d), the next tokens (B, T) -> the mean cross-entropy of their logits in nats."""
+        """The output of ln_f (B, T, d) and the next tokens (B, T) -> mean cross-entropy in nats."""
         return head_loss(self.transformer.scale_down(h), targets, self.lm_head.weight, getattr(self.lm_head, "lora", None))
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) -> (logits (B, T, V), None), or with the next tokens (B, T) -> (None, their loss)."""
+        """Token ids (B, T) -> (logits (B, T, V), None). With targets, the next tokens (B, T) -> (None, loss in nats)."""
         h = self.hidden(idx)
         return (self.logits(h), None) if targets is None else (None, self.loss(h, targets))
 
     def count_parameters(self):
-        """Stored numbers by group, and their total. A tied tensor counts once. Adapters are a group: merging removes them."""
+        """Count the stored numbers by group, and in total. A tied tensor counts once. Merging empties the group of adapters."""
         group_of = dict(lora="adapters", k_compress="kv_compression", k_restore="kv_compression", v_compress="kv_compression")
         group_of |= dict(v_restore="kv_compression", wte="token_table", scale_up="token_table", scale_down="token_table")
-        group_of |= dict(lm_head="head", wpe="positions", attn="attention", mlp="mlp")  # the first that fits
+        group_of |= dict(lm_head="head", wpe="positions", attn="attention", mlp="mlp")  # the first match counts
         counts = dict.fromkeys("token_table head positions attention kv_compression mlp norms adapters".split(), 0)
         for name, p in self.named_parameters():  # yields a tied tensor once
             parts = name.split(".")
@@ -430,12 +432,12 @@ class GPT(nn.Module):
         return counts | dict(total=sum(counts.values()))
 
     def cache_widths(self):
-        """Numbers that a KV cache holds for a token and layer: of the keys, of the values."""
+        """(numbers for keys, numbers for values) that a KV cache holds per token and layer."""
         c = self.config
         return c.k_proj_dim or c.n_embd, c.v_proj_dim or c.n_embd
 
     def flops_per_token(self, T):
-        """Forward FLOPs a token (a multiply-add is two) at context T, by part."""
+        """Forward FLOPs per token at context T, by part. A multiply-add counts as two."""
         c, t, values_width = self.config, self.transformer, self.transformer.h[0].attn.c_proj.in_features
         scale = 0 if c.n_embd_wte is None else 2 * t.scale_up.weight.numel()
         linear = [m for m in t.h.modules() if isinstance(m, nn.Linear)]

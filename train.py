@@ -4,9 +4,10 @@ Train or evaluate one GPT.
     python train.py --preset laptop --dataset sotu --out_dir model_weights/gpt_baseline
     python train.py --out_dir model_weights/gpt_baseline                              # the gpt2 preset, on one GPU
     torchrun --standalone --nproc_per_node=2 train.py --out_dir ...                   # one run over two GPUs
-    python train.py --init_from resume --out_dir model_weights/gpt_baseline           # go on where it stopped
+    python train.py --init_from resume --out_dir model_weights/gpt_baseline           # continue a stopped run
 
-The same flags and seed read the same text in the same order, whatever the model, however many cards, resumed or not.
+Runs with the same flags and seed read the same text in the same order. The model, the number of GPUs and a resume do not
+change that.
 """
 
 from train_args import parse_args
@@ -43,14 +44,14 @@ from training.start import begin
 from training.stopping import Watch
 from training.step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
 
-# -- where the run starts, and on what --------------------------------------------------------------------------------
+# -- start and device -------------------------------------------------------------------------------------------------
 
 start = begin(args, given)
 args, model, dataset = start.args, start.model, start.dataset
 rank, world_size, device = start_processes(args)
 device_type = device.split(":")[0]
 args.dtype, dtype_reason = settle_dtype(args, device, world_size)
-master = rank == 0  # the process that evaluates, writes and speaks
+master = rank == 0  # this process evaluates, writes files and prints
 autocast = autocast_of(device, args.dtype)
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -61,18 +62,18 @@ text = TrainingText(dataset, args, start.epoch_steps, start.steps_before, rank, 
 
 
 def batch(step, micro):
-    """What this process reads in a micro-step: (B, T) token ids and the (B, T) that follow them, on the device."""
+    """Token ids (B, T) of a micro-step and the next tokens (B, T), on the device. Each process reads its own."""
     return to_device(map(torch.from_numpy, text.batch(step, micro)), device)
 
 
 # -- objective --------------------------------------------------------------------------------------------------------
 
 restored = None if args.v_proj_dim is None or args.v_proj_narrow else Restored(model)
-criterion = "v_recon" if args.objective == "v_recon" else "val_loss"  # the best checkpoint has the least of it
+criterion = "v_recon" if args.objective == "v_recon" else "val_loss"  # the best checkpoint has the lowest
 
 
 def objective(x, y):
-    """The loss that trains, of a forward pass over x and the next tokens y, (B, T) each."""
+    """The training loss for token ids x (B, T) and the next tokens y (B, T)."""
     if args.objective == "v_recon":
         trainer(x)
         return spread(restored.loss())
@@ -98,10 +99,10 @@ def learning_rate(step):
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (args.learning_rate - args.min_lr)
 
 
-# -- where the run stands ---------------------------------------------------------------------------------------------
+# -- state of the run -------------------------------------------------------------------------------------------------
 
-step, last_step, best = start.step, start.last_step, None  # best: the evaluation with the least of the criterion
-torch.manual_seed(args.seed + rank)  # from here on it draws the dropout, another one in every process
+step, last_step, best = start.step, start.last_step, None  # best: the evaluation with the lowest criterion
+torch.manual_seed(args.seed + rank)  # from here on: dropout, different in each process
 if start.state:
     best = start.restore(optimizer, scaler, device, rank)
 run = RunFolder(args, start.resumed_at) if start.writes and master else NoRunFolder()
@@ -117,11 +118,11 @@ progress.say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameter
 
 # -- compiling --------------------------------------------------------------------------------------------------------
 
-trainer, compiled = model, args.compile and step < last_step  # an evaluation alone is not compiled
+trainer, compiled = model, args.compile and step < last_step  # a run that only evaluates is not compiled
 
 
 def first_pass():
-    """The first forward and backward pass of a model, in which torch compiles it."""
+    """Run one forward and backward pass, so that torch compiles the model."""
     model.compile()
     with autocast:
         loss = objective(*batch(step, 0))
@@ -134,17 +135,19 @@ if compiled:
         why_not = why_it_does_not_compile(first_pass)
     optimizer.zero_grad(set_to_none=True)
     if why_not and given.get("compile"):
-        fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or mend the compiler")
+        fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or repair the compiler")
     if why_not:
-        compiled, model._compiled_call_impl = False, None  # what compile() sets; torch has no call that takes it back
-        progress.say(f"not compiled, and slower: torch cannot compile here ({why_not}). --no-compile does not try")
+        compiled, model._compiled_call_impl = False, None  # undoes compile(); torch has no call for that
+        progress.say(
+            f"torch cannot compile here ({why_not}): training without, which is slower. --no-compile skips the attempt"
+        )
 if world_size > 1:
     trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
 run.open()
 
 # -- evaluating, saving, stopping -------------------------------------------------------------------------------------
 
-flops_trained = trained_flops(model, args.block_size)  # a token of training
+flops_trained = trained_flops(model, args.block_size)  # per token
 peak = peak_flops(device, args.dtype)
 
 
@@ -157,21 +160,21 @@ def evaluation_now():
 
 
 def evaluate_and_log():
-    """Evaluate -> (the evaluation, the best one so far)."""
+    """Evaluate and log. Returns (this evaluation, the best so far)."""
     found = evaluation_now()
     stop_unless_finite(found["val_loss"])
     progress.say(
         f"step {step}: val loss {found['val_loss']:.4f}, ppl {found['val_ppl']:.2f}, "
         f"ln_f cosine {found['ln_f_cosine']:.3f}, full {found['ln_f_cosine_full']:.3f}"
-        + (f", values restored to {found['v_recon']:.3g}" if restored else "")
+        + (f", error of restored values {found['v_recon']:.3g}" if restored else "")
     )
     run.log(step, seconds=progress.seconds, **{k: v for k, v in found.items() if k != "iter"})
     return found, found if best is None or found[criterion] <= best[criterion] else best
 
 
 def keep(evaluated):
-    """Write what a resume needs, and the best. evaluated: at this step, else somewhere between two evaluations."""
-    kept = tally.state | progress.state | random_state(device, world_size)  # every process asks for it
+    """Write last.pt, and ckpt.pt if this is the best. evaluated: whether this step was just evaluated."""
+    kept = tally.state | progress.state | random_state(device, world_size)  # every process must call these
     if master:
         facts = dict(args=asdict(args), iter_num=step, data_step=start.steps_before + step, tokens=step * tokens_per_step)
         facts |= dict(starts_from=start.starts_from, val_loss=evaluation["val_loss"] if evaluated else None)
@@ -182,7 +185,7 @@ def keep(evaluated):
 
 
 def patience_has_ended():
-    """Whether the last `patience` evaluations brought nothing better; the process that evaluates tells the others."""
+    """Whether the last `patience` evaluations brought no new best. The master decides and sends it to the other processes."""
     ended = torch.zeros((), dtype=torch.int, device=device)
     if master:
         ended += (step - best["iter"]) // args.eval_interval >= args.patience
@@ -198,9 +201,9 @@ def stop_unless_finite(val_loss):
 
 
 def stop_if_stuck(skipped, in_a_row):
-    """Skipped steps change nothing, but many in a row mean that no other will do better."""
+    """Stop after many skipped steps in a row. A skipped step changes nothing, so the following ones would fail too."""
     if skipped:
-        progress.say(f"step {step}: {skipped} steps were skipped, their loss or gradient was not finite", sys.stderr)
+        progress.say(f"step {step}: skipped {skipped} steps, because their loss or gradient was not finite", sys.stderr)
     if in_a_row >= tally.MOST:
         first = step - in_a_row
         place = ", ".join(map(str, text.starts(first)[:8]))
@@ -220,10 +223,10 @@ with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
         # 1. the rate
         lr = learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("rate", 1.0)  # runs that older versions began have none
+            group["lr"] = lr * group.get("rate", 1.0)  # checkpoints of older versions have no "rate"
 
         # 2. evaluate and save
-        if step != start.evaluates_at and watch.asks_to_save(tally.in_a_row):  # after --checkpoint_minutes, or a signal
+        if step != start.evaluates_at and watch.asks_to_save(tally.in_a_row):  # --checkpoint_minutes are over, or a signal came
             with progress.paused():
                 keep(evaluated=False)
             watch.leave(step)
@@ -239,13 +242,13 @@ with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
         # 3. forward and backward
         for micro in range(micro_steps):
             x, y = batch(step, micro)
-            trainer.require_backward_grad_sync = micro == micro_steps - 1  # DDP's own switch; a plain model ignores it
+            trainer.require_backward_grad_sync = micro == micro_steps - 1  # a switch of DDP; a plain model ignores it
             with autocast:
                 loss = objective(x, y)
             scaler.scale(loss / micro_steps).backward()
             tally.add(loss.detach() / micro_steps)
 
-        # 4. clip, step, zero; a gradient that is not finite changes nothing
+        # 4. clip, step, zero; a step with a gradient that is not finite is skipped
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         skip_where(optimizer, tally.end_step(norm))
@@ -255,13 +258,13 @@ with ends_in_one_line(args, device), Watch(args, master, world_size) as watch:
         step += 1
         progress.bar.update()
 
-        # 5. log; reading the tally is the only wait for the device
+        # 5. log; only tally.read() waits for the device
         if step % args.log_interval == 0 or step == last_step:
             train_loss, skipped, in_a_row = tally.read(step - progress.logged_step)
             run.log(step, lr=lr, **progress.log(step, train_loss, peak_share), **(dict(skipped=skipped) if skipped else {}))
             stop_if_stuck(skipped, in_a_row)
 progress.bar.close()
-seconds = progress.seconds  # of training alone
+seconds = progress.seconds  # of training, without evaluations
 
 # -- the best checkpoint, and the summary -----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """
-Every flag of train.py, once: name, default, help, range. The defaults are the baseline of the reference setup (GPT-2 124M,
-context 2048, 10,000 steps). A preset is a commented difference from the defaults. training/rules.py refuses flags that
-contradict each other. No torch here, so that --help answers at once.
+Every flag of train.py: name, default, help, range. The defaults are the baseline of the reference setup (GPT-2 124M,
+context 2048, 10,000 steps). A preset lists the values that differ from the defaults, and comments say why.
+training/rules.py refuses flags that contradict each other. This file does not import torch, so --help answers at once.
 """
 
 from dataclasses import dataclass
@@ -14,51 +14,58 @@ from training.rules import LORA_TARGETS, check, check_given
 
 @dataclass
 class ModelArgs:
-    """The shape of the model: model.GPTConfig again, with help. That file needs torch, and this one must not import it."""
+    """The shape of the model. Repeats model.GPTConfig as flags, because model.py imports torch and this file must not."""
 
     block_size: int = flag(2048, "context length in tokens", low=1)
-    n_layer: int = flag(12, "transformer blocks", low=1)
+    n_layer: int = flag(12, "number of transformer blocks", low=1)
     n_head: int = flag(12, "attention heads of each block", low=1)
     n_embd: int = flag(768, "width d of the residual stream", low=1)
-    mlp_expansion_factor: int = flag(4, "width of the MLP in units of n_embd", low=1)
-    activation: str = flag("gelu", "gelu is exact, gelu_tanh is what OpenAI's GPT-2 uses", choices=("gelu", "gelu_tanh"))
-    bias: bool = flag(True, "biases in linear layers and LayerNorms")
-    dropout: float = flag(0.1, "dropout while training; evaluation uses none", low=0, below=1)
-    n_embd_wte: int | None = flag(None, "rank k of a factorized token table [V,k] x [k,d]; left out, the table is dense", low=1)
-    n_embd_wte_scale_tying: bool = flag(False, "scale_up and scale_down are one matrix")
+    mlp_expansion_factor: int = flag(4, "width of the MLP, in multiples of --n_embd", low=1)
+    activation: str = flag(
+        "gelu", "activation of the MLP: gelu is exact, OpenAI's GPT-2 uses gelu_tanh", choices=("gelu", "gelu_tanh")
+    )
+    bias: bool = flag(True, "give linear layers and LayerNorms a bias")
+    dropout: float = flag(0.1, "dropout rate in training; evaluation uses no dropout", low=0, below=1)
+    n_embd_wte: int | None = flag(None, "rank k of a factorized token table [V,k] x [k,d]; default: a dense table", low=1)
+    n_embd_wte_scale_tying: bool = flag(False, "use one matrix for scale_up and scale_down of the factorized table")
     factor_init: str = flag(
         "matched",
-        "random factors: matched gives their product a dense table's std 0.02, naive draws each N(0, 0.02)",
+        "how to draw random factors: matched gives their product std 0.02 like a dense table, naive draws each from N(0, 0.02)",
         choices=("matched", "naive"),
     )
-    rotary_pct: float = flag(
-        0.0, "share of each head that is rotated by its position; 0 learns positions instead", low=0, high=1
+    rotary_pct: float = flag(0.0, "share of each head that is rotated by position; 0: learned positions instead", low=0, high=1)
+    parallel_residual: bool = flag(False, "compute attention and MLP of a block from the same input, as Pythia does")
+    norms_per_layer: int = flag(
+        2, "LayerNorms per block; 1: attention and MLP share it (needs --parallel_residual)", choices=(1, 2)
     )
-    parallel_residual: bool = flag(False, "attention and MLP of a block read the same stream, as in Pythia")
-    norms_per_layer: int = flag(2, "LayerNorms of a block; 1 is shared, with --parallel_residual", choices=(1, 2))
-    tie_head: bool = flag(True, "the head is the token table")
-    v_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the values; left out, n_embd of them", low=1)
-    k_proj_dim: int | None = flag(None, "numbers a token that the cache holds for the keys, before they are rotated", low=1)
-    v_proj_narrow: bool = flag(False, "v_proj gives --v_proj_dim numbers itself, and nothing restores them")
+    tie_head: bool = flag(True, "use the token table as the output head")
+    v_proj_dim: int | None = flag(None, "numbers per token and layer that the cache holds for values; default: n_embd", low=1)
+    k_proj_dim: int | None = flag(None, "numbers per token and layer that the cache holds for keys; default: n_embd", low=1)
+    v_proj_narrow: bool = flag(
+        False, "make v_proj itself output --v_proj_dim numbers, with nothing restored (narrower value heads)"
+    )
 
 
 @dataclass
 class ObjectiveArgs:
     objective: str = flag(
-        "lm", "lm: cross-entropy; v_recon: mean (V - V_restored)^2 over elements and layers", choices=("lm", "v_recon")
+        "lm",
+        "training loss. lm: cross-entropy; v_recon: mean (V - V_restored)^2 over elements and layers",
+        choices=("lm", "v_recon"),
     )
-    v_recon_weight: float = flag(0.0, "weight of the reconstruction error in the loss; needs --v_proj_dim", low=0)
-    train_only: str = flag("", "whole parts of parameter names (attn, h.0, v_proj.bias), comma-separated: all else stays")
-    freeze: str = flag("", "whole parts of parameter names, comma-separated: these stay as they are")
+    v_recon_weight: float = flag(0.0, "weight of the values' reconstruction error in the loss; needs --v_proj_dim", low=0)
+    train_only: str = flag("", "parameters to train; give full parts of their names (attn, h.0, v_proj.bias), comma-separated")
+    freeze: str = flag("", "parameters not to train, named as in --train_only")
 
 
 @dataclass
 class LoraArgs:
-    lora_rank: int | None = flag(None, "train adapters of this rank and nothing else; left out, there are none", low=1)
-    lora_alpha: float = flag(64.0, "an adapter's scale is lora_alpha / lora_rank", above=0)
-    lora_dropout: float = flag(0.1, "dropout of what an adapter reads; evaluation uses none", low=0, below=1)
+    lora_rank: int | None = flag(None, "train only LoRA adapters, of this rank; default: no adapters", low=1)
+    lora_alpha: float = flag(64.0, "numerator of an adapter's scale, lora_alpha / lora_rank", above=0)
+    lora_dropout: float = flag(0.1, "dropout rate on an adapter's input; evaluation uses no dropout", low=0, below=1)
     lora_targets: str = flag(
-        ",".join(LORA_TARGETS), "what gets an adapter, comma-separated; wte's acts in the lookup and in the tied head"
+        ",".join(LORA_TARGETS),
+        "matrices that get an adapter, comma-separated; the adapter of wte acts in the lookup and the tied head",
     )
 
 
@@ -66,67 +73,70 @@ class LoraArgs:
 class StartArgs:
     init_from: str = flag(
         "scratch",
-        "scratch: random weights; resume: go on with the run in --out_dir; prev_run: the weights of --prev_run_ckpt",
+        "initial weights. scratch: random; resume: continue the run in --out_dir; prev_run: take those of --prev_run_ckpt",
         choices=("scratch", "resume", "prev_run"),
     )
-    prev_run_ckpt: str = flag("", "a ckpt.pt, or the run folder that holds it, for --init_from prev_run")
-    import_wte_npy: str = flag("", "factor file wte [V,k]; needs --import_scale_matrices_npz too")
-    import_scale_matrices_npz: str = flag("", "factor file scale_up, scale_down [k,d] (and mean [d])")
+    prev_run_ckpt: str = flag("", "ckpt.pt, or its run folder, for --init_from prev_run")
+    import_wte_npy: str = flag("", "factor file with wte [V,k]; needs --import_scale_matrices_npz too")
+    import_scale_matrices_npz: str = flag("", "factor file with scale_up and scale_down [k,d], optionally mean [d]")
     import_wte_freeze: bool = flag(False, "do not train the imported wte")
     import_scale_matrices_freeze: bool = flag(False, "do not train the imported scale matrices")
-    seed: int = flag(1337, "draws the weights, the training windows and the dropout", low=0, high=2**63 - 1)
+    seed: int = flag(1337, "random seed of weights, training windows and dropout", low=0, high=2**63 - 1)
 
 
 @dataclass
 class OptimArgs:
-    dataset: str = flag("wikitext103", "a folder under data/ with train.bin, val.bin and meta.pkl, or a path to one")
-    batch_size: int = flag(4, "windows of one micro-step", low=1)
-    gradient_accumulation_steps: int = flag(4, "micro-steps of one step, over all cards together", low=1)
+    dataset: str = flag("wikitext103", "folder with train.bin, val.bin and meta.pkl: a name under data/, or a path")
+    batch_size: int = flag(4, "windows (sequences of --block_size tokens) per micro-step", low=1)
+    gradient_accumulation_steps: int = flag(4, "micro-steps per optimizer step, summed over all GPUs", low=1)
     max_iters: int = flag(10000, "optimizer steps", low=0)
     max_epochs: int | None = flag(
         None,
-        "epochs instead of steps: sequences that do not overlap, shuffled anew in each, an evaluation after each",
+        "train this many epochs instead of --max_iters steps; sequences do not overlap and are reshuffled every epoch, "
+        "and each epoch ends with an evaluation",
         low=1,
     )
-    max_train_samples: int | None = flag(None, "sequences of an epoch, from the start of the text; left out, all of it", low=1)
-    patience: int | None = flag(None, "stop after this many evaluations without a better one; left out, never", low=1)
-    optimizer: str = flag("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest", choices=("adamw", "muon"))
-    learning_rate: float = flag(1e-4, "after the warmup", above=0)
-    muon_lr: float = flag(0.03, "Muon's learning rate, with --optimizer muon; it follows the same schedule", above=0)
-    table_lr: float | None = flag(
-        None, "learning rate of the token table, its scale matrices and the head; left out, --learning_rate", above=0
+    max_train_samples: int | None = flag(None, "sequences per epoch, from the start of the text; default: all of it", low=1)
+    patience: int | None = flag(None, "stop after this many evaluations in a row without a new best; default: never", low=1)
+    optimizer: str = flag(
+        "adamw", "optimizer; muon updates the blocks' matrices and leaves the rest to AdamW", choices=("adamw", "muon")
     )
-    min_lr: float = flag(5e-6, "at the end of the cosine; Muon's and the table's rates fall in proportion", low=0)
+    learning_rate: float = flag(1e-4, "learning rate after the warmup", above=0)
+    muon_lr: float = flag(0.03, "learning rate of Muon; needs --optimizer muon, follows the same schedule", above=0)
+    table_lr: float | None = flag(
+        None, "learning rate of the token table, its scale matrices and the head; default: --learning_rate", above=0
+    )
+    min_lr: float = flag(
+        5e-6, "learning rate at the end of the cosine; the rates of Muon and the table fall in proportion", low=0
+    )
     warmup_iters: int = flag(500, "steps of linear warmup", low=0)
-    lr_decay_iters: int | None = flag(None, "where the cosine ends; left out, at max_iters", low=1)
-    weight_decay: float = flag(0.1, "on matrices only", low=0)
-    beta1: float = flag(0.9, "AdamW's", low=0, below=1)
-    beta2: float = flag(0.95, "AdamW's", low=0, below=1)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0)
+    lr_decay_iters: int | None = flag(None, "step at which the cosine ends; default: --max_iters", low=1)
+    weight_decay: float = flag(0.1, "weight decay, on matrices only", low=0)
+    beta1: float = flag(0.9, "beta1 of AdamW", low=0, below=1)
+    beta2: float = flag(0.95, "beta2 of AdamW", low=0, below=1)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", low=0)
 
 
 @dataclass
 class RunArgs:
-    preset: str = flag("", "values that differ from the defaults, see below")
-    out_dir: str = flag("model_weights/out", "the run's folder")
-    eval_interval: int = flag(500, "steps between evaluations; each writes last.pt, and ckpt.pt where it is the best", low=1)
-    checkpoint_minutes: float | None = flag(
-        10.0, "minutes of training without an evaluation after which last.pt is written all the same", above=0
-    )
-    eval_iters: int = flag(100, "batches of --batch_size fixed validation windows in one evaluation", low=1)
-    eval_only: bool = flag(False, "evaluate and stop; with --init_from resume it evaluates ckpt.pt and writes nothing")
+    preset: str = flag("", "named set of values that replace the defaults, listed below")
+    out_dir: str = flag("model_weights/out", "folder of the run")
+    eval_interval: int = flag(500, "steps between evaluations; each writes last.pt, and ckpt.pt if it is the best", low=1)
+    checkpoint_minutes: float | None = flag(10.0, "minutes after which last.pt is written even without an evaluation", above=0)
+    eval_iters: int = flag(100, "batches per evaluation, of --batch_size fixed validation windows each", low=1)
+    eval_only: bool = flag(False, "evaluate and stop; with --init_from resume, evaluate ckpt.pt and write nothing")
     log_interval: int = flag(10, "steps between progress lines", low=1)
-    device: str = flag("cuda", "cuda, cuda:1, cpu, mps")
+    device: str = flag("cuda", "device: cuda, cuda:1, cpu or mps")
     dtype: str = flag(
         "float16",
-        "arithmetic of the forward pass; float16 trains with a GradScaler; auto measures which is fastest here",
+        "number format of the forward pass; float16 uses a GradScaler; auto takes the fastest on this machine",
         choices=("float32", "bfloat16", "float16", "auto"),
     )
-    compile: bool = flag(True, "torch.compile the model")
-    wandb_log: bool = flag(False, "log to Weights & Biases too; offline where there is no key")
-    wandb_project: str = flag("new-small-gpt", "W&B project")
-    wandb_run_name: str = flag("", "W&B run; left out, the name of out_dir")
-    tensorboard_log: bool = flag(False, "log to TensorBoard too, in out_dir/tensorboard")
+    compile: bool = flag(True, "compile the model with torch.compile")
+    wandb_log: bool = flag(False, "also log to Weights & Biases; offline if there is no key")
+    wandb_project: str = flag("new-small-gpt", "name of the W&B project")
+    wandb_run_name: str = flag("", "name of the W&B run; default: the name of --out_dir")
+    tensorboard_log: bool = flag(False, "also log to TensorBoard, in out_dir/tensorboard")
 
 
 @dataclass
@@ -138,80 +148,84 @@ class TrainArgs(RunArgs, StartArgs, OptimArgs, ObjectiveArgs, LoraArgs, ModelArg
 
 PRESETS = {}
 
-# The baseline of the reference setup, on one RTX 3090: 4 x 4 x 2048 = 32,768 tokens a step, 10,000 steps = 328M tokens.
+# The baseline of the reference setup, on one RTX 3090: 4 x 4 x 2048 = 32,768 tokens per step, 10,000 steps = 328M tokens.
 # Its authors report a validation loss of 3.44 on WikiText-103.
 PRESETS["gpt2"] = dict()
 
-# The schedule of experiments 10-13: 5,000 further steps of the same size = 164M tokens.
+# The schedule of experiments 10-13: 5,000 more steps of the same size = 164M tokens.
 PRESETS["gpt2_finetune"] = PRESETS["gpt2"] | dict(
     max_iters=5000, eval_interval=200, learning_rate=5e-5, min_lr=1e-6, warmup_iters=100, weight_decay=0.01
 )
 
-# The same schedule for adapters: rank 32 of width 768, half of the smallest table's rank, 64.
+# The same schedule for adapters. Their rank 32 is half of the smallest table's rank, 64.
 PRESETS["gpt2_lora"] = PRESETS["gpt2_finetune"] | dict(lora_rank=32)
 
-# Two CPU cores: 1 x 8 x 128 = 1,024 tokens a step, 1,000 steps = 1.0M tokens of data/sotu, about 3 minutes. No dropout,
-# since there are fewer tokens than in the text. The token table is 1.05M of the 2.66M parameters. results/laptop_ranks and
-# results/bytes/own_tables.md were made with it.
+# For two CPU cores: 1 x 8 x 128 = 1,024 tokens per step, 1,000 steps = 1.0M tokens of data/sotu, about 3 minutes. No dropout,
+# because the run reads less than one epoch of the text. The token table is 1.05M of the 2.66M parameters. results/laptop_ranks
+# and results/bytes/own_tables.md used this preset.
 PRESETS["laptop_adamw"] = dict(
     block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0, dataset="sotu",
     batch_size=8, gradient_accumulation_steps=1, max_iters=1000, learning_rate=1e-3, min_lr=5e-5, warmup_iters=50,
     eval_interval=125, eval_iters=32, log_interval=50, device="cpu", dtype="float32", compile=False,
 )  # fmt: skip
 
-# Half as many further steps, as experiments 10-13 have, at half the rate and a tenth of the decay.
+# As in experiments 10-13: half as many steps again, at half the learning rate and a tenth of the weight decay.
 PRESETS["laptop_adamw_finetune"] = PRESETS["laptop_adamw"] | dict(
     max_iters=500, eval_interval=100, learning_rate=5e-4, min_lr=1e-5, warmup_iters=20, weight_decay=0.01
 )
 
-# Rank 8 of 256, as much of the width as the reference's, and no dropout here either.
+# Rank 8 of width 256, about the share of the reference (32 of 768). No dropout here either.
 PRESETS["laptop_adamw_lora"] = PRESETS["laptop_adamw_finetune"] | dict(lora_rank=8, lora_alpha=16, lora_dropout=0.0)
 
-# The main job on two CPU cores: the same model, Muon, and two fifths of the steps. The rates were chosen on the last twentieth
-# of the training text (results/speed): for a dense table 2e-2 and 4e-2 do as well, a table of rank 128 wants 2e-2.
+# The README's laptop run, on two CPU cores: the same model, Muon, and two fifths of the steps. The rates were chosen on the
+# last twentieth of the training text (results/speed). For a dense table 2e-2 and 4e-2 are equally good; a table of rank 128
+# needs 2e-2.
 PRESETS["laptop"] = PRESETS["laptop_adamw"] | dict(
     optimizer="muon", dtype="auto", max_iters=400, learning_rate=3e-3, muon_lr=0.02, table_lr=0.02, min_lr=0.0, warmup_iters=20,
     eval_interval=100,
 )  # fmt: skip
 
-# Half as many further steps, at a quarter of the rates: at half of them D ends where it began, it is undone first.
+# Half as many steps again, at a quarter of the rates. At half of the rates D ends at the loss that it began with: the first
+# steps damage it.
 PRESETS["laptop_finetune"] = PRESETS["laptop"] | dict(
     max_iters=200, eval_interval=50, learning_rate=7.5e-4, muon_lr=5e-3, table_lr=5e-3, warmup_iters=10, weight_decay=0.01
 )
 
-# As many further steps. Adapters train by AdamW; its rate was not tuned.
+# As many steps as laptop_finetune. AdamW trains the adapters; its rate was not tuned.
 PRESETS["laptop_lora"] = PRESETS["laptop_adamw_lora"] | dict(
     dtype="auto", max_iters=200, eval_interval=50, learning_rate=1e-3, warmup_iters=10
 )
 
-# Experiments 1-13 on two CPU cores: half the width, so that twice the steps fit into the same minutes (2.0M tokens, fewer
-# than the text has), at four times the rate. Its table is fuller, so that what a rank costs and how it is chosen
-# can be seen: ranks 8, 16, 32, 64 of 128 for the reference's 64, 128, 256, 512 of 768.
+# Experiments 1-13 on two CPU cores. Half the width, so that twice the steps fit into the same minutes (2.0M tokens, less than
+# one epoch), at four times the rate. More of the table's rank is in use, so the cost of a low rank and the choice of method
+# become visible. Ranks 8, 16, 32, 64 of 128 take the place of the reference's 64, 128, 256, 512 of 768.
 PRESETS["laptop13"] = PRESETS["laptop_adamw"] | dict(
     n_embd=128, max_iters=2000, learning_rate=4e-3, min_lr=2e-4, eval_interval=250
 )
 
-# Half as many further steps, as experiments 10-13 have, at half the rate and a tenth of the decay.
+# As in experiments 10-13: half as many steps again, at half the learning rate and a tenth of the weight decay.
 PRESETS["laptop13_finetune"] = PRESETS["laptop13"] | dict(
     max_iters=1000, eval_interval=125, learning_rate=2e-3, min_lr=4e-5, warmup_iters=20, weight_decay=0.01
 )
 
-# Rank 8 of 128: the reference's share of the width would be 5, and the smallest table has rank 8. Few numbers want a higher
-# rate than all of them: at k = 8, seed 1, a rate of 5e-3 ends at 5.353 and 1e-2 at 5.346 (2e-3 with rank 4: 5.499).
+# Rank 8 of width 128: the reference's share of the width would be 5, and the smallest table has rank 8. Adapters need a higher
+# learning rate than all weights do: at k = 8, seed 1, a rate of 5e-3 ends at a loss of 5.353 and 1e-2 at 5.346 (2e-3 with
+# rank 4: 5.499).
 PRESETS["laptop13_lora"] = PRESETS["laptop13_finetune"] | dict(
     learning_rate=5e-3, min_lr=1e-4, lora_rank=8, lora_alpha=16, lora_dropout=0.0
 )
 
-# Pythia-70M's shape, trained as in the seed's experiment with compressed values: 9,000 sequences of 128 tokens, 8 a step,
-# 1,125 steps an epoch, at a constant rate, until three epochs have brought nothing (its logs stop there, not after one).
-# One LayerNorm a block, as its authors have it; Pythia's own weights have two. They report a perplexity of about 442.
+# Pythia-70M's shape, trained as in the original scripts' experiment with compressed values: 9,000 sequences of 128 tokens, 8
+# per step, 1,125 steps per epoch, at a constant rate. It stops after three epochs without a new best, as the logs of that
+# experiment do. One LayerNorm per block, as its authors have it; Pythia's own weights have two. They report a perplexity of
+# about 442.
 PRESETS["pythia70m"] = dict(
     block_size=128, n_layer=6, n_head=8, n_embd=512, dropout=0.0, rotary_pct=0.25, parallel_residual=True, norms_per_layer=1,
     tie_head=False, dataset="pile", batch_size=8, gradient_accumulation_steps=1, max_epochs=30, max_train_samples=9000,
     patience=3, learning_rate=1e-4, min_lr=1e-4, warmup_iters=0, weight_decay=0.01, eval_iters=125,
 )  # fmt: skip
 
-# Phase 1, v_compress and v_restore alone.
+# Phase 1 of 2: train only v_compress and v_restore.
 PRESETS["pythia70m_recon"] = PRESETS["pythia70m"] | dict(
     objective="v_recon", train_only="v_compress,v_restore", max_epochs=10, learning_rate=1e-3, min_lr=1e-3
 )
@@ -228,9 +242,9 @@ PRESETS["laptop_pythia_recon"] = PRESETS["laptop_pythia"] | dict(
 
 
 def parse_args(argv=None):
-    """Returns (TrainArgs, the dict of flags that were given on the command line)."""
+    """Returns (TrainArgs, dict of the flags that the command line gives)."""
     args, given = parse(TrainArgs, argv, presets=PRESETS, description="Train or evaluate one GPT.", epilog=describe_presets())
-    if args.init_from != "resume":  # the flags of a resumed run are in its checkpoint, see resume_args
+    if args.init_from != "resume":  # a resumed run reads its flags from the checkpoint, see resume_args
         check_given(args, given)
         check(args)
     return args, given

@@ -304,7 +304,7 @@ def test_sample_streams_what_the_batch_prints(trained, run_main, tmp_path):
     streamed = run_main(*sample, "--prompt", "the people")
     assert streamed.status == 0, streamed.err
     text = streamed.out.splitlines()[0]
-    assert text.startswith("the people ") and "attending by" in streamed.err
+    assert text.startswith("the people ") and "attend " in streamed.err
     assert streamed.last["cache_bytes_per_token"] == 2 * (20 + 12) * 4 and streamed.last["new_tokens"] == [8]
     (tmp_path / "prompt.txt").write_text("the people")
     for same in (["--no-kv_cache"], ["--attend", "fold"], ["--kv_dtype", "float16", "--dtype", "auto"]):
@@ -386,7 +386,7 @@ def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_err
         (["--prompt_file", "cannot be read"], [*sample, "--prompt_file", tmp_path / "none.txt"]),
         (["--prompt_ids", "id 300"], [*sample, "--prompt_ids", "1,300"]),
         (["--prompt_ids", "id -1"], [*sample, "--prompt_ids=-1"]),
-        (["--prompt_ids", "whole numbers"], [*sample, "--prompt_ids", "1,x"]),
+        (["--prompt_ids", "integers"], [*sample, "--prompt_ids", "1,x"]),
         (["17 tokens", "block_size 16"], [*sample, "--prompt_ids", ",".join(["1"] * 17)]),
         (["--prompt and --prompt_ids"], [*sample, "--prompt", "a", "--prompt_ids", "1"]),
         (["--temperature -1"], [*sample, "--temperature", "-1"]),

@@ -64,7 +64,7 @@ def test_wrong_orientation(files, capsys):
     found = read_factors(*paths, V, k, d)
     assert np.array_equal(found["scale_up"], P) and np.array_equal(found["scale_down"], P)
     err = capsys.readouterr().err
-    assert err.count("note") == 1 and "scale_up" in err and "[5,3]" in err and "turned to [3,5]" in err
+    assert err.count("note") == 1 and "scale_up" in err and "[5,3]" in err and "transposed to [3,5]" in err
     np.savez(paths[1], scale_up=P, scale_down=P)
     np.save(paths[0], Z.T)
     assert "transposed" in refused(capsys, *paths, V, k, d)

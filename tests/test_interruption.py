@@ -109,7 +109,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path, 
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     result = train(out_dir=parts, **dict.fromkeys([*TINY, "dataset"]) | dict(init_from="resume"))
-    assert result.status == 0 and "is damaged: going on from last.previous.pt" in result.err, result.err
+    assert result.status == 0 and "is damaged: resuming from last.previous.pt" in result.err, result.err
     assert_same_end(tmp_path / "whole", parts)
     last.write_bytes(content)
     assert_one_line_error(train(out_dir=parts, init_from="resume"), "is damaged", "last.previous.pt")

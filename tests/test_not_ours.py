@@ -44,7 +44,7 @@ def test_logs_without_their_package_cost_a_line(train, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     result = train(out_dir=tmp_path / "run", wandb_log=True, tensorboard_log=True)
     assert result.status == 0 and evaluations(tmp_path / "run") == [0, 3, 6]
-    notes = [line for line in result.err.splitlines() if "the run goes on without it" in line]
+    notes = [line for line in result.err.splitlines() if "the run continues without it" in line]
     assert len(notes) == 2 and "--wandb_log" in notes[0] and "--tensorboard_log" in notes[1], result.err
 
 
@@ -58,7 +58,7 @@ def test_logs_that_break_off_cost_a_line(train, tmp_path, monkeypatch, wandb):
     wandb.run.log = fails(RuntimeError("the service\nis gone"))
     result = train(out_dir=tmp_path / "run", wandb_log=True, tensorboard_log=True)
     assert result.status == 0 and evaluations(tmp_path / "run") == [0, 3, 6] and wandb.started == [None]
-    notes = [line for line in result.err.splitlines() if "the run goes on without it" in line]
+    notes = [line for line in result.err.splitlines() if "the run continues without it" in line]
     assert len(notes) == 2 and "the service is gone" in notes[0] and "No space left" in notes[1], result.err
 
 
@@ -71,7 +71,7 @@ def test_wandb_without_a_network_logs_offline(train, tmp_path, wandb, part):
         wandb.init = lambda mode, **settings: online(mode, **settings) if mode else fails(TimeoutError("90 seconds"))()
     result = train(out_dir=tmp_path / "run", wandb_log=True)
     assert result.status == 0 and wandb.started == ["offline"] and wandb.logged[-1] == 6
-    assert "logging offline to" in result.out and "the run goes on without it" not in result.err
+    assert "logging offline to" in result.out and "the run continues without it" not in result.err
 
 
 # -- figures ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_a_line_is_in_the_file_while_the_run_goes_on(halfway, monkeypatch, tmp_p
         monkeypatch.setattr(sys, "stdout", log)
         halfway().log(STEPS // 2, 7.1123, lambda speed: 0.35)
         line = (tmp_path / "log").read_text()
-    left = "0:02:50 left, 0:19:50 left of the whole job"
+    left = "0:02:50 left, 0:19:50 left of the entire job"
     assert re.fullmatch(rf"step 500/1000: loss 7.1123, 3,01\d tokens/s, 35% of the peak, {left}\n", line)
 
 

@@ -128,7 +128,7 @@ def test_a_folder_that_holds_another_run(train, baseline, assert_one_line_error)
 def test_a_folder_that_is_none_of_ours(train, tmp_path, assert_one_line_error):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "ckpt.pt").write_bytes(b"nanoGPT's")
-    assert_one_line_error(train(out_dir=tmp_path / "other"), "ckpt.pt that is not ours")
+    assert_one_line_error(train(out_dir=tmp_path / "other"), "ckpt.pt without a config.json")
     assert (tmp_path / "other" / "ckpt.pt").read_bytes() == b"nanoGPT's"
     (tmp_path / "file").write_text("x")
     assert_one_line_error(train(out_dir=tmp_path / "file"), "is a file")

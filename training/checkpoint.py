@@ -1,11 +1,11 @@
 """
-Checkpoints: plain dicts that load with weights_only=True and rebuild their model alone.
+Checkpoints: plain dicts that load with weights_only=True. The model can be rebuilt from its checkpoint alone.
 
-ckpt.pt, the best by validation loss, has model, config, args, iter_num, data_step, tokens, starts_from and val_loss; last.pt
-has the optimizer's and the random numbers' states besides, which a resume needs.
+ckpt.pt is the best model by validation loss. It has model, config, args, iter_num, data_step, tokens, starts_from, val_loss.
+last.pt also has the states of the optimizer and of the random numbers, which a resume needs.
 
-A checkpoint may come from a stranger. Its config is checked, and the model that it describes is compared with the weights in
-the file, before any memory is taken for a model.
+A checkpoint may come from a stranger. So we check its config, and compare the weights in the file with the model that the
+config describes, before we allocate memory for a model.
 """
 
 import zipfile
@@ -24,16 +24,16 @@ from training.rules import check_model
 
 def save(path, model, hint="make room, then resume the run", previous=None, **rest):
     """
-    Write a checkpoint, whole or not at all.
+    Write a checkpoint completely or not at all.
 
-    previous: the name that the file there keeps. rest: other entries.
+    previous: new name for a file that is already at `path`. rest: other entries of the dict.
     """
     with written_whole(path, hint, previous=previous) as part:
         torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), part)
 
 
 def is_whole(path):
-    """Whether a checkpoint's file is as it was written: its checksums hold. torch.load does not look at them."""
+    """Whether a checkpoint file is undamaged: its checksums match. torch.load does not check them."""
     try:
         check_plain(path)
         with zipfile.ZipFile(path) as file:
@@ -43,7 +43,7 @@ def is_whole(path):
 
 
 def save_new(out, model, **facts):
-    """Write the --out of a program."""
+    """Write a checkpoint to the --out of a program."""
     save(out, model, hint="give another --out", **facts)
 
 
@@ -51,9 +51,9 @@ def is_adapter(name):
     return ".lora." in name
 
 
-# What is read of a file; of its flags, args, by others than a resume.
+# Entries of a checkpoint that are read. ARGS: entries of `args` that programs other than a resume read.
 ARGS = {"dataset": str, "eval_iters?": WHOLE, "batch_size?": WHOLE, str: object}
-STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were trained already
+STARTS_FROM = dict(part=str, ckpt=str, tokens=(COUNT, None))  # which weights were already trained
 ENTRIES = {
     "model": {str: torch.Tensor}, "config": dict, "args": ARGS, "iter_num": COUNT, "data_step": COUNT, "tokens": (COUNT, None),
     "starts_from?": (STARTS_FROM, None), "val_loss?": (float, None),
@@ -61,7 +61,7 @@ ENTRIES = {
 
 
 def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.sh)"):
-    """A file, or a run folder that holds ckpt.pt -> the checkpoint's dict. hint: what to do if there is no file."""
+    """Load a checkpoint dict from a file, or from ckpt.pt in a run folder. hint: advice if there is no file."""
     path = file_of(path)
     if not path.is_file():
         fail(f"Checkpoint not found: {path}: {hint}")
@@ -69,19 +69,19 @@ def load(path, hint="train the baseline first (bash scripts/train_baseline_gpt2.
         checkpoint = load_tensors(path)
         expect(checkpoint, ENTRIES)
         if "base" in checkpoint:
-            raise ValueError("it holds adapters alone, by --save_adapters_only, which only older versions have")
+            raise ValueError("it holds only adapters, written by --save_adapters_only of older versions")
         check_weights(checkpoint["model"], checked_config(checkpoint["config"]), path.stat().st_size)
     return checkpoint
 
 
 def file_of(path):
-    """A checkpoint's file, or that of a run folder."""
+    """The path of a checkpoint file. For a run folder: its ckpt.pt."""
     path = Path(path)
     return path / "ckpt.pt" if path.is_dir() else path
 
 
 def checked_config(values):
-    """GPTConfig of a dict from a file. Raises ValueError for a name, type, number or combination that train.py refuses."""
+    """GPTConfig of a file's dict. Raises ValueError for names, types, numbers or combinations that train.py refuses."""
     expect_fields(values, GPTConfig)
     config = GPTConfig(**values)
     for f in fields(GPTConfig):
@@ -103,14 +103,14 @@ def checked_config(values):
 
 
 def refuse(message):
-    """A mistake in flags, as check_model() words it, found in a file."""
+    """Raise ValueError for a mistake that check_model() finds in a file. Its message names flags; a file has none."""
     raise ValueError(message.split(":")[0].replace("--", ""))
 
 
 def blueprint(config, state, size):
     """
-    The model of a config without memory for its numbers. Raises ValueError where it has more layers than the state has weights,
-    or would take more than twice the bytes of its files: a config alone could ask for any amount.
+    The model of a config, without memory for its numbers. Raises ValueError if it has more layers than the state has weights,
+    or if it needs more than twice the bytes of its files (size): a config alone could ask for any amount.
     """
     if config.n_layer > len(state):
         raise ValueError(f"n_layer is {config.n_layer}, it has {len(state)} weights")
@@ -123,7 +123,7 @@ def blueprint(config, state, size):
 
 
 def check_weights(state, config, size):
-    """Raise ValueError where a state does not fit the model of a config, or has a number that is not finite."""
+    """Raise ValueError if a state does not fit the model of a config, or has a number that is not finite."""
     wanted = blueprint(config, state, size).state_dict()
     if differing := sorted(wanted.keys() ^ state.keys()):
         raise ValueError(f"it {'lacks' if differing[0] in wanted else 'has'} {differing[0][:80]}")
@@ -132,17 +132,17 @@ def check_weights(state, config, size):
 
 
 def check_tensor(name, tensor, shape):
-    """Raise ValueError where a tensor is not of finite floats in this shape, one after the other in memory."""
+    """Raise ValueError if a tensor is not a contiguous tensor of finite floats in this shape."""
     if tensor.shape != shape:
         raise ValueError(f"{name[:80]} has shape {list(tensor.shape)}, its config wants {list(shape)}")
     if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise ValueError(f"{name[:80]} is no plain tensor of floats")
+        raise ValueError(f"{name[:80]} is not a plain tensor of floats")
     if not tensor.isfinite().all():
         raise ValueError(f"{name[:80]} has numbers that are not finite")
 
 
 def start_from(model, previous, path, factors=None):
-    """Fill a model with a previous run's weights; given factors replace the table's. path: for messages."""
+    """Copy a previous run's weights into a model. If factors are given, they replace the token table. path: for messages."""
     load_previous(model, previous, path, keep_table=factors is None)
     if factors:
         model.import_factors(**factors)
@@ -150,7 +150,7 @@ def start_from(model, previous, path, factors=None):
 
 
 def build(checkpoint, **changes):
-    """The model of a checkpoint, with all of its weights. changes: fields of its config, e.g. dropout."""
+    """Build the model of a checkpoint, with its weights. changes: config fields to override, e.g. dropout."""
     with fresh_memory_is_nan():
         model = GPT(GPTConfig(**checkpoint["config"] | changes))
         model.load_state_dict(checkpoint["model"])
@@ -159,14 +159,14 @@ def build(checkpoint, **changes):
 
 
 def move_to(model, device):
-    """Move a model to a device, or end in one line where there is no such device."""
+    """Move a model to a device. If there is no such device, end with a one-line message."""
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch without it
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
         fail(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}): give --device cpu")
 
 
-# A new run that starts from a previous run's weights chooses these fields itself. The weights fix all others.
+# If a new run starts from a previous run's weights, its flags choose these fields. The weights determine all others.
 OF_THE_NEW_RUN = {
     "vocab_size", "dropout", "factor_init", "n_embd_wte", "n_embd_wte_scale_tying", "n_embd_wte_mean", "v_proj_dim",
     "k_proj_dim", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
@@ -175,18 +175,18 @@ SHAPE = [f.name for f in fields(GPTConfig) if f.name not in OF_THE_NEW_RUN]
 
 
 def previous_shape(checkpoint, args, given):
-    """The shape of a previous run's model as flags of the new run; a given flag that differs is refused."""
+    """The shape of a previous run's model, as flags of the new run. Refuses a flag on the command line that differs."""
     config, ckpt = asdict(GPTConfig(**checkpoint["config"])), f"--prev_run_ckpt {args.prev_run_ckpt}"
     if config["lora_rank"] is not None:
         fail(f"{ckpt} has adapters: merge them first (util_factorization/merge_lora.py)")
     if config["rotary_pct"] and ("block_size" in given or args.block_size != type(args).block_size):
-        config["block_size"] = args.block_size  # rotated positions are computed: a new run may have a length of its own
+        config["block_size"] = args.block_size  # rotated positions are computed, so a new run may choose its length
     kept = list(SHAPE)
     for name in ("v_proj_dim", "k_proj_dim"):
         if config[name] is not None:
             kept.append(name)
-        elif getattr(args, name) is not None and args.lora_rank is not None:  # a new part beside frozen weights
-            fail(f"--{name} {getattr(args, name)} beside --lora_rank would stay random: train it without adapters first")
+        elif getattr(args, name) is not None and args.lora_rank is not None:  # a new part among frozen weights
+            fail(f"--{name} {getattr(args, name)} with --lora_rank would stay random: train it without adapters first")
     for name in kept:
         if name in given and given[name] != config[name]:
             fail(f"--{name} {given[name]}: {ckpt} has {config[name]}, drop the flag")
@@ -209,10 +209,10 @@ TABLE = ("transformer.wte.", "transformer.scale_up.", "transformer.scale_down.",
 
 def load_previous(model, checkpoint, path, keep_table):
     """
-    Copy a previous run's weights into the model; keep_table: the token table too.
+    Copy a previous run's weights into the model. keep_table: also copy the token table.
 
-    A weight that only one side has is an error, since it would stay random in silence. New adapters may stay random, and so
-    may the new compression of keys or values.
+    A weight that only one of the two has is an error: it would stay random without notice. New adapters and a new compression
+    of keys or values may stay random.
     """
     state = {k: v for k, v in checkpoint["model"].items() if keep_table or not k.startswith(TABLE)}
     before = GPTConfig(**checkpoint["config"])
@@ -221,8 +221,8 @@ def load_previous(model, checkpoint, path, keep_table):
     wanted = {k for k in model.state_dict() if not is_adapter(k) and (keep_table or not k.startswith(TABLE))}
     wanted = {k for k in wanted if k.split(".")[-2] not in fresh}
     if differing := sorted(wanted ^ state.keys()):
-        fail(f"{path} and the new model differ in {len(differing)} weights, first {differing[0]}: is it another model's?")
+        fail(f"{path} and the new model differ in {len(differing)} weights, first {differing[0]}: give one of the same model")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        fail(f"{path} does not fit the new model ({' '.join(str(error).split())[:160]}): is it another model's?")
+        fail(f"{path} does not fit the new model ({' '.join(str(error).split())[:160]}): give one of the same model")

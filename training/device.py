@@ -1,4 +1,4 @@
-"""Where a run computes: its device and its processes, what happens where memory ends, and what the hardware is and can do."""
+"""Device and processes of a run, messages if memory runs out, name and speed of the hardware."""
 
 import os
 import platform
@@ -24,15 +24,15 @@ from common.versions import build_of_torch
 
 # Dense half-precision peaks with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
 PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 80GB HBM3": 989, "H200": 989}
-LOST = ("by peer", "Broken pipe", "Timed out waiting")  # what gloo says where another process has ended
+LOST = ("by peer", "Broken pipe", "Timed out waiting")  # messages of gloo if another process has ended
 
 
 def start_processes(args):
-    """Join torchrun's processes, where it started several -> (rank, number of processes, device of this process)."""
+    """Join the processes of torchrun, if any. Returns (rank, number of processes, device of this process)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.gradient_accumulation_steps % world_size:
         fail(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide over {world_size} processes: "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is not divisible by the {world_size} processes: "
             "give a multiple"
         )
     device = args.device
@@ -46,7 +46,7 @@ def start_processes(args):
 
 
 def end_processes():
-    """Wait until every process is here, then part: torchrun ends all where one leaves early."""
+    """Wait for every process, then disconnect. torchrun ends all processes if one leaves early."""
     all_reduce(torch.zeros(()))
     destroy_process_group()
 
@@ -60,19 +60,19 @@ def pick_card(device, world_size):
     if int(device.split(":")[1]) >= torch.cuda.device_count():
         fail(f"--device {device}, but {torch.cuda.device_count()} CUDA devices are visible: give a lower number")
     torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+    torch.set_float32_matmul_precision("high")  # TF32 for products in float32
     return device
 
 
 @contextmanager
-def ends_in_one_line(args, device, then="--init_from resume goes on from last.pt"):
-    """What stops a run ends in one line: Ctrl-C, too little memory, another process that ended. then: what to do then."""
+def ends_in_one_line(args, device, then="--init_from resume continues from last.pt"):
+    """Turn Ctrl-C, too little memory or the end of another process into a one-line message. then: how to continue."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
-    except (RuntimeError, MemoryError) as error:  # torch raises a class of its own for CUDA only
+    except (RuntimeError, MemoryError) as error:  # torch has a special class only for CUDA
         if is_initialized() and (isinstance(error, DistBackendError) or any(w in str(error) for w in LOST)):
             print(f"another process of this run ended, see above: {then}", file=sys.stderr)
             sys.exit(1)
@@ -87,7 +87,7 @@ def out_of_memory(error):
 
 
 def hardware(device):
-    """The name of the card, or of the processor with its cores and threads."""
+    """The name of the GPU, or of the processor with its cores and threads."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -98,7 +98,7 @@ def hardware(device):
 
 
 def wait_for(device):
-    """Wait until the device has done what it was told to do."""
+    """Wait until the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device == "mps":
@@ -107,8 +107,8 @@ def wait_for(device):
 
 def matrix_rate(rows, d, device, dtype):
     """
-    FLOP/s of this machine: the best of some products (rows, d) x (d, 4 d), as in an MLP. On a CPU 1,024 rows at most, to be
-    short; on a card several products between two waits, since a wait takes as long as one of them.
+    Measure FLOP/s: the fastest of several products (rows, d) x (d, 4 d), as in an MLP. On a CPU at most 1,024 rows, to save
+    time. On a GPU several products between two waits, because a wait takes as long as a product.
     """
     rows, products = (rows, 16) if device.startswith("cuda") else (min(rows, 1024), 1)
     a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((rows, d), (d, 4 * d)))
@@ -119,18 +119,18 @@ def matrix_rate(rows, d, device, dtype):
             torch.mm(a, b)
         wait_for(device)
         seconds.append((time.perf_counter() - start) / products)
-    return 2 * rows * d * 4 * d / min(seconds[1:])  # the first one warms up
+    return 2 * rows * d * 4 * d / min(seconds[1:])  # the first is a warm-up
 
 
 def settle_dtype(args, device, world_size):
-    """--dtype auto -> (the arithmetic that is fastest here, a line that says why). Every process takes what the first found."""
+    """Returns (dtype, reason or None). --dtype auto becomes the fastest dtype that the first process measures."""
     if args.dtype != "auto":
         return args.dtype, None
     if device.startswith("cuda"):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        return dtype, f"dtype {dtype}: what this card computes fast in"
+        return dtype, f"dtype {dtype}: fast on this GPU"
     if device == "mps":
-        return "float32", "dtype float32: the others are not tried on mps"
+        return "float32", "dtype float32: auto does not try other dtypes on mps"
     rows = args.batch_size * args.block_size
     rates = torch.tensor([matrix_rate(rows, args.n_embd, device, dtype) for dtype in ("float32", "bfloat16")])
     if world_size > 1:
@@ -141,20 +141,20 @@ def settle_dtype(args, device, world_size):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that the card can reach in half precision; None where that is not known."""
+    """Peak FLOP/s of the GPU in half precision. None if unknown."""
     name = hardware(device)
     return next((1e12 * peak for known, peak in PEAKS.items() if known in name and dtype != "float32"), None)
 
 
 def peak_memory(device):
-    """Bytes: the card's peak, or that of the process where it computes on the CPU."""
+    """Peak memory in bytes: of the GPU, or of the process if it computes on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def random_state(device, world_size=1):
-    """The states of the random numbers, as a checkpoint keeps them; those of other processes too. Every process has to ask."""
+    """The random states of all processes, for a checkpoint. Every process must call this."""
     own = dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state(device) if device.startswith("cuda") else None)
     if world_size == 1:
         return own
@@ -164,7 +164,7 @@ def random_state(device, world_size=1):
 
 
 def set_random_state(state, device, rank=0):
-    """Go on from a checkpoint's random numbers. A process that the run did not have before draws anew."""
+    """Restore the random states of a checkpoint. A process that the earlier run did not have keeps its own state."""
     states = [state, *state.get("other_rngs", [])]
     if rank < len(states):
         torch.set_rng_state(states[rank]["rng"])

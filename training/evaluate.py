@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 from model import NO_CACHE, effective_weight
 
-# The loss is reported by ranges of positions: between these edges, then up to twice the last edge, and so on.
+# Losses are reported by ranges of positions: between these edges; after the last edge the edges double.
 EDGES = (0, 16, 32, 64, 96, 128)
 
 
 class Restored:
-    """Watches each layer's values before v_compress and after v_restore, in the last forward pass."""
+    """Records each layer's values before v_compress and after v_restore in the latest forward pass."""
 
     def __init__(self, model):
         self.before, self.after = {}, {}  # layer -> (B, T, d)
@@ -25,11 +25,11 @@ class Restored:
         return [(self.before[layer].float(), self.after[layer].float()) for layer in sorted(self.before)]
 
     def loss(self):
-        """Mean squared error over elements and layers. Gradients flow through V too, to the layers below."""
+        """Mean squared error over elements and layers. Gradients also flow through V to the layers below."""
         return torch.stack([F.mse_loss(after, before) for before, after in self.pairs()]).mean()
 
     def sums(self):
-        """(layers, 2 + d) float64: the sum of squared errors, the sum of squares, and the sums of the d numbers."""
+        """(layers, 2 + d) float64: sum of squared errors, sum of squared values, and d sums of the values."""
         return torch.stack([sums_of(before, after) for before, after in self.pairs()]).cpu().double()
 
 
@@ -42,16 +42,16 @@ def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=la
     """
     Evaluate a GPT on the dataset's first args.eval_iters batches of args.batch_size fixed windows, (B, T) each.
 
-    restored: a Restored(model), or None. cache_for: batch size -> a KV cache; keys and values pass through it, which shows what
-    its number format costs.
+    restored: a Restored(model), or None. cache_for: batch size -> a KV cache. Keys and values pass through this cache, so the
+    loss shows the cost of its number format.
 
-    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss) and, of restored
-    values, v_recon and v_error.
+    Returns dict(val_loss [nats per token], val_ppl, ln_f_cosine, ln_f_cosine_full, eval_tokens, position_loss); with restored
+    also v_recon and v_error.
 
-    ln_f_cosine       mean cosine between what the head reads and lm_head's row of the target token, in the head's own
-                      space: d for a dense table, k for a factorized one, so not comparable between them
-    ln_f_cosine_full  the same in d-space: between ln_f's output and the target's row of the effective table,
-                      comparable between all
+    ln_f_cosine       mean cosine between the head's input and lm_head's row of the target token. It is taken in the head's
+                      own space, d for a dense table and k for a factorized one, so the two are not comparable
+    ln_f_cosine_full  the same in d dimensions: between ln_f's output and the target's row of the effective table. Comparable
+                      between all models
     position_loss     {"0-16": nats per token, ...}: the loss by position in the window
     v_recon           mean (V - V_restored)^2 over elements and layers
     v_error           for each layer, the share of V's variance over the tokens that V_restored misses
@@ -59,14 +59,14 @@ def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=la
     model.eval()
     t, T = model.transformer, model.config.block_size
     rows, table = effective_weight(model.lm_head), model.effective_table()
-    sums, tokens = torch.zeros(2, dtype=torch.float64), 0  # on the CPU: not every device has float64
+    sums, tokens = torch.zeros(2, dtype=torch.float64), 0  # on the CPU: some devices have no float64
     by_position, lost = torch.zeros(T, dtype=torch.float64), 0
     for x, y in dataset.fixed_windows(args.eval_iters * args.batch_size, args.batch_size, T):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device).flatten()
         with autocast:
             h = model.hidden(x, cache_for(len(x)))
             loss = F.cross_entropy(model.logits(h).flatten(0, 1), y, reduction="none").view(-1, T)
-            small = t.scale_down(h).flatten(0, 1)  # (B T, k), or (B T, d) as it was
+            small = t.scale_down(h).flatten(0, 1)  # (B T, k), or unchanged (B T, d)
         cosine = F.cosine_similarity(small.float(), rows[y], dim=-1).sum()
         cosine_full = F.cosine_similarity(h.flatten(0, 1).float(), table[y], dim=-1).sum()
         sums += torch.stack([cosine, cosine_full]).cpu()
@@ -87,7 +87,7 @@ def evaluate(model, dataset, args, device, autocast, restored=None, cache_for=la
 
 
 def by_ranges(sums, counts):
-    """Losses summed at each of T positions, and how many tokens were there -> {"0-16": nats per token, ...} where any were."""
+    """Loss sums and token counts of T positions -> {"0-16": nats per token, ...}, without ranges that have no tokens."""
     bins = {f"{low}-{high}": slice(low, high) for low, high in position_bins(len(sums))}
     return {name: (sums[bin].sum() / counts[bin].sum()).item() for name, bin in bins.items() if counts[bin].sum()}
 

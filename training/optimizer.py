@@ -1,9 +1,9 @@
 """
 The optimizers of train.py: AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest.
 
-Muon (K. Jordan, 2024) keeps a running mean of the gradient, as momentum does, and steps along the nearest matrix whose
-singular values are all about 1. So directions that the gradient shows weakly are learned as fast as the others. A Newton-Schulz
-iteration finds that matrix by products alone. The token table, scale matrices, positions, biases and norms stay with AdamW.
+Muon (K. Jordan, 2024) keeps a running mean of the gradient (momentum). It steps along the nearest matrix whose singular values
+are all about 1. So the model learns directions with a weak gradient as fast as the others. A Newton-Schulz iteration finds that
+matrix with products only. AdamW trains the token table, scale matrices, positions, biases and norms.
 """
 
 import torch
@@ -11,14 +11,14 @@ import torch
 from common.untrusted import expect
 
 MOMENTUM = 0.95
-A, B, C = 3.4445, -4.7750, 2.0315  # of x -> a x + b x^3 + c x^5, which takes singular values to between 0.7 and 1.2
+A, B, C = 3.4445, -4.7750, 2.0315  # x -> A x + B x^3 + C x^5, repeated, moves singular values to 0.7 ... 1.2
 ROUNDS = 5
 TABLES = ("wte", "lm_head", "scale_up", "scale_down")
 
 
 def make_optimizer(args, model):
     """
-    The optimizer of a model's trained parameters. Each of its param_groups has a "rate" over args.learning_rate.
+    Make the optimizer of a model's trained parameters. Each param_group has "rate": its learning rate / args.learning_rate.
 
     Weight decay acts on matrices only.
     """
@@ -31,32 +31,32 @@ def make_optimizer(args, model):
         params = [p for name, p in trained.items() if name in names]
         return dict(params=params, rate=lr / args.learning_rate, weight_decay=decay)
 
-    # Two groups at least, also empty ones: a run resumes with as many as it began with.
+    # Always make the first two groups, even if empty: a resumed run must have the same number of groups.
     groups = [group(matrices), group(trained.keys() - matrices - own_rate - muon, decay=0.0)]  # biases and LayerNorms last
     if own_rate:
         groups.append(group(own_rate, args.table_lr))
     adamw = torch.optim.AdamW(groups, args.learning_rate, (args.beta1, args.beta2), fused=args.device != "mps")
     if not muon:
         return adamw
-    plain = args.device == "cpu" and args.dtype == "float32"  # some processors are very slow in bfloat16
+    plain = args.device == "cpu" and args.dtype == "float32"  # some CPUs are very slow in bfloat16
     return Both(Muon([group(muon, args.muon_lr)], args.muon_lr, dtype=torch.float32 if plain else torch.bfloat16), adamw)
 
 
 def skip_where(optimizer, skipped):
     """
-    The next step() changes nothing where `skipped`, a 0-dim bool tensor on the device, is true.
+    Make the next step() change nothing if `skipped` is true, a 0-dim bool tensor on the device.
 
-    Fused AdamW and Muon read it on the device. What is not fused has to be told, so there the program waits.
+    Fused AdamW and Muon read it on the device. An optimizer that is not fused cannot, so the program waits for the value.
     """
     for part in getattr(optimizer, "parts", [optimizer]):
         if part.defaults.get("fused", True):
-            part.found_inf = skipped.float()  # the name that a GradScaler gives it
+            part.found_inf = skipped.float()  # the name that GradScaler uses
         elif skipped:
             part.zero_grad(set_to_none=True)
 
 
 class Both:
-    """Two optimizers as one."""
+    """Several optimizers with the interface of one."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -78,12 +78,12 @@ class Both:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone. torch.optim.Muon computes the same one matrix at a time; torch has it from 2.9 on."""
+    """Only for matrices. torch.optim.Muon (from torch 2.9) gives the same result, but computes one matrix at a time."""
 
     found_inf = None  # see skip_where()
 
     def __init__(self, params, lr, weight_decay=0.0, dtype=torch.bfloat16):
-        """dtype: of the products that make a step orthogonal."""
+        """dtype: number format of the products in orthogonal()."""
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
 
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["mean"] = torch.zeros_like(p)
                     p.grad = self.unless_skipped(p.grad, self.state[p]["mean"])
                     self.state[p]["mean"].lerp_(p.grad, 1 - MOMENTUM)
-                ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # as Nesterov does
+                ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], MOMENTUM) for p in some])  # Nesterov momentum
                 size = group["lr"] * max(1, rows / columns) ** 0.5
                 decay = self.unless_skipped(1 - group["lr"] * group["weight_decay"], 1.0)
                 for p, direction in zip(some, self.unless_skipped(orthogonal(ahead.to(self.dtype)), 0.0)):
@@ -108,12 +108,12 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(direction, alpha=size)
 
     def unless_skipped(self, value, otherwise):
-        """value, or `otherwise` where skip_where() says so; nothing waits for the device."""
+        """value, or `otherwise` if skip_where() asked to skip. Does not wait for the device."""
         return value if self.found_inf is None else torch.where(self.found_inf > 0, otherwise, value)
 
 
 def orthogonal(M):
-    """M [n,a,b] -> about U V^T [n,a,b] of each matrix's U S V^T."""
+    """M [n,a,b] -> approximately U V^T [n,a,b], for each matrix U S V^T."""
     if M.shape[1] > M.shape[2]:
         return orthogonal(M.mT).mT
     X = M / M.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -123,14 +123,14 @@ def orthogonal(M):
     return X
 
 
-KEPT = {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "step": torch.Tensor}  # of each weight, by AdamW
+KEPT = {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "step": torch.Tensor}  # AdamW's state of each weight
 
 
 def resume_optimizer(optimizer, state):
     """
-    Give an optimizer the running means of a state_dict(). Its groups stay as they are: the run's flags make them.
+    Load the running means of a state_dict() into an optimizer. Its groups stay unchanged: the run's flags determine them.
 
-    Raises ValueError where the state is that of other weights or another optimizer.
+    Raises ValueError if the state belongs to other weights or another optimizer.
     """
     if isinstance(optimizer, Both):
         for part, its in zip(optimizer.parts, state, strict=True):

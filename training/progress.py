@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines otherwise."""
 
 import math
 import os
@@ -9,23 +9,23 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-BAR = "{desc} |{bar}| {percentage:.0f}%{postfix}"  # short: a long name and the words fit into 80 columns
+BAR = "{desc} |{bar}| {percentage:.0f}%{postfix}"  # short, so that a long name and the text fit into 80 columns
 
 
 class Progress:
     """
-    Counts the steps of a run and the seconds that it trains.
+    Counts the steps of a run and its seconds of training.
 
-    The script of a longer job says in JOB_LATER_STEPS how many steps its later models take: at the rate of this run they
-    give the time left of the whole job.
+    A script that trains several models sets JOB_LATER_STEPS to the number of steps of the later models. From it and the speed
+    of this run we estimate the time left for the entire job.
     """
 
     def __init__(self, args, shown, first, last, state, tokens_per_step):
-        """shown: false in every process but the first. first, last: steps. state: of the run that goes on, or None."""
-        seconds = state["seconds"] if state else 0.0  # of training before `first`
+        """shown: true only in the first process. first, last: steps. state: last.pt of a resumed run, or None."""
+        seconds = state["seconds"] if state else 0.0  # of training before the step `first`
         self.shown, self.last, self.tokens_per_step = shown, last, tokens_per_step
         self.logged_step, self.logged_seconds = (state or {}).get("logged", (first, seconds))
-        self.started = time.time() - seconds  # every pause moves it on, so time.time() - started is training alone
+        self.started = time.time() - seconds  # every pause moves it forward, so time.time() - started is only training
         self.paused_at = None
         self.later_steps = int(os.environ.get("JOB_LATER_STEPS") or 0)
         hidden = args.eval_only or not (shown and sys.stderr.isatty())
@@ -33,7 +33,7 @@ class Progress:
         self.bar = tqdm(total=last, initial=first, desc=name, bar_format=BAR, disable=hidden)
 
     def say(self, text, file=None):
-        """A line that the bar does not disturb. It appears at once, in a file too."""
+        """Print a line without disturbing the bar. It is flushed at once, also into a file."""
         if self.shown:
             file = file or sys.stdout
             tqdm.write(text, file=file)
@@ -41,12 +41,12 @@ class Progress:
 
     @property
     def seconds(self):
-        """Of training: without the time in paused()."""
+        """Seconds of training, without the time in paused()."""
         return (self.paused_at or time.time()) - self.started
 
     @contextmanager
     def paused(self):
-        """A context in which no time passes."""
+        """A context whose time does not count as training."""
         self.paused_at = time.time()
         yield
         self.started += time.time() - self.paused_at
@@ -54,17 +54,17 @@ class Progress:
 
     @property
     def state(self):
-        """What a resume needs."""
+        """The values that a resume needs."""
         return dict(seconds=self.seconds, logged=[self.logged_step, self.logged_seconds])
 
     def log(self, step, loss, peak_share):
         """
-        A progress line, or its words beside the bar. loss: None where every step was skipped.
+        Print a progress line, or show its text beside the bar. Returns the numbers for metrics.jsonl.
 
-        peak_share(tokens a second) -> share of the card's peak, or None.
+        loss: None if every step was skipped. peak_share(tokens per second) -> share of the GPU's peak FLOP/s, or None.
         """
         seconds = self.seconds
-        rate = (step - self.logged_step) / (seconds - self.logged_seconds)  # steps a second
+        rate = (step - self.logged_step) / (seconds - self.logged_seconds)  # steps per second
         speed = rate * self.tokens_per_step
         self.logged_step, self.logged_seconds = step, seconds
         share = peak_share(speed)
@@ -72,7 +72,7 @@ class Progress:
         shown_loss = math.nan if loss is None else loss
         of_peak = [f"{share:.0%} of the peak"] if share else []
         if self.bar.disable:
-            job = [f"{left_of_job} left of the whole job"] if self.later_steps else []
+            job = [f"{left_of_job} left of the entire job"] if self.later_steps else []
             words = [f"loss {shown_loss:.4f}", f"{speed:,.0f} tokens/s", *of_peak, f"{left} left", *job]
             self.say(f"step {step}/{self.last}: {', '.join(words)}")
         else:

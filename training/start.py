@@ -1,4 +1,4 @@
-"""Where a run of train.py starts: its flags settled, its text, its model with weights, and how far an earlier run had come."""
+"""The start of a train.py run: final flags, text, model with weights, and the step at which training starts."""
 
 import sys
 from dataclasses import dataclass, fields, replace
@@ -17,28 +17,28 @@ from training.optimizer import resume_optimizer
 from training.rules import check_schedule, check_shape, resume_args, trained_names, without_gone
 from training.run_folder import PREVIOUS
 
-# What last.pt has for a resume, besides what ckpt.pt has.
+# Entries that last.pt has for a resume, in addition to those of ckpt.pt.
 BEST = dict(iter=COUNT, tokens=COUNT, val_loss=float)
 STATE = dict(best=BEST, seconds=float, optimizer=(dict, list), scaler={str: float}, rng=torch.Tensor)
 STATE |= {"logged?": [COUNT, float], "tally?": [float, float, float], "other_rngs?": [dict(rng=torch.Tensor)]}
 
-RESUMED = ("the state of a run", "go on from a copy of it, or start anew in another --out_dir")
+RESUMED = ("the state of a run", "resume from a copy of it, or start a new run in another --out_dir")
 
 
 @dataclass
 class Start:
     """
-    args          the flags; the previous run fills in the shape, the text the steps of an epoch
-    dataset       what the run reads
-    model         on the CPU, with its weights; requires_grad says which of them train
-    epoch_steps   steps of an epoch, or None where the run counts steps
-    steps_before  steps of text that the weights had read before step 0 of this run
-    starts_from   dict(part, ckpt, tokens): which weights are trained already, where they are from, on how many tokens; or None
-    step          where the run goes on; 0 for a new one
-    evaluates_at  the step that it evaluates first, whatever it is; None where it goes on between two evaluations
-    last_step     where it ends
-    state         what a resume restores, the dict of last.pt; or None
-    writes        false where it evaluates a run that is there, whose folder then stays as it is
+    args          the flags, with the shape of the previous run and the steps of an epoch filled in
+    dataset       the text of the run
+    model         on the CPU, with its weights; requires_grad marks those that train
+    epoch_steps   steps per epoch, or None if the run counts steps
+    steps_before  steps of text that trained the weights before step 0 of this run
+    starts_from   dict(part, ckpt, tokens): which weights are already trained, their file, the tokens they saw; or None
+    step          the step at which the run starts; 0 for a new run
+    evaluates_at  the step of the first evaluation, even off the schedule; None if the resume starts between two evaluations
+    last_step     the step at which the run ends
+    state         the dict of last.pt, which a resume restores; or None
+    writes        false if it only evaluates an existing run, whose folder then stays unchanged
     """
 
     args: object
@@ -55,11 +55,11 @@ class Start:
 
     @property
     def resumed_at(self):
-        """The step at which the run goes on; None where it is new."""
+        """The step at which a resumed run continues; None for a new run."""
         return self.step if self.state else None
 
     def restore(self, optimizer, scaler, device, rank):
-        """Give a resumed run what last.pt has besides the weights -> the best evaluation."""
+        """Restore optimizer, scaler and random state from last.pt. Returns the best evaluation."""
         with reading(Path(self.args.out_dir) / "last.pt", *RESUMED):
             resume_optimizer(optimizer, self.state["optimizer"])
             scaler.load_state_dict(self.state["scaler"])
@@ -69,9 +69,9 @@ class Start:
 
 def begin(args, given):
     """
-    The start of a run from scratch, from factors, from a previous run, or from where it stopped.
+    Prepare a run from scratch, from factors, from a previous run, or from the last step of a stopped run.
 
-    given: the flags that were given on the command line.
+    given: the flags on the command line.
     """
     resuming, previous = args.init_from == "resume", None
     if resuming:
@@ -96,17 +96,19 @@ def begin(args, given):
     step = previous["iter_num"] if resuming else 0
     last_step = args.max_iters if goes_on else step if resuming else 0 if args.eval_only else args.max_iters
     if step > last_step:
-        fail(f"--max_iters {last_step} lies before step {step}, where {args.out_dir} stopped: raise it")
+        fail(f"--max_iters {last_step} is less than step {step}, at which {args.out_dir} stopped: raise it")
     return Start(
         args=args,
         dataset=dataset,
         model=model,
         epoch_steps=epoch_steps,
-        # a new run goes on in the text where the run of its weights stopped, rather than read the beginning again
+        # a new run continues the text of the previous run, instead of reading the beginning again
         steps_before=previous["data_step"] - step if previous else 0,
         starts_from=starts_from,
         step=step,
-        evaluates_at=step if not goes_on or previous.get("evaluated", True) else None,  # older versions saved at evaluations
+        evaluates_at=step
+        if not goes_on or previous.get("evaluated", True)
+        else None,  # older versions saved only at evaluations
         last_step=last_step,
         state=previous if goes_on else None,
         writes=goes_on or not resuming,
@@ -114,8 +116,8 @@ def begin(args, given):
 
 
 def read_stopped(args, given):
-    """What a run left behind: last.pt to go on with, ckpt.pt to evaluate -> (its dict, its flags)."""
-    hint = "start the run without --init_from resume, or give the --out_dir of one that was started"
+    """Load a stopped run: last.pt to resume it, ckpt.pt to evaluate it. Returns (the dict, the flags)."""
+    hint = "drop --init_from resume to start the run, or give the --out_dir of a run that was started"
     path = Path(args.out_dir) / "ckpt.pt" if args.eval_only else whole_last(Path(args.out_dir))
     previous = checkpoint.load(path, hint=hint)
     with reading(path, *RESUMED):
@@ -130,19 +132,19 @@ def read_stopped(args, given):
 
 
 def whole_last(folder):
-    """The file to go on with: last.pt, or the one before it where that is damaged."""
+    """The file to resume from: last.pt, or the previous one if last.pt is damaged or missing."""
     last, previous = folder / "last.pt", folder / PREVIOUS
     if checkpoint.is_whole(last) or not (last.exists() or previous.exists()):
         return last
     state = "damaged" if last.exists() else "missing"
     if not checkpoint.is_whole(previous):
         fail(f"{last} is {state}, and so is {PREVIOUS}: delete {folder} and start the run again")
-    print(f"{last} is {state}: going on from {PREVIOUS}", file=sys.stderr)
+    print(f"{last} is {state}: resuming from {PREVIOUS}", file=sys.stderr)
     return previous
 
 
 def read_previous(args, given):
-    """The run whose weights the new one starts with -> (its dict, the new run's flags with its shape)."""
+    """Load the run whose weights the new run starts with. Returns (its dict, the new run's flags with its shape)."""
     hint = "train it first: scripts/train_baseline_gpt2.sh makes gpt_baseline, train_lowrank_scratch.sh gpt_lowrank_scratch_k*"
     previous = checkpoint.load(args.prev_run_ckpt, hint=hint)
     args = replace(args, **checkpoint.previous_shape(previous, args, given))
@@ -151,7 +153,7 @@ def read_previous(args, given):
 
 
 def count_epochs(args, dataset):
-    """Epochs in steps -> (the flags, steps of an epoch or None)."""
+    """Convert --max_epochs to steps. Returns (the flags, steps per epoch or None)."""
     if args.max_epochs is None:
         return args, None
     step_size = args.gradient_accumulation_steps * args.batch_size
@@ -162,7 +164,7 @@ def count_epochs(args, dataset):
 
 
 def new_model(args, dataset, previous):
-    """A model from scratch, from factors, from a previous run, or from both -> (model, starts_from)."""
+    """Make a model from scratch, from factors, from a previous run, or from both. Returns (model, starts_from)."""
     factors, starts_from = None, None
     if args.import_wte_npy:
         files, shape = (args.import_wte_npy, args.import_scale_matrices_npz), (args.n_embd_wte, args.n_embd)
@@ -176,7 +178,7 @@ def new_model(args, dataset, previous):
     shape = {f.name: getattr(args, f.name) for f in fields(GPTConfig) if hasattr(args, f.name)}
     try:
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, n_embd_wte_mean=mean, **shape))
-    except ValueError as error:  # an adapter raises it and names the matrix
+    except ValueError as error:  # from an adapter, which names the matrix
         if args.lora_rank is None:
             raise
         fail(f"--lora_rank {args.lora_rank} --lora_targets {args.lora_targets}: {error}")
@@ -191,7 +193,7 @@ def new_model(args, dataset, previous):
 
 
 def choose_trained(model, args):
-    """Set requires_grad: adapters alone where there are adapters, else what the freezing flags leave."""
+    """Set requires_grad. With adapters, only these train; otherwise all weights that no flag freezes."""
     t = model.transformer
     t.wte.requires_grad_(not args.import_wte_freeze)
     for scale in (t.scale_up, t.scale_down):

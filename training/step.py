@@ -10,12 +10,12 @@ from training.device import out_of_memory
 
 
 def autocast_of(device, dtype):
-    """A context for the forward pass in an arithmetic, e.g. "bfloat16"."""
+    """A context that runs the forward pass in a dtype, e.g. "bfloat16"."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))
 
 
 def to_device(tensors, device):
-    """Copy tensors to the device. From pinned memory, the copy to a card overlaps with the step before."""
+    """Copy tensors to the device. From pinned memory, the copy to a GPU overlaps with the previous step."""
     if device.startswith("cuda"):
         return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
     return [t.to(device) for t in tensors]
@@ -23,15 +23,15 @@ def to_device(tensors, device):
 
 def why_it_does_not_compile(first_pass):
     """
-    Call what makes torch compile, a first forward and backward pass -> None, or in a few words why the compiler failed.
+    Call first_pass(), a forward and backward pass that makes torch compile. Returns None, or why the compiler failed.
 
-    The random numbers stay as they were. Too little memory is not the compiler's fault: it stays an error.
+    The random state does not change. Too little memory is not a fault of the compiler, so that error is raised again.
     """
     cards = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(cards):
             first_pass()
-    except Exception as error:  # Dynamo, Inductor, Triton and a C++ compiler each raise errors of their own
+    except Exception as error:  # Dynamo, Inductor, Triton and a C++ compiler each raise different errors
         if out_of_memory(error):
             raise
         return reason(str(error).split("\n\n")[0])  # advice for torch's developers follows
@@ -39,41 +39,41 @@ def why_it_does_not_compile(first_pass):
 
 def trained_flops(model, T):
     """
-    FLOPs that training needs for a token at context T: forward and backward.
+    FLOPs of training per token at context T: forward and backward.
 
-    Backward costs one forward for the activations' gradients, and one for the trained weights'.
+    Backward costs as much as one forward for the gradients of the activations, and one more for those of the trained weights.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (2 + trained / model.count_parameters()["total"]) * model.flops_per_token(T)["total"]
 
 
 def spread(loss):
-    """The loss itself; where it is not finite, no gradient is either, so that looking at the gradient is enough."""
+    """Return the loss, but make every gradient NaN if the loss is not finite. Then checking the gradient norm is enough."""
     return loss * (1 + 0 * loss.detach())
 
 
 class Tally:
     """
-    The losses since the last progress line, and the steps that were skipped since their gradient was not finite.
+    Sums the losses since the last progress line, and counts skipped steps, whose gradient was not finite.
 
-    Kept on the device: read() and state alone wait for it.
+    The numbers stay on the device. Only read() and state wait for it.
     """
 
-    MOST = 20  # skipped steps in a row, after which a run ends; a GradScaler comes from 2^16 to below 1 in 17
+    MOST = 20  # a run ends after this many skipped steps in a row; a GradScaler gets from 2^16 to below 1 in 17
 
     def __init__(self, device, world_size, state=None):
-        """state: of the run that goes on, a dict with what its state had; older versions had no tally."""
+        """state: the dict of last.pt if the run is resumed. Older versions have no "tally" in it."""
         self.world_size = world_size
         start = (state or {}).get("tally", [0.0, 0.0, 0.0])
         self.loss_sum, self.skipped, self.in_a_row = (torch.tensor(x, device=device) for x in start)
         self.before = self.loss_sum.clone()
 
     def add(self, loss):
-        """The loss of a micro-step, as its share of the step's."""
+        """Add the loss of a micro-step, already divided by the number of micro-steps."""
         self.loss_sum += loss
 
     def end_step(self, norm):
-        """norm: of the gradient -> whether the step is skipped, a 0-dim bool tensor."""
+        """norm: the gradient norm. Returns whether to skip the step, a 0-dim bool tensor."""
         skipped = ~torch.isfinite(norm)
         self.loss_sum = torch.where(skipped, self.before, self.loss_sum)
         self.before = self.loss_sum.clone()
@@ -83,7 +83,7 @@ class Tally:
 
     @property
     def state(self):
-        """What a resume needs: three numbers. The first process alone has the sum of all; every process has to ask."""
+        """Three numbers for a resume. Every process must ask for them; afterwards only the first holds the sum of losses."""
         if self.world_size > 1:
             all_reduce(self.loss_sum)
             if torch.distributed.get_rank():
@@ -93,9 +93,10 @@ class Tally:
 
     def read(self, steps):
         """
-        Of the `steps` since the last line -> (mean loss without the skipped ones, or None; skipped; skipped in a row by now).
+        For the `steps` since the last progress line, returns (mean loss without skipped steps, or None if all were skipped;
+        number of skipped steps; skipped steps in a row until now).
 
-        Counts from zero again, but for those in a row.
+        Resets the counts to zero, except the count in a row.
         """
         if self.world_size > 1:
             all_reduce(self.loss_sum)

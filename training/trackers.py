@@ -1,10 +1,10 @@
 """
-What W&B and TensorBoard get of a run: copies of what its folder holds, the same in both.
+Copies the metrics and the config of a run to W&B and TensorBoard. Both get the same:
 
-scalars   every number of metrics.jsonl under its name there; the parts of a dict or a list as position_loss/0-16, v_error/0
+scalars   every number of metrics.jsonl under the same name; parts of a dict or list as position_loss/0-16, v_error/0
 config    config.json: the flags, the command, the commit, versions, hardware
 
-They draw the curves themselves. They are not ours: if one fails, a line says so and the run goes on without it.
+They draw the curves themselves. If one fails, we print a line and the run continues without it.
 """
 
 import json
@@ -16,10 +16,10 @@ from common.cli import reason
 
 
 class Copy:
-    """A tracker, until it fails."""
+    """Passes values to a tracker until the tracker fails."""
 
     def __init__(self, name, kind, *given):
-        """name: of the flag. kind(*given): makes the tracker."""
+        """name: the flag. kind(*given) makes the tracker."""
         self.name, self.tracker = name, None
         self.tracker = self._attempt(kind, *given)
 
@@ -34,14 +34,14 @@ class Copy:
     def _attempt(self, call, *given):
         try:
             return call(*given)
-        except Exception as error:  # a missing package, a full disk, whatever their code raises
+        except Exception as error:  # a missing package, a full disk, any error in their code
             self.tracker = None
-            print(f"note: --{self.name}: {reason(error)}; the run goes on without it", file=sys.stderr, flush=True)
+            print(f"note: --{self.name}: {reason(error)}; the run continues without it", file=sys.stderr, flush=True)
 
 
 class WandB:
     def __init__(self, args, folder, facts):
-        """folder: of the run. facts: its config.json."""
+        """folder: the run's folder. facts: the content of its config.json."""
         import wandb
 
         name = args.wandb_run_name or folder.name
@@ -52,12 +52,12 @@ class WandB:
                 self.run = start(mode=mode)
             else:
                 why = "has no key here"
-        except Exception as error:  # no network, or a key that is refused
+        except Exception as error:  # no network, or the key is refused
             why = f"cannot be reached ({reason(error)})"
         if why:
             print(f"W&B {why}: logging offline to {folder}/wandb, `wandb sync` uploads it later")
             self.run = start(mode="offline")
-        self.run.define_metric("val_loss", summary="min")  # in the table of runs, and for a sweep: the best, not the last
+        self.run.define_metric("val_loss", summary="min")  # the table of runs and a sweep use the best, not the last
 
     def log(self, step, values):
         self.run.log(values, step=step)
@@ -71,7 +71,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         resumed = facts.get("resumed")
-        # what was logged after the checkpoint that a resume goes on from is hidden: it is logged again
+        # hide lines after the checkpoint: the resumed run logs them again
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=resumed[-1]["at"] + 1 if resumed else None)
         self.writer.add_text("config", "```json\n" + json.dumps(config_of(facts), indent=1) + "\n```")
 
@@ -83,11 +83,11 @@ class TensorBoard:
         self.writer.close()
 
 
-TRACKERS = dict(wandb_log=WandB, tensorboard_log=TensorBoard)  # by flag
+TRACKERS = dict(wandb_log=WandB, tensorboard_log=TensorBoard)  # flag -> class
 
 
 def scalars(values, before=""):
-    """A line of metrics.jsonl -> {name: number}."""
+    """Flatten a line of metrics.jsonl to {name: number}."""
     found = {}
     for name, value in values.items():
         if isinstance(value, (dict, list)):
@@ -98,5 +98,5 @@ def scalars(values, before=""):
 
 
 def config_of(facts):
-    """config.json with the flags beside the rest, so that runs can be sorted by them."""
+    """config.json with the flags moved to the top level, so that runs can be sorted by them."""
     return facts["args"] | {name: value for name, value in facts.items() if name not in ("args", "resumed")}
