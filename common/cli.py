@@ -16,6 +16,7 @@ from pathlib import Path
 from common.versions import check_torch
 
 LARGE = 10**9  # upper limit of a number whose flag gives only a lower one: larger numbers are typing errors
+json_at_terminal = False  # set by --json
 
 
 def flag(default=MISSING, help="", choices=None, low=None, high=None, above=None, below=None):
@@ -71,8 +72,18 @@ def reason(error):
 
 
 def finish(**result):
-    """Print the last line of a program: one JSON object."""
-    print(json.dumps(result), flush=True)
+    """Print the last line of a program: one JSON object. At a terminal it is printed only with --json."""
+    if json_at_terminal or not sys.stdout.isatty():
+        print(json.dumps(shortened(result)), flush=True)
+
+
+def shortened(value):
+    """A value for JSON whose floats have seven significant digits, as many as float32 has."""
+    if isinstance(value, dict):
+        return {name: shortened(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shortened(inner) for inner in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def rounded(x):
@@ -113,6 +124,8 @@ def build_parser(cls, presets, description, epilog=None, prog=None):
         shown = "" if f.default in (MISSING, None, "") else f" (default: {f.default})"
         help = (f.metadata["help"] + shown).replace("%", "%%")
         parser.add_argument(f"--{f.name}", required=f.default is MISSING, help=help, **options)
+    words = "print the result as a JSON object in the last line, at a terminal too"
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=words)
     return parser
 
 
@@ -124,11 +137,13 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None
     program_name().
     Returns (the instance, the dict of given flags).
     """
+    global json_at_terminal
     sys.excepthook = last_words
     check_torch(fail)
     parser = build_parser(cls, presets or {}, description, epilog, prog)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
+    json_at_terminal = given.pop("json", False)
     if unknown:
         names = [o for action in parser._actions for o in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
