@@ -118,7 +118,7 @@ def decode(argv):
 
     from benchmarks.decoding import NanoGPT, decoding_task, loss_through_cache, random_models, trained_models
     from common.timing import by_turns
-    from kv_cache.own_attention import ways_of
+    from kv_cache.own_attention import WAYS
     from training.device import hardware
 
     models = []
@@ -139,7 +139,7 @@ def decode(argv):
             if saved:
                 found = loss_through_cache(model, saved, kv_dtype, args.device)
                 row |= dict(val_loss=found["val_loss"], val_ppl=found["val_ppl"])
-            for way in ways_of(model):
+            for way in WAYS:
                 tasks[len(rows), way] = task = decoding_task(model, kv_dtype, way, *sizes, args.device)
             row["bytes_per_token"] = task.cache.bytes_per_token()
             rows.append(row)
@@ -171,7 +171,7 @@ def decoding_table(rows):
     plain = rows[0]  # dense, in the first format
     first = {row["model"]: row for row in reversed(rows)}  # each model in the first formats
     header = ["model", "weights", "cache", "bytes a token", "of dense, same format", "dense float16 / this", "tokens/s",
-              "speed, first row = 1", "attends by", "restore / late / fold", "val loss", "perplexity",
+              "speed, first row = 1", "attends by", "restore / late", "val loss", "perplexity",
               f"nats over {plain['kv_dtype']}", "nats over the first row"]  # fmt: skip
     lines = []
     for row in rows:

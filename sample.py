@@ -37,7 +37,7 @@ class Args:
     attend: str = flag(
         "auto",
         "how attention reads the cache, see kv_cache/own_attention.py; auto takes the fastest on this machine",
-        choices=("auto", "restore", "late", "fold"),
+        choices=("auto", "restore", "late"),
     )
     dataset: str | None = flag(None, "dataset whose tokenizer is used; default: the one that the checkpoint trained on")
     device: str = flag("cpu", "device: cpu, cuda, cuda:1 or mps")
@@ -123,7 +123,7 @@ def main(argv=None):
     import torch
 
     from kv_cache.generate import chooser, generate
-    from kv_cache.own_attention import decoder, fastest, fastest_dtype, ways_of
+    from kv_cache.own_attention import decoder, fastest, fastest_dtype
     from kv_cache.own_cache import KVCache
     from model import NO_CACHE
     from training import checkpoint
@@ -146,8 +146,6 @@ def main(argv=None):
         way, kv_dtype = args.attend, args.kv_dtype or dtype
         if way == "auto":
             way = told("attend", *fastest(model, args.num_samples, positions, kv_dtype))
-        elif way not in ways_of(model):
-            fail(f"--attend {way} needs a compressed model, and {args.ckpt_path} has plain keys and values: drop it")
         model, cache = decoder(model, way), KVCache(model, args.num_samples, positions, kv_dtype)
 
     if steps < args.max_new_tokens:

@@ -7,7 +7,7 @@ Notation: c_j is the cache entry of position j, r numbers; R and b restore it. H
 
     sum_j a_j v_j = R (sum_j a_j c_j) + b
 
-We restore one sum per head instead of S values. R can also be multiplied into the output projection beforehand.
+We restore one sum per head instead of S values.
 
 **Keys.** The score of a query q is q (R c_j + b) = (R^T q) c_j + q b. The second term is the same for all j, and the softmax
 cancels it. So no key has to be restored if the head is not rotated. In a rotated head, a pair (x, y) of the key at angle t and
@@ -18,17 +18,17 @@ the pair (e, f) of the query have the score
 Both brackets are linear in c_j: two numbers per pair and position, and still no key is restored. An orthogonal change of basis
 of the cached numbers, made beforehand, lets the rotated part depend on as few of them as possible.
 
-Three ways to attend:
+Two ways to attend:
 
     restore   restore all S positions at each step, then attend as in training
     late      attend over the cached numbers, then restore the sums of the heads
-    fold      the same with R multiplied into c_proj: one matrix [d, H r] and the bias W_o b + b_o
 
-A model without compression has only the first two. restore converts the entire cache to the model's dtype at each step. late
-and fold read its rows in place (number_formats.py), except compressed keys that are rotated, which they convert.
+restore converts the entire cache to the model's dtype at each step. late reads its rows in place (number_formats.py), except
+compressed keys that are rotated, which it converts.
 
-late and fold also join v_proj and v_compress into one smaller matrix, and k_proj and k_compress into another. They process
-single tokens; a prompt is restored once for all of its queries. All three give the same output to 1e-4.
+late also joins v_proj and v_compress into one smaller matrix, and k_proj and k_compress into another. It processes single
+tokens; a prompt is restored once for all of its queries. Both give the same output to 1e-4. A third way multiplied R into
+c_proj: it was slower than late in 28 of 30 measurements (results/speed, results/vdproj) and is gone.
 """
 
 import statistics
@@ -45,17 +45,12 @@ from kv_cache.own_cache import InPlace, KVCache, LayerCache, Store
 from model import NO_CACHE, CausalSelfAttention, NoRotary
 from util_factorization.modules import restore_sums
 
-WAYS = ("restore", "late", "fold")
+WAYS = ("restore", "late")
 
 
 def is_compressed(model):
     """Whether the model compresses its keys or its values."""
     return any(is_linear(part) for block in model.transformer.h for part in (block.attn.v_restore, block.attn.k_restore))
-
-
-def ways_of(model):
-    """The ways that differ for this model: without compression there is nothing to fold."""
-    return WAYS if is_compressed(model) else WAYS[:2]
 
 
 def is_linear(part):
@@ -69,8 +64,7 @@ def decoder(model, way):
     """
     if way == "restore":
         return model
-    attention = dict(late=LateAttention, fold=FoldedAttention)[way]
-    blocks = nn.ModuleList(shared_copy(block, attn=attention(block.attn)) for block in model.transformer.h)
+    blocks = nn.ModuleList(shared_copy(block, attn=LateAttention(block.attn)) for block in model.transformer.h)
     return shared_copy(model, transformer=shared_copy(model.transformer, h=blocks))
 
 
@@ -142,29 +136,6 @@ class LateAttention(CausalSelfAttention):
         return (q[:, :, None, dims:] @ R.k)[:, :, 0] @ kept.transpose(1, 2) + found.sum(-1).transpose(1, 2)
 
 
-class FoldedAttention(LateAttention):
-    """LateAttention with v_restore multiplied into c_proj."""
-
-    def __init__(self, attn):
-        super().__init__(attn)
-        if is_linear(attn.v_restore):
-            self.c_proj = FoldedProjection(attn.c_proj, folded(attn))
-
-    def single(self, q, k, v):
-        return self.sums(q, k, v).flatten(1)[:, None]  # (B, 1, H r_v): the folded c_proj restores
-
-
-class FoldedProjection(nn.Module):
-    """For a prompt, whose values are restored: c_proj. For a single token: v_restore and c_proj as one matrix."""
-
-    def __init__(self, prompt, token):
-        super().__init__()
-        self.prompt, self.token = prompt, token
-
-    def forward(self, y):
-        return self.prompt(y) if y.shape[1] > 1 else self.token(y)
-
-
 def rotated_dims(attn):
     return 0 if isinstance(attn.rotary, NoRotary) else attn.rotary.dims
 
@@ -189,14 +160,6 @@ def rotation_basis(attn):
     """Orthogonal Q [r, r] with R Q = [L, 0]. R are the D rows of k_restore that are rotated; L is [D, min(D, r)]."""
     rows = attn.k_restore.weight.unflatten(0, (attn.n_head, -1))[:, : rotated_dims(attn)].flatten(0, 1)
     return torch.linalg.qr(rows.T.double(), mode="complete").Q
-
-
-def folded(attn):
-    """v_restore and then c_proj, as one Linear(H r_v, d)."""
-    c_proj, restore = attn.c_proj, attn.v_restore
-    by_head = c_proj.weight.unflatten(1, (attn.n_head, -1)), restore.weight.unflatten(0, (attn.n_head, -1))
-    bias = None if c_proj.bias is None else c_proj.bias + c_proj.weight @ restore.bias
-    return linear(torch.einsum("ohn,hnr->ohr", *by_head).flatten(1), bias)
 
 
 def restoring(attn, dtype):
@@ -236,7 +199,7 @@ def fastest(model, B, context, kv_dtype):
     """-> (name of the fastest way at this context length, {way: seconds per step}; empty if nothing was timed)."""
     if not is_compressed(model) and model.lm_head.weight.dtype == torch.float32 and kv_dtype == "float32":
         return "restore", {}  # torch's attention is nearly always fastest, and measuring takes seconds
-    seconds = time_ways(model, ways_of(model), B, context, kv_dtype)
+    seconds = time_ways(model, WAYS, B, context, kv_dtype)
     return min(seconds, key=seconds.get), seconds
 
 
@@ -249,7 +212,7 @@ def fastest_dtype(model, B, context, kv_dtype=None):
     seconds = {}
     for name, dtype in FLOATS.items():
         copied = model if dtype == torch.float32 else deepcopy(model).to(dtype)
-        seconds[name] = min(time_ways(copied, ways_of(model), B, context, kv_dtype or name).values())
+        seconds[name] = min(time_ways(copied, WAYS, B, context, kv_dtype or name).values())
     return min(seconds, key=seconds.get), seconds
 
 

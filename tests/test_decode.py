@@ -8,7 +8,7 @@ from kernels import build as kernels
 from kv_cache import KV_DTYPES
 from kv_cache import number_formats as rows
 from kv_cache.generate import chooser, generate
-from kv_cache.own_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed, ways_of
+from kv_cache.own_attention import WAYS, decoder, fastest, fastest_dtype, is_compressed
 from kv_cache.own_cache import KVCache, Store
 from model import NO_CACHE
 
@@ -79,7 +79,7 @@ def test_half_precision_attends_alike_in_every_way(tiny_model, shape, dtype):
     with torch.no_grad():
         expected = model(x)[0]
     model.to(dtype)
-    for way in ways_of(model):
+    for way in WAYS:
         found = cached_logits(decoder(model, way), x, 5, kv_dtype="float16")
         assert (found.float() - expected).abs().max() < 16 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -93,9 +93,8 @@ def test_a_decoder_shares_the_weights_of_its_model(tiny_model):
 
 
 @pytest.mark.parametrize("shape", ["kv", "gpt2_kv"])
-@pytest.mark.parametrize("way", ["late", "fold"])
-def test_no_position_is_restored_for_a_single_token(tiny_model, shape, way):
-    model = decoder(tiny_model(**SHAPES[shape]), way)
+def test_no_position_is_restored_for_a_single_token(tiny_model, shape):
+    model = decoder(tiny_model(**SHAPES[shape]), "late")
     positions = []
     for block in model.transformer.h:
         for part in (block.attn.v_restore, block.attn.k_restore):
@@ -114,7 +113,7 @@ def test_fastest_is_the_way_that_took_least(tiny_model):
     assert set(seconds) == {"float32", "bfloat16", "float16"} and dtype == min(seconds, key=seconds.get)
     assert plain.lm_head.weight.dtype == torch.float32  # copies were measured
     way, seconds = fastest(plain.half(), 1, 16, "float16")
-    assert set(seconds) == set(ways_of(plain)) == {"restore", "late"} and way == min(seconds, key=seconds.get)
+    assert set(seconds) == set(WAYS) and way == min(seconds, key=seconds.get)
     assert len(fastest(tiny_model(), 1, 16, "int8")[1]) == 2
 
 
@@ -206,7 +205,7 @@ def test_rows_that_do_not_fit_are_refused(kv_dtype, B, length, groups):
         rows.scores(kv_dtype, torch.randn(B, 6, 4), store.rows, length, groups)
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_full_cache_and_one_of_other_texts_are_refused(tiny_model, way):
     model = decoder(tiny_model(), way)
     cache = KVCache(model, 2, 4, "int8")
@@ -307,7 +306,7 @@ def test_sample_streams_what_the_batch_prints(trained, run_main, tmp_path):
     assert text.startswith("the people ") and "attend " in streamed.err
     assert streamed.last["cache_bytes_per_token"] == 2 * (20 + 12) * 4 and streamed.last["new_tokens"] == [8]
     (tmp_path / "prompt.txt").write_text("the people")
-    for same in (["--no-kv_cache"], ["--attend", "fold"], ["--kv_dtype", "float16", "--dtype", "auto"]):
+    for same in (["--no-kv_cache"], ["--attend", "late"], ["--kv_dtype", "float16", "--dtype", "auto"]):
         assert run_main(*sample, "--prompt_file", tmp_path / "prompt.txt", *same).out.splitlines()[0] == text
     batch = run_main(*sample, "--prompt", "the people", "--num_samples", 2)
     assert batch.out.splitlines()[1] == batch.out.splitlines()[3] == text
@@ -375,9 +374,7 @@ def test_characters_wait_for_their_last_byte(capsys):
 def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_error, toy_dataset):
     (tmp_path / "empty.txt").write_text("")
     torch.save(dict(weights=[1]), tmp_path / "other.pt")
-    train(out_dir=tmp_path / "plain")
     sample = ("sample.py", "--ckpt_path", trained)
-    plain = ("sample.py", "--ckpt_path", tmp_path / "plain", "--prompt_ids", "1")
     for words, argv in [
         (["Checkpoint not found", "none.pt"], ["sample.py", "--ckpt_path", tmp_path / "none.pt"]),
         (["other.pt", "not a checkpoint"], ["sample.py", "--ckpt_path", tmp_path / "other.pt"]),
@@ -400,7 +397,6 @@ def test_sample_mistakes(trained, train, run_main, tmp_path, assert_one_line_err
         (["--dtype auto", "--no-kv_cache"], [*sample, "--no-kv_cache", "--dtype", "auto"]),
         (["--dataset gone"], [*sample, "--dataset", "gone"]),
         (["tokenizer", "prepare.py"], [*sample, "--dataset", toy_dataset]),
-        (["--attend fold", "plain"], [*plain, "--attend", "fold"]),
         (["--device cuda"], [*sample, "--device", "cuda"]),
     ]:
         assert_one_line_error(run_main(*argv), *words)
