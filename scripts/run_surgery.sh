@@ -48,7 +48,7 @@ smaller() {  # smaller FOLDER FLAGS...: one that was not measured to its end is 
 by_energy=(${VARIANCE:+--variance "$VARIANCE"})
 by_rank=(operate --method svd,whiten,fisher)
 stage "thresholds" operate --mode separate,shared_kv,shared_layers ${by_energy[@]+"${by_energy[@]}"} "$@"  # 9 x 3 modes
-stage "the seed's branch" operate --seed_faithful ${by_energy[@]+"${by_energy[@]}"} "$@"
+stage "the original script's shared_kv_pca" operate --as_original ${by_energy[@]+"${by_energy[@]}"} "$@"
 stage "ranks of k and v" "${by_rank[@]}" --targets k/v/k,v --rank "${K:-160,128,96}" "$@"
 stage "ranks of k over v" "${by_rank[@]}" --targets k,v --mode shared_kv --rank "${KV:-320,288,192}" "$@"
 stage "budgets" operate --targets k,v --mode shared_kv,separate --method fisher --budget "${BUDGET:-0.75,0.5}" "$@"

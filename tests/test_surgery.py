@@ -186,12 +186,13 @@ def test_a_point_does_not_hang_on_the_points_before_it(operate):
     assert after["loss"] == alone["loss"] and after["parts"] == alone["parts"]
 
 
-def test_the_seeds_branch_touched_q_alone_and_lost_the_mean(operate):
-    result = operate("--seed_faithful", "--variance", "1.0", out="faithful")
+def test_the_original_shared_kv_pca_cuts_q_alone_and_loses_the_mean(operate):
+    result = operate("--as_original", "--variance", "1.0", out="faithful")
     assert result.status == 0, result.err
     record = result.records[-1]
     assert record["mode"] == "seed_faithful" and list(record["parts"]) == ["q"]
     assert min(record["parts"]["q"]["errors"]) > 1e-2  # every component kept, and yet not the same
+    assert operate("--seed_faithful", "--variance", "1.0", out="faithful").last["points"] == 0  # the old spelling
     truth = operate("--targets", "q", "--variance", "1.0", out="faithful").records[-1]
     assert max(truth["parts"]["q"]["errors"]) < 1e-5 and abs(truth["kl"]) < abs(record["kl"]) / 2
 
@@ -323,7 +324,7 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
         (["--method", "joint"], "--method joint", "pca"),
         (["--mode", "apart"], "--mode apart"),
         (["--mode", "shared_kv", "--targets", "k"], "shared_kv", "lacks"),
-        (["--seed_faithful", "--method", "svd"], "--seed_faithful", "--method"),
+        (["--as_original", "--method", "svd"], "--as_original", "--method"),
         (["--calib_tokens", "32", "--method", "whiten"], "--calib_tokens", "32 tokens"),
         (["--window", "100000"], "--window 100000", "2048 tokens", "lower"),
         (["--eval_text", tmp_path / "none.txt"], "--eval_text", "none.txt"),

@@ -57,7 +57,7 @@ def test_the_sweep_runs_and_again_does_nothing_new(commands_of, run_main, clinic
             assert result.status == 0, (argv, result.err)
             assert not again or result.last["points"] == 0
         lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        # untouched; 3 modes and the seed's branch; 3 methods of k, v, both, and k over v; two budgets; 5 methods of the table
+        # untouched; 3 modes, the original's; 3 methods of k, v, both, and k over v; two budgets; 5 methods of the table
         assert len(lines) == 1 + 3 + 1 + 9 + 3 + 2 + 5
         assert {r["mode"] for r in lines} == {"-", "separate", "shared_kv", "shared_layers", "seed_faithful", "table"}
         assert len((out / "smaller.jsonl").read_text().splitlines()) == 2
