@@ -1,18 +1,20 @@
 """
-Matrices into bits: what each column is worth, a budget of bytes for all matrices together, and the rounding.
+Quantise matrices: the importance of each column, one budget of bytes for all matrices, and the rounding.
 
-A matrix becomes a Draft: its rows in groups, and what a column of a group is worth. fit() spends the bytes over all Drafts, at
-one water level (bits.py). code() rounds.
+A matrix becomes a Draft: its rows in groups, and the importance (`worth`) of each column in each group. fit() divides the bytes
+between all Drafts, at one water level (budget.py). code() rounds.
 
-    token table    P of `fisher`: in its coordinates an error counts the same in every component. Rows lie in groups by what
-                   their errors are worth, the first few, the last many, and may be told from other rows (parents.py)
-    linear layer   cost of an error E: tr(G E C E^T), C = E[x x^T] of the input, G = E[g g^T] of the loss's gradient at the
-                   output. Rows lie in groups by G's diagonal, which is what a row weighs. G's other entries are not used
+    token table    P of `fisher`: in its coordinates an error costs the same in every component. Rows are grouped by the cost of
+                   their errors: the first groups are small, the last large. A row may be predicted from another row, its
+                   parent (predicted_rows.py)
+    linear layer   an error E costs tr(G E C E^T), with C = E[x x^T] of the input and G = E[g g^T] of the loss's gradient at the
+                   output. G's diagonal is the weight of each row, by which rows are grouped. G's other entries are not used
 
-**Error feedback.** A layer's inputs correlate. A basis would tell them apart, and would take as many bytes as the layer. With
-C = U D U^T, U unit upper triangular, an error e of a row costs sum_j D_j (e_j + what the errors before j give, through U)^2. So
-column j is rounded after the errors before it have been added to it, and is worth D_j times its variance (LDLQ, as in QuIP,
-arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Blocks of columns feed errors on.
+**Error feedback.** A layer's inputs correlate. A basis that decorrelates them would take as many bytes as the layer. With
+C = U D U^T, U unit upper triangular, an error e of a row costs sum_j D_j (e_j + sum_{i<j} e_i U_ij)^2. So the errors of the
+columns before j are added to column j, through U, before it is rounded. Its importance is D_j times its variance (LDLQ, as in
+QuIP, arXiv:2307.13304; with bits by D_j it is water-filling without a rotation, as in WaterSIC). Errors are fed on by blocks of
+columns.
 """
 
 import math
@@ -28,26 +30,26 @@ from bits.predicted_rows import COST, ROW_GAINS, find_parents, gains_of, relatio
 from bits.trellis import distortion, encode, gaussian_codes
 from util_factorization.decompose_table import decompose
 
-FIRST = 40  # rows, about, of a token table's first group
-GROWTH = 2**0.5  # each group has so many times the rows of the one before it
-LAYER_GROUPS = 3  # of a linear layer's rows, of equal size
-LEAST_ROWS = 192  # of such a group
-COLUMNS = 32  # whose errors are fed on together; 8 would lower the error by one percent and take twice the time
-BISECTIONS = 30  # of the water level
-WHOLE_RANGE = 5  # bits from which on no number of a column is clipped
-INHERITED = 0.5  # of a row's own error, about: what its parent's error adds to the rest that is coded
-TOKENS = 1e9  # weights as counts, to which decompose() adds 1
-COUNT_POWER = 0.65  # of the smoothed frequencies: see row_weights()
-RIDGE = 1e-3  # of a refit scale's own part: it stays near what it was where others can take its place
-DAMPING = 0.01  # of a layer's C: this share of it is its mean eigenvalue times 1
+FIRST = 40  # approximate number of rows in a token table's first group
+GROWTH = 2**0.5  # each group has this many times the rows of the one before it
+LAYER_GROUPS = 3  # groups of a linear layer's rows, of equal size
+LEAST_ROWS = 192  # smallest group of a linear layer
+COLUMNS = 32  # columns of a block of error feedback; 8 would lower the error by one percent and take twice the time
+BISECTIONS = 30  # steps of the search for the water level
+WHOLE_RANGE = 5  # with this many bits or more, no number of a column is clipped
+INHERITED = 0.5  # about half of a parent's error is passed on to the row predicted from it
+TOKENS = 1e9  # scales weights to counts: decompose() adds 1 to counts
+COUNT_POWER = 0.65  # power of the smoothed frequencies: see row_weights()
+RIDGE = 1e-3  # in refit(): keeps a scale near its old value if other scales can replace it
+DAMPING = 0.01  # this share of a layer's C is replaced by its mean eigenvalue times the identity
 
 
 def row_weights(counts):
     """
-    counts [V] of tokens in calibration text, in whatever unit -> what an error of each row weighs; they sum to 1.
+    counts [V] of tokens in calibration text, in any unit -> the weight of an error in each row [V]; they sum to 1.
 
-    A power below 1 lifts the rare rows: text that was not read has other rare tokens, and at a rare token the loss is steeper.
-    The power was chosen on text that nothing was calibrated on (results/bytes).
+    A power below 1 lifts the rare rows: other text has other rare tokens, and the loss is steeper at a rare token. The power
+    was chosen on text that was not used for calibration (results/bytes).
     """
     p = counts.double() / counts.sum()
     p = (p + 1 / (6 * len(p))) ** COUNT_POWER
@@ -55,7 +57,7 @@ def row_weights(counts):
 
 
 def groups_by_weight(weights, first=FIRST):
-    """Row indices of each group, the heaviest rows first. Every group has a row at least."""
+    """Row indices of each group, the heaviest rows first. Every group has at least one row."""
     order, V = weights.argsort(descending=True, stable=True), len(weights)
     groups = min(V, max(1, round(math.log(1 + V / first * (GROWTH - 1), GROWTH))))
     sizes = torch.tensor([GROWTH**g for g in range(groups)], dtype=torch.float64)
@@ -66,18 +68,18 @@ def groups_by_weight(weights, first=FIRST):
 
 @dataclass
 class Draft:
-    """A matrix about to be coded."""
+    """A matrix before it is quantised."""
 
     Z: torch.Tensor  # [V,k]: coordinates without the groups' means, or the matrix itself
-    groups: list  # of row indices
-    worth: torch.Tensor  # [G,k] float64: twice the nats that a column costs where it has no bits
-    U: torch.Tensor | None = None  # [k,k], of feedback()
-    roots: torch.Tensor | None = None  # [k, columns of a block], where there is U: of feedback()
-    weights: torch.Tensor | None = None  # [V], where there is U: what an error of each row weighs
+    groups: list  # row indices of each group
+    worth: torch.Tensor  # [G,k] float64: importance, twice the nats that a column costs if it has no bits
+    U: torch.Tensor | None = None  # [k,k], from feedback()
+    roots: torch.Tensor | None = None  # [k, columns of a block], with U: from feedback()
+    weights: torch.Tensor | None = None  # [V], with U: the weight of an error in each row
     P: torch.Tensor | None = None  # [k,d]
     mean: torch.Tensor | None = None  # [d]
     means: torch.Tensor | None = None  # [G,k]
-    parents: torch.Tensor | None = None  # [V]: the row that each is told from, -1 for none (parents.py)
+    parents: torch.Tensor | None = None  # [V]: the row that each is predicted from, -1 for none
     without: "Draft | None" = None  # the same matrix without parents
 
     @property
@@ -85,11 +87,11 @@ class Draft:
         return torch.tensor([len(rows) for rows in self.groups])
 
     def price(self):
-        """Bits that one bit of each column of each group takes, [G,k]."""
+        """[G,k]: bits of storage that one bit per number takes, in each column of each group."""
         return self.sizes[:, None].expand(self.worth.shape)
 
     def bytes(self, depths, codes):
-        """Bytes of the CodedMatrix with these half bits [G,k]. The levels are not counted: they are the program's."""
+        """Bytes of the CodedMatrix with these half bits [G,k]. The levels are part of the program and not counted."""
         k = self.Z.shape[1] if self.P is None else depths.any(0).sum().item()
         total = len(self.Z) * place_type(len(self.Z)).itemsize + len(self.groups) * (4 + 3 * k)
         for code in codes:
@@ -104,7 +106,7 @@ class Draft:
 
 
 def decompose_by(table, weights, metric):
-    """A table [V,d] decomposed by `fisher`: weights [V] of its rows, metric [d,d], C + G as far as it has these uses."""
+    """Decompose a table [V,d] by `fisher`. weights [V]: of its rows. metric [d,d]: as in draft_table()."""
     return decompose(table, "fisher", weights * TOKENS, head=metric, lookup=torch.zeros_like(metric))
 
 
@@ -112,10 +114,10 @@ def draft_table(table, weights, metric, groups=None, parents=True):
     """
     A token table [V,d] -> Draft.
 
-    weights [V]   what an error of each row weighs
-    metric [d,d]  C + G, as far as the table has these uses
-    groups        row indices of each group; left out, groups_by_weight()
-    parents       whether rows may be told from other rows; not where groups are given
+    weights [V]   weight of an error in each row
+    metric [d,d]  tied table: C + G. Untied: C for the head, G for the lookup
+    groups        row indices of each group; default: groups_by_weight()
+    parents       whether rows may be predicted from other rows; ignored if groups are given
     """
     decomposition, parents = decompose_by(table, weights, metric), parents and not groups
     Z, P, mean = decomposition.factors(decomposition.full)
@@ -141,7 +143,7 @@ def draft_coordinates(Z, weights, groups, P, mean):
 
 
 def choose(drafts, budget, codes=None):
-    """The Drafts, with parents or all without: what is to lose less within `budget` bytes. codes: of fit()."""
+    """Choose between row prediction and none for all matrices: whichever is forecast to lose less. codes: as in fit()."""
     if all(draft.parents is None for draft in drafts):
         return drafts
     plain = [draft.without or draft for draft in drafts]
@@ -162,9 +164,10 @@ def choose(drafts, budget, codes=None):
 
 def groups_by_rests(Z, weights, groups, parents):
     """
-    Groups of rows by what their errors are worth: their weights times the size of what parents do not tell.
+    Group rows by the cost of their errors: the row's weight times the size of its residual, which is the part that its parent
+    does not predict.
 
-    Z [V,k] without the means of `groups`, which parents [V] were found in. Columns count over their spread.
+    Z [V,k]: without the means of `groups`. parents [V]: found in these groups. Columns are divided by their spread.
     """
     sizes, by = torch.empty(len(Z)), spread(Z)
     for rows in groups:
@@ -174,7 +177,7 @@ def groups_by_rests(Z, weights, groups, parents):
 
 
 def worth_of_rests(Z, weights, rows, parents):
-    """Draft.worth [k] of the rows of a group whose rests are divided by gains: then errors are in proportion to gains."""
+    """Importance [k] of the columns of a group whose residuals are scaled per row; a row's error then grows with its scale."""
     _, rest, _ = told_by_parents(Z, Z, parents, rows, spread(Z[rows]))
     gain = ROW_GAINS[gains_of(rest, spread(rest))].double()
     return (weights[rows] * gain.square()).sum() * (rest.double() / gain[:, None]).square().mean(0)
@@ -184,12 +187,12 @@ def draft_layer(W, C, weights, groups=None):
     """
     A matrix W [out,in] of a linear layer -> Draft.
 
-    C [in,in]     of its input
-    weights [out] what an error of each row weighs: G's diagonal
-    groups        row indices of each group; left out, groups of equal size by weight
+    C [in,in]     second moments of the input
+    weights [out] weight of an error in each row: G's diagonal
+    groups        row indices of each group; default: groups of equal size, by weight
     """
     groups = groups or list(weights.argsort(descending=True, stable=True).tensor_split(layer_groups(len(W))))
-    C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # of a layer that nothing reaches
+    C = C.double() if C.any() else torch.eye(len(C), dtype=torch.double)  # a layer without any input
     C = (1 - DAMPING) * C + DAMPING * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype)
     U, roots = feedback(C)
     D = roots.double().square().sum(1)
@@ -198,34 +201,34 @@ def draft_layer(W, C, weights, groups=None):
 
 
 def layer_groups(rows):
-    """Groups of a linear layer's rows: scales and bits of a group take 24 bits a column, so it needs some rows."""
+    """Number of row groups of a linear layer. A group takes 24 bits per column for scale and bits, so it needs many rows."""
     return max(1, min(LAYER_GROUPS, rows // LEAST_ROWS))
 
 
 def fit(drafts, budget, codes=None):
     """
-    Half bits [G,k] of the columns of each Draft, so that all of them together take at most `budget` bytes -> (them, the Codes).
+    Divide at most `budget` bytes between all Drafts -> (half bits [G,k] of the columns of each Draft, the Codes).
 
-    codes: left out, gaussian_codes(). Raises ValueError where the budget does not pay for what every matrix needs and a column
-    of it.
+    codes: default: gaussian_codes(). Raises ValueError if the budget is too small for one column and the constants of every
+    matrix.
     """
     codes = codes or gaussian_codes()
     found = gains(*worth_and_price(drafts), distortion(codes))
 
     def at(level):
-        """(The half bits, at what they save over this level; what all takes.)"""
+        """(Half bits at this water level; bytes of all Drafts.)"""
         depths = split(depths_of((found >= level).sum(0), codes), drafts)
         return depths, sum(draft.bytes(b, codes) for b, draft in zip(depths, drafts))
 
     if not found.isfinite().all() or not found.any():
         raise ValueError("the loss does not depend on these matrices, or is not finite: give another model")
-    low, high = math.log(found[found > 0].min().item()), math.log(2 * found.max().item())  # everything; nothing
+    low, high = math.log(found[found > 0].min().item()), math.log(2 * found.max().item())  # all bits; none
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if at(math.exp(middle))[1] <= budget else (middle, high)
     depths, _ = at(math.exp(high))
-    if not all(b.any() for b, draft in zip(depths, drafts) if draft.worth.any()):  # a layer without effect needs none
-        raise ValueError(f"{budget:,.0f} bytes do not pay for the basis, the scales and a column of each matrix: give more")
+    if not all(b.any() for b, draft in zip(depths, drafts) if draft.worth.any()):  # a layer without effect needs no bits
+        raise ValueError(f"{budget:,.0f} bytes are too few for the basis, the scales and a column of each matrix: give more")
     return depths, codes
 
 
@@ -235,23 +238,23 @@ def depths_of(steps, codes):
 
 
 def worth_and_price(drafts):
-    """Of the columns of all groups of all Drafts, side by side [n]."""
+    """[worth, price] of the columns of all groups of all Drafts, side by side [n]."""
     return [torch.cat([f(draft).flatten() for draft in drafts]) for f in (lambda x: x.worth, Draft.price)]
 
 
 def split(steps, drafts):
-    """steps [n] -> [G,k] of each Draft."""
+    """Split steps [n] into [G,k] of each Draft."""
     parts = steps.split([draft.worth.numel() for draft in drafts])
     return [part.view(draft.worth.shape) for part, draft in zip(parts, drafts)]
 
 
 def spend_over(drafts, budget, codes):
-    """Steps [G,k] of each Draft: `budget` bits for all of their numbers, nothing else counted."""
+    """Steps [G,k] of each Draft for `budget` bits. Only the bits of the numbers are counted."""
     return split(spend(*worth_and_price(drafts), budget, distortion(codes)), drafts)
 
 
 def code(draft, depths, codes):
-    """Round a Draft with half bits [G,k] -> CodedMatrix."""
+    """Round a Draft to half bits [G,k] -> CodedMatrix."""
     by_depth = {code.half_bits: code for code in codes}
     used = depths.any(0) if draft.P is not None else torch.ones(depths.shape[1], dtype=torch.bool)
     place = torch.empty(len(draft.Z), dtype=torch.long)
@@ -281,15 +284,15 @@ def code(draft, depths, codes):
 
 def code_rests(draft, depths, codes):
     """
-    Code what parents do not tell, group by group, so that parents are read as they will be -> (scales [G,k], {(g, half bits):
-    stream}, means [G,k], of each group's rows relation()).
+    Quantise the residuals of predicted rows, group by group -> (scales [G,k], {(g, half bits): stream}, means [G,k], a list of
+    relation() of each group's rows). A row is predicted from its decoded parent, as in decoding.
     """
     read, streams, relations = torch.zeros_like(draft.Z), {}, []
     scales, means = torch.ones(depths.shape), draft.means.clone()
     left = {0: 1.0} | {b: code.error for b, code in codes.items()}
     for g, rows in enumerate(draft.groups):
         some = depths[g] > 0
-        by = torch.tensor([left[b] for b in depths[g].tolist()]) ** -0.5  # a column counts by what its bits leave of it
+        by = torch.tensor([left[b] for b in depths[g].tolist()]) ** -0.5  # a column counts by the error that its bits leave
         told, rest, factor = told_by_parents(draft.Z, read, draft.parents, rows, by)
         shift = rest.mean(0)
         rest -= shift
@@ -308,17 +311,17 @@ def place_type(V):
 
 
 def to_int8(P):
-    """[k,d] -> integers and a scale a row, which give it back to half a step."""
+    """P [k,d] -> (int8 [k,d], a scale for each row [k]). The error is at most half a step."""
     scale = (P.abs().amax(1) / 127).half()
     return (P / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def feedback(M, columns=None):
     """
-    M = U D U^T in blocks of columns -> (U [d,d], 1 on the diagonal of blocks, 0 below them; roots [d, columns], of each block b
-    an upper triangular R_b with D_b = R_b R_b^T), float32.
+    M = U D U^T in blocks of columns -> (U [d,d], identity in the diagonal blocks, 0 below them; roots [d, columns], for each
+    block b an upper triangular R_b with D_b = R_b R_b^T), float32.
 
-    e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T. columns: of a block, left out COLUMNS.
+    e M e^T is the sum over blocks of (e U)_b D_b (e U)_b^T. columns: of a block; default: COLUMNS.
     """
     columns = columns or COLUMNS
     U = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)  # M = U U^T, upper triangular
@@ -342,8 +345,8 @@ def metric_of(U, roots):
 
 def code_groups(Z, groups, depths, U, codes):
     """
-    Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream}, errors of
-    each group's rows, a list of [rows,k]).
+    Z [V,k], half bits [G,k], U of feedback() or None, {half bits: Code} -> (scales [G,k], {(g, half bits): stream}, errors: a
+    list of [rows,k], one for each group).
     """
     parts, scales = [Z[rows] for rows in groups], torch.ones(depths.shape)
     errors, found = [torch.zeros_like(part) for part in parts], defaultdict(list)
@@ -369,11 +372,11 @@ def code_groups(Z, groups, depths, U, codes):
 
 def refit(draft, scales, errors):
     """
-    scales [G,k] and errors, a list of [rows,k], of code_groups() with U -> scales [G,k] with which the same codes lose least.
+    scales [G,k] and errors, a list of [rows,k], from code_groups() with U -> the scales [G,k] that are best for the same codes.
 
-    What is read, R, is linear in the scales, so this is least squares in the metric that errors count in. A column's new scale
-    is r times the old one, and sum_i weights_i (Z - R r)_i C (Z - R r)_i^T is least where (C * R^T weights R) r = the diagonal
-    of R^T weights Z C, with * by elements.
+    The decoded matrix R is linear in the scales, so this is least squares in the metric of the errors. A column's new scale is
+    r times the old one. sum_i weights_i (Z - R r)_i C (Z - R r)_i^T is smallest if (C * R^T weights R) r = the diagonal of
+    R^T weights Z C, with * by elements.
     """
     scales, C = scales.clone(), metric_of(draft.U, draft.roots)
     for scale, rows, e in zip(scales, draft.groups, errors):
@@ -387,10 +390,10 @@ def refit(draft, scales, errors):
 
 def scale_of(x, code):
     """
-    What columns [rows,n] are divided by [n], as float16 keeps it: their standard deviation.
+    The scale [n] of columns [rows,n], rounded to float16: their standard deviation.
 
-    A column of many bits has them because its errors are dear; there no number may lie outside the levels. One weight of 20
-    standard deviations, on an input that is as large, cost more than all the other weights of its layer.
+    A column has many bits because its errors are expensive. Then no number may lie outside the levels: one weight of 20
+    standard deviations, on an input that is equally large, cost more than all other weights of its layer.
     """
     scale = x.square().mean(0).sqrt()
     if code.half_bits >= 2 * WHOLE_RANGE:
@@ -399,7 +402,7 @@ def scale_of(x, code):
 
 
 def alike(depths, groups):
-    """{(half bits, segments()): groups}: which groups have columns of such streams, of one length, and are encoded together."""
+    """{(half bits, segments()): groups} with columns of these bits and this length. They are encoded together."""
     found = defaultdict(list)
     for g, rows in enumerate(groups):
         for b in depths[g].unique().tolist():
@@ -410,8 +413,8 @@ def alike(depths, groups):
 
 def encode_columns(parts, code):
     """
-    parts: a list of [rows,columns] whose streams have one length -> for each its windows [columns * segments, windows of a
-    segment]; the last segment of a column is filled with zeros.
+    parts, a list of [rows,columns] with streams of one length -> the trellis states of each, [columns * segments, states of a
+    segment]. The last segment of a column is padded with zeros.
     """
     count, length = segments(len(parts[0]))
     padded = [torch.nn.functional.pad(x, (0, 0, 0, count * length - len(x))).T.reshape(-1, length) for x in parts]
@@ -419,6 +422,6 @@ def encode_columns(parts, code):
 
 
 def values(windows, code, rows):
-    """The inverse: windows -> [rows,columns]."""
+    """The inverse of encode_columns() for one part: trellis states -> [rows,columns]."""
     count, length = segments(rows)
     return code.levels[windows].view(-1, count * length).T[:rows]

@@ -1,4 +1,4 @@
-"""The rows of the study of bytes that keep the cache of keys and values smaller."""
+"""Rows of the study of bytes for the cache: its keys and values are rounded or quantised."""
 
 import copy
 import math
@@ -11,11 +11,11 @@ from kv_cache.bit_code import WHOLE, fit
 from kv_cache.hf_bits import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
 from surgery.subject import Subject
 
-FORMS = {"bits": "small", "bits read in place": "fast"}  # of a coded cache, by a row's name
+FORMS = {"bits": "small", "bits read in place": "fast"}  # {a row's name: form of the quantised cache}
 
 
 class CacheMeasurer:
-    """Measures rows. Each has a model of its own, or hooks that round keys and values where they are made."""
+    """Measures rows. A row has its own model, or hooks that round keys and values as they are computed."""
 
     def __init__(self, args, subject, texts, evaluator):
         """texts: a TextReader."""
@@ -31,12 +31,12 @@ class CacheMeasurer:
         return dict(bytes=round(share * self.float16_bytes()), share=share) | record
 
     def float16_bytes(self):
-        """Of a token's keys and values."""
+        """Bytes of a token's keys and values in float16."""
         return 2 * sum(len(layer.rows["k"]) + len(layer.rows["v"]) for layer in self.layers)
 
     @contextmanager
     def replaced(self, row):
-        """A context: (the model with the row's cache, its bytes as a share of float16's at one window of tokens)."""
+        """A context: (the model with the row's cache, its bytes over one window as a share of float16's)."""
         if row.name == "untouched":
             yield self.subject, 1.0
         elif row.name == "to nearest":
@@ -50,7 +50,7 @@ class CacheMeasurer:
             yield model, taken / self.float16_bytes()
 
     def coded(self, row):
-        """-> (a model whose cache is kept by bits, bytes of a token at one window: it pays for the whole positions too)."""
+        """-> (a model with a quantised cache, bytes per token over one window, with the first positions, which stay exact)."""
         if self.found is None:
             torch.manual_seed(self.seed)
             self.found = gather(self.subject, self.windows)
@@ -64,7 +64,7 @@ class CacheMeasurer:
 
 @contextmanager
 def rounded(layers, bits, group):
-    """A context in which keys and values are rounded to integers of `bits` bits in groups, to nearest."""
+    """A context that rounds keys and values to the nearest integers of `bits` bits, in groups with a scale each."""
 
     def hook(module, inputs, output):
         return in_groups(output.flatten(0, 1), bits, group)[0].view_as(output)

@@ -1,4 +1,4 @@
-"""The rows of the study of bytes: a model's matrices replaced as a row says, and what that loses."""
+"""Rows of the study of bytes for matrices: replaces a model's matrices and measures the loss."""
 
 import math
 from contextlib import ExitStack, contextmanager
@@ -11,14 +11,14 @@ from bits.integers import in_groups
 from bits.trellis import float16_code
 from surgery.coded import TABLES, Coder, coded_in, in_place, metrics_of
 
-DAMPING = 0.01  # of the metric of error-aware rounding, as GPTQ has it
+DAMPING = 0.01  # share of the mean diagonal that is added to the metric of error-aware rounding, as in GPTQ
 
 
 class Measurer:
-    """Measures rows of one system. A row's matrices are put in, measured, and put back."""
+    """Measures rows of one system. A row's matrices are set, measured, and then restored."""
 
     def __init__(self, args, subject, targets, texts, evaluator, file):
-        """targets: of matrices_of(). texts: a TextReader. file: keeps the moments for a later call."""
+        """targets: as in matrices_of(). texts: a TextReader. file: stores the moments for a later call."""
         self.coder = Coder(subject, targets, texts, args.calib_tokens, args.seed, file)
         self.matrices, self.moments, self.numbers = self.coder.matrices, self.coder.moments, self.coder.numbers
         self.metrics = metrics_of(self.matrices, self.moments)
@@ -31,7 +31,7 @@ class Measurer:
 
     @contextmanager
     def replaced(self, row):
-        """A context in which the matrices are the row's; gives their bytes."""
+        """A context in which the model has the row's matrices. It yields their bytes."""
         if row.name == "untouched":
             yield 2 * self.numbers
         elif row.name.startswith("bits") or row.name == "ranks by frequency":
@@ -48,14 +48,14 @@ class Measurer:
                 yield size
 
     def coded(self, row):
-        """What Coder.code() gives for a row. Of ranks by frequency the bytes are those of one rank for all, in float16."""
+        """Coder.code() for a row. Ranks by frequency get the float16 bytes of one rank for all."""
         if row.name == "ranks by frequency":
             share = row.given[0] * sum(sum(m.weight.shape) for m in self.matrices.values()) / self.numbers
             return self.coder.code(share, codes=[float16_code()])
         return self.coder.code(*row.given, self.drafts_without(row.name))
 
     def drafts_without(self, name):
-        """{name: Draft} of the table with one part of the method left out; None for the whole method."""
+        """{name: Draft} of the table without one part of the method; None for the complete method."""
         if name == "bits":
             return None
         weights, found = self.moments.weights, {}
@@ -70,7 +70,7 @@ class Measurer:
         return found
 
     def plain(self, row, name, W):
-        """A row of plain quantisation or of a rank -> (the matrix as read back, its bytes)."""
+        """A row of plain quantisation or of a rank -> (the decoded matrix, its bytes)."""
         if row.name == "rank":
             decomposition = decompose_by(W, self.moments.weights, self.metrics[name])
             Z, P, mean = (part.half().float() for part in decomposition.factors(row.given[0]))
@@ -80,5 +80,5 @@ class Measurer:
         if row.name == "error-aware":
             metric = self.metrics[name] if name in TABLES else self.moments.linears.of(name)[0]
             metric = metric + DAMPING * metric.diagonal().mean() * torch.eye(len(metric))
-        group = W.shape[1] if group == "row" else math.gcd(group, W.shape[1])  # groups that fit the width
+        group = W.shape[1] if group == "row" else math.gcd(group, W.shape[1])  # groups must divide the width
         return in_groups(W, bits, group, metric)

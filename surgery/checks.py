@@ -1,4 +1,4 @@
-"""What the flags ask for, held against the model."""
+"""Checks that the model can do what the flags ask for."""
 
 from common.cli import fail
 from kv_cache.hf_layers import heights, stacks
@@ -7,7 +7,7 @@ from surgery.subject import CodecTokenizer, OwnSubject
 
 
 def check_ranks(points, layers, subject, per_group):
-    """No rank is above that of the matrices."""
+    """Refuse a rank above the largest rank of a matrix."""
     for point in (point for point in points if point.level == "rank"):
         widths = {"wte": subject.config.n_embd}
         for stack in [] if point.of_table else stacks(layers, point.targets, point.mode, per_group):
@@ -19,19 +19,19 @@ def check_ranks(points, layers, subject, per_group):
 
 
 def check_window(args, name, subject):
-    """The model can read a window. To be called before text is read, which may be shorter than a wrong --window."""
+    """Refuse a --window that is too long for the model. Call this before the text is read: its message then comes first."""
     if args.window > subject.longest:
-        fail(f"--window {args.window}: {name} reads {subject.longest} tokens at most, lower --window")
+        fail(f"--window {args.window}: {name} reads at most {subject.longest} tokens: lower --window")
 
 
 def check_subject(args, name, points, subject, tokenizer):
-    """The model can read what it is given, its table can be cut, and --out can write it. name: of the model."""
+    """Refuse a --prompt, --targets wte, --method joint or --out that does not fit the model. name: the model's."""
     if args.out and (isinstance(subject, OwnSubject) or isinstance(tokenizer, CodecTokenizer)):
-        fail("--out writes a model and a tokenizer of Hugging Face, and --model or --tokenizer is train.py's: drop --out")
+        fail("--out writes Hugging Face models only, and --model or --tokenizer comes from train.py: drop --out")
     if args.answer_tokens and not 1 <= (length := len(prompt_ids(tokenizer, args.prompt))) <= subject.longest:
-        fail(f"--prompt has {length} tokens, {name} reads 1 to {subject.longest}: give another, or --answer_tokens 0")
+        fail(f"--prompt has {length} tokens, {name} reads 1 to {subject.longest}: give another prompt, or --answer_tokens 0")
     of_table = {p.method for p in points if p.of_table}
     if of_table and not subject.tables:
-        fail(f"--targets wte: {name} has a table that is factorized already: give its dense baseline, or --targets q,k,v")
+        fail(f"--targets wte: the table of {name} is factorized already: give its dense baseline, or --targets q,k,v")
     if "joint" in of_table and "head" in subject.tables:
         fail(f"--method joint needs one table for lookup and head, {name} has two: give --method fisher")

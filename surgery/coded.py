@@ -1,9 +1,9 @@
 """
-A whole model by bits: its linear layers and its token table share one budget of bytes.
+Quantise all matrices of a model: its linear layers and its token table share one budget of bytes.
 
-What an error of each matrix costs is known up to a factor: the metric is of second order, takes two factors for independent,
-and adds the layers' errors up. So the layers of each kind (q_proj, down_proj, ... and the table) are coded alone
-once, at PROBE_BITS. The KL divergence that this costs on calibration text, over what the metric forecast, is the kind's price.
+The cost of an error is known up to a factor for each matrix: the metric is of second order, assumes two independent factors,
+and sums the layers' errors. So all matrices of one kind (q_proj, down_proj, ... or the table) are quantised alone once, at
+PROBE_BITS. The KL divergence that this causes on calibration text, divided by the metric's forecast, is the kind's price.
 """
 
 from collections import defaultdict
@@ -37,13 +37,13 @@ TABLES = ("wte", "head")
 
 
 def kind_of(name):
-    """What layers of one kind share: the last part of the name, as in q_proj."""
+    """The kind of a layer: the last part of its name, such as q_proj."""
     return name.rsplit(".", 1)[-1]
 
 
 @contextmanager
 def in_place(module, W):
-    """A context in which a module has the weight W. Who shares the weight's parameter, as a tied head does, has it too."""
+    """A context in which a module has the weight W. A module that shares the parameter, such as a tied head, has it too."""
     before = module.weight.data
     try:
         module.weight.data = W.to(before)
@@ -63,7 +63,7 @@ def coded_in(matrices, coded):
 
 @dataclass
 class WholeMoments:
-    """What draft_all() reads: weights [V] of the table's rows, C and G [d,d] of calibrate(), LinearMoments of all layers."""
+    """Input of draft_all(): weights [V] of the table's rows, C and G [d,d] of calibrate(), LinearMoments of all layers."""
 
     weights: torch.Tensor
     C: torch.Tensor
@@ -72,7 +72,7 @@ class WholeMoments:
 
 
 def whole_moments(subject, counts, windows, file):
-    """One pass over windows, a list of (x, y) -> WholeMoments. counts [V]: of the text. file: keeps them for a later call."""
+    """One pass over windows, a list of (x, y) -> WholeMoments. counts [V]: of the tokens. file: keeps them for later calls."""
     linears = LinearMoments(find_linears(subject.model, subject.head))
     names = {name: module.weight.shape for name, module in linears.linears.items()}
     d = subject.table.weight.shape[1]
@@ -93,7 +93,7 @@ def whole_moments(subject, counts, windows, file):
 
 
 def matrices_of(subject, targets):
-    """{name: module}. targets: "wte", the token table, and the head where that is another matrix; "all": linear layers too."""
+    """{name: module}. targets: "wte" is the token table and an untied head; "all" adds the linear layers."""
     tables = {"wte": subject.table}
     if "head" in subject.tables:
         tables["head"] = subject.head
@@ -101,10 +101,10 @@ def matrices_of(subject, targets):
 
 
 class Coder:
-    """Codes a model's matrices at one budget after another."""
+    """Quantises a model's matrices, for any number of budgets."""
 
     def __init__(self, subject, targets, texts, tokens, seed, file):
-        """texts: a TextReader; tokens: of calibration text; file: keeps the moments for a later call."""
+        """texts: a TextReader. tokens: of calibration text. file: stores the moments for a later call."""
         self.matrices, self.subject, self.texts = matrices_of(subject, targets), subject, texts
         self.numbers = sum(module.weight.numel() for module in self.matrices.values())
         windows, counts = texts.calibration_windows(-(-tokens // texts.length), 2 * subject.table.weight.shape[1])
@@ -113,7 +113,7 @@ class Coder:
 
     @cached_property
     def drafts(self):
-        """{name: Draft}; where there are several kinds of matrices, their prices are measured."""
+        """{name: Draft}. If there are several matrices, the prices of their kinds are measured."""
         drafts = draft_all(self.matrices, self.moments)
         if len(drafts) > 1:
             prices = set_prices(drafts, self.matrices, Evaluator(self.subject, self.texts.windows("calib", PROBES)))
@@ -122,9 +122,9 @@ class Coder:
 
     def code(self, share, drafts=None, codes=None):
         """
-        {name: CodedMatrix} that take `share` of the matrices' float16 bytes together, and their bytes.
+        Quantise all matrices to `share` of their float16 bytes together -> ({name: CodedMatrix}, their bytes).
 
-        drafts: others than the Coder's own. codes: of fit(). Raises ValueError where the share does not pay.
+        drafts: replace the Coder's own. codes: as in fit(). Raises ValueError if the share is too small.
         """
         drafts, budget = drafts or self.drafts, share * 2 * self.numbers
         drafts = dict(zip(drafts, choose(list(drafts.values()), budget, codes)))
@@ -135,16 +135,16 @@ class Coder:
 
 
 def metrics_of(matrices, moments):
-    """{name: metric [d,d]} of the tables: C + G of a tied one, else of each use its own."""
+    """{name: metric [d,d]} of the tables. Tied table: C + G. Untied: the head uses C, the lookup uses G."""
     if "head" in matrices:
         return dict(wte=moments.G, head=moments.C)
     return dict(wte=moments.C + moments.G)
 
 
 def draft_all(matrices, moments):
-    """{name: Draft} of matrices_of(). moments: WholeMoments"""
+    """{name: Draft} for matrices_of(). moments: WholeMoments"""
     metrics, drafts = metrics_of(matrices, moments), {}
-    for name, module in tqdm(matrices.items(), "what bits are worth", leave=False):
+    for name, module in tqdm(matrices.items(), "importance of components", leave=False):
         W = module.weight.data.float().cpu()
         if name in TABLES:
             drafts[name] = draft_table(W, moments.weights, metrics[name])
@@ -154,7 +154,7 @@ def draft_all(matrices, moments):
 
 
 def set_prices(drafts, matrices, evaluator):
-    """Multiply the worth of the Drafts of each kind by its price. evaluator: on calibration text."""
+    """Multiply the importance (Draft.worth) of each kind of matrix by its price. evaluator: on calibration text."""
     codes, kinds = gaussian_codes(window=1), defaultdict(list)
     for name in drafts:
         kinds[kind_of(name)].append(name)

@@ -1,7 +1,7 @@
 """
-A packed model on disk: surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
-float32, and of a coded cache the constants, in 16 bits. config.json's entry "surgery" is {"coded": [names of the matrices],
-"window": bits of the codes' windows, "cache": [bits of the components, for each stream of each layer]}.
+A packed model on disk. surgery.safetensors holds the packed matrices, all other matrices in float16, vectors (norms, biases) in
+float32, and the constants of a quantised cache in 16 bits. config.json's entry "surgery" is {"coded": [names of the matrices],
+"window": bits of a trellis state, "cache": [bits of the components, for each stream of each layer]}.
 """
 
 from bits.coded_matrix import CodedMatrix
@@ -14,10 +14,10 @@ from surgery.model_folder import check_tensors, put, write_folder
 
 def save(folder, hf, tokenizer, coded, cache=()):
     """
-    Write a new folder, whole or not at all -> (numbers, bytes) of its weights.
+    Write a new folder -> (numbers, bytes) of its weights. If that fails, no folder remains.
 
-    hf: the model that the matrices {name: CodedMatrix} were made of; coded "wte" and "head" are its two ends. cache: a
-    LayerCode for each layer, or none.
+    hf: the original model. coded: {name: CodedMatrix} of its matrices; "wte" and "head" are its token table and its head.
+    cache: a LayerCode for each layer, or none.
     """
     tensors, inside = {}, set()
     for name, made in coded.items():
@@ -33,12 +33,12 @@ def save(folder, hf, tokenizer, coded, cache=()):
 
 def parts_of(hf, plan, tensors):
     """
-    What save() wrote -> ({name: CodedMatrix}, a LayerCode for each layer, {parameter's name: tensor} of the rest).
+    Parse save()'s tensors -> ({name: CodedMatrix}, a LayerCode for each layer, {parameter's name: tensor} of the rest).
 
-    hf: a model made from the config, maybe without memory for its weights. Raises where a name or a shape does not fit.
+    hf: a model made from the config, possibly on the meta device. Raises an error if a name or a shape does not fit.
     """
     if plan.get("window") != WINDOW:
-        raise ValueError("its codes are those of another version of this program: write it again")
+        raise ValueError("its codes belong to another version of this program: write the folder again")
     tensors, codes = dict(tensors), {code.half_bits: code for code in [*gaussian_codes(), float16_code()]}
     coded, inside = {}, set()
     layers = coded_attention.coded_layers(hf) if plan.get("cache") else []
@@ -60,7 +60,7 @@ def check(hf, plan, tensors):
 
 
 def fill(hf, plan, tensors, packed=True):
-    """Give a model, made from its config without memory for weights, the tensors of save()."""
+    """Load save()'s tensors into a model that was made from its config on the meta device."""
     coded, cache, rest = parts_of(hf, plan, tensors)
     layers = coded_attention.coded_layers(hf) if cache else []
     for name, tensor in rest.items():
@@ -71,13 +71,13 @@ def fill(hf, plan, tensors, packed=True):
 
 
 def taken(tensors, start):
-    """Take the tensors whose names begin so out of the dict -> {rest of the name: tensor}."""
+    """Remove the tensors whose names begin with `start` from the dict -> {rest of the name: tensor}."""
     return {name[len(start) :]: tensors.pop(name) for name in list(tensors) if name.startswith(start)}
 
 
 def layer_code(i, bits, tensors, layers):
-    """LayerCode of layer i of stored tensors. Raises ValueError where they do not fit the layers."""
-    bits = bits if bits and isinstance(bits[0], list) else [bits]  # of older folders: there was one stream
+    """Stored tensors -> LayerCode of layer i. Raises ValueError if they do not fit the layers."""
+    bits = bits if bits and isinstance(bits[0], list) else [bits]  # older folders have one stream
     levels = tensors["levels"] if tensors["levels"].dim() == 3 else tensors["levels"][None]
     K, D, d = sum(map(len, bits)), len(layers[i].rows["k"]) + len(layers[i].rows["v"]), layers[i].width
     known = len(tensors["forecast"]) and d + D * min(i, LAYERS_BEFORE)
@@ -95,7 +95,7 @@ def layer_code(i, bits, tensors, layers):
 
 
 def mixed(K, from_z):
-    """Whether the first K numbers give more than keys, or the others more than values."""
+    """Whether the first K numbers affect more than keys, or the others more than values."""
     D = from_z.shape[1]
     return bool(from_z[:K, D // 2 :].any() or from_z[K:, : D // 2].any())
 

@@ -1,4 +1,4 @@
-"""What decoding costs with models of Hugging Face: tokens a second by turns, and the bytes of their caches."""
+"""Speed of decoding with Hugging Face models, which alternate on one machine, and the bytes of their caches."""
 
 from functools import partial
 
@@ -13,12 +13,12 @@ from surgery.subject import is_own, is_smaller, load_hugging_face
 
 @torch.inference_mode()
 def cache_bytes(hf, ids):
-    """Bytes a token of the cache that a model fills with ids [n]: counted on its tensors."""
+    """Bytes per token of the cache that a model fills with ids [n], counted on the cache's tensors."""
     return allocated(hf(ids[None].to(hf.device), use_cache=True).past_key_values) / len(ids)
 
 
 def allocated(cache):
-    """Bytes of a cache, with the room that its buffers have for tokens to come."""
+    """Bytes of a cache, including free space in its buffers for later tokens."""
     return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
@@ -26,7 +26,7 @@ class Greedy:
     """
     Greedy decoding of a Hugging Face model after prompts, ids (B, n).
 
-    new_cache: makes an empty cache; None, the model does.
+    new_cache: a function that makes an empty cache. None: the model makes it.
     """
 
     def __init__(self, hf, ids, steps, new_cache=None):
@@ -47,14 +47,14 @@ class Greedy:
 
 
 def decode_speeds(models, ids, steps=24, rounds=3):
-    """Tokens/s of greedy decoding after the prompt ids [n], by turns -> for each model a list, one number a round."""
+    """Tokens/s of greedy decoding after ids [n], the models alternating -> a list for each model, one number per round."""
     tasks = [Greedy(hf, ids[None], steps) for hf in models]
     seconds = by_turns({i: (task.prepare, task.run) for i, task in enumerate(tasks)}, rounds)
     return [[steps / s for s in found] for found in seconds.values()]
 
 
 def open_model(name):
-    """A model of Hugging Face, or what surgery wrote, in float32 on the CPU."""
+    """A Hugging Face model or a folder that surgery wrote, in float32 on the CPU."""
     if is_own(name):
         fail(f"--models {name} is a run of train.py: python bench.py decode --runs measures those")
     return load(name)[0] if is_smaller(name) else load_hugging_face(name, "--models")[0]
@@ -62,10 +62,10 @@ def open_model(name):
 
 def compare(models, caches, context, B, steps, rounds, after_round):
     """
-    Decode greedily after `context` random ids, all by turns.
+    Decode greedily after `context` random ids, with models and caches alternating.
 
-    models: {name: model}. caches: "own", the model's, or "int8" -> a dict for each model and cache, with the bytes that the
-    cache has allocated and the seconds of each round.
+    models: {name: model}. caches: "own" (the model's) or "int8" -> a dict for each model and cache, with the bytes that the
+    cache allocates per token and the seconds of each round.
     """
     tasks = {}
     for name, hf in models.items():

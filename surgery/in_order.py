@@ -1,30 +1,31 @@
 """
-Cutting a model's layers in the order in which they compute: each repairs what the ones before it have spoilt.
+Cut a model's layers in the order in which they compute: each layer repairs errors of the layers before it.
 
-All at once, a layer is cut for the inputs x that it has in the untouched model. In the smaller model it reads other inputs x',
-since the layers before it have errors. So the matrix that is cut is the one whose outputs from x' are nearest to the untouched
-outputs W x:
+If all layers are cut at once, each is cut for its inputs x in the untouched model. In the smaller model it reads other inputs
+x', since the layers before it have errors. So we first replace W by the matrix W* whose outputs from x' are nearest to the
+untouched outputs W x:
 
     W* = argmin sum_t |W x_t - W* x'_t|^2 + ridge |W* - W|^2
 
-What is cut of it is chosen in the metric of x'.
+Then W* is cut, in the metric of x'.
 """
 
 import torch
 from tqdm import tqdm
 
-RIDGE = 0.01  # of the mean squared input: W* stays near W where text says little
+RIDGE = 0.01  # share of the mean squared input: keeps W* near W in directions that the text hardly reaches
 
 
 class Stop(Exception):
-    """Raised in a hook: what comes after it need not be computed."""
+    """Raised in a hook to skip the rest of the computation."""
 
 
 def layers_in_order(whole, cut, windows, linears):
     """
-    Yield (layer, x [N,in], x' [N,in]) block by block: what it reads in the untouched model, and in the one that is being cut.
+    Yield (layer, x [N,in], x' [N,in]) block by block: the layer's inputs in the untouched model, and in the one being cut.
 
-    whole, cut: Subjects. The caller cuts the layer in `cut` before it asks for the next one. linears: {layer: name of a Linear}
+    whole, cut: Subjects, untouched and being cut. The caller must cut a layer in `cut` before it asks for the next one.
+    linears: {layer: name of a Linear}
     """
     before_blocks, blocks = (blocks_of(subject.model, linears.values()) for subject in (whole, cut))
     untouched, spoilt = inputs_of(whole, before_blocks[0], windows), inputs_of(cut, blocks[0], windows)
@@ -37,14 +38,14 @@ def layers_in_order(whole, cut, windows, linears):
 
 
 def blocks_of(model, names):
-    """The list of a model's blocks, in which most of the names lie. It is a ModuleList, as in model.layers.0.mlp."""
+    """The model's list of blocks: the ModuleList that contains most of the names, such as model.layers."""
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     return model.get_submodule(max(lists, key=lambda start: sum(name.startswith(start + ".") for name in names)))
 
 
 @torch.no_grad()
 def inputs_of(subject, block, windows):
-    """[(args, kwargs)] of the calls of the first block, one for each window."""
+    """[(args, kwargs)]: how the first block is called, for each window."""
     found = []
 
     def take(module, args, kwargs):
@@ -63,7 +64,7 @@ def inputs_of(subject, block, windows):
 
 @torch.no_grad()
 def run(block, calls, linears):
-    """({name: inputs [N,in] of the linears {module: name}}, the calls of the next block)."""
+    """Run a block -> ({name: inputs [N,in]} of the linears {module: name}, the calls of the next block)."""
     seen = {name: [] for name in linears.values()}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].flatten(0, -2)))
@@ -80,7 +81,7 @@ def run(block, calls, linears):
 
 @torch.no_grad()
 def inputs_at(block, calls, module):
-    """What a linear layer of a block reads, [N,in]."""
+    """Inputs [N,in] of a linear layer of a block."""
     found = []
 
     def take(_, args):
@@ -98,7 +99,7 @@ def inputs_at(block, calls, module):
 
 
 def repaired(W, x, read):
-    """W [out,in], its inputs x [N,in] untouched, `read` in the cut model -> (W* [out,in], C [in,in] of what is read)."""
+    """W [out,in], its inputs x [N,in] in the untouched model, `read` in the cut one -> (W* [out,in], C [in,in] of `read`)."""
     S, X = (read.T @ read).double(), (x.T @ read).double()
     ridge = (RIDGE * S.diagonal().mean()).clamp(min=1e-30) * torch.eye(len(S), dtype=S.dtype)  # a dead layer has S = 0
     new = torch.linalg.solve(S + ridge, (W.double() @ (X + ridge)).T).T

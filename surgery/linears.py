@@ -1,10 +1,10 @@
-"""The linear layers of a model's trunk, and what an error in each of them costs."""
+"""The linear layers of a model's trunk, and the cost of an error in each of them."""
 
 import torch.nn as nn
 
 
 def find_linears(model, head):
-    """{name: Linear} of the trunk, not of the head; those of float weights."""
+    """{name: Linear} of the layers that have float weights, without the head."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -14,14 +14,14 @@ def find_linears(model, head):
 
 class LinearMoments:
     """
-    A context: while it is open, and gradients flow, it gathers of every linear layer y = W x, over tokens t with the loss's
-    gradient g_t at y, float32:
+    A context. While it is open and gradients flow, it sums for every linear layer y = W x, over tokens t with the loss's
+    gradient g_t at y, in float32:
 
-        C = sum |g_t|^2 x_t x_t^T / sum |g_t|^2   [in,in]   inputs, as far as the loss feels them
-        squares = sum g_t^2                       [out]     what a row weighs
+        C = sum |g_t|^2 x_t x_t^T / sum |g_t|^2   [in,in]   inputs, weighted by their effect on the loss
+        squares = sum g_t^2                       [out]     weight of each row
 
-    An error E of W then costs sum_t (g_t E x_t)^2 / 2, about sum_i squares_i e_i C e_i^T / 2. K-FAC's C, which weighs all
-    tokens alike, is wrong here: the largest inputs belong to tokens whose gradient is nearly 0 (attention sinks).
+    An error E of W then costs sum_t (g_t E x_t)^2 / 2, about sum_i squares_i e_i C e_i^T / 2. K-FAC's C gives all tokens the
+    same weight. That is wrong here: the largest inputs belong to tokens whose gradient is nearly 0 (attention sinks).
     """
 
     def __init__(self, linears):
@@ -51,11 +51,11 @@ class LinearMoments:
         self.squares[name] = self.squares.get(name, 0) + g.square().sum(0).cpu()
 
     def of(self, name):
-        """(C [in,in], squares a token [out]) of a layer."""
+        """(C [in,in], squares per token [out]) of a layer."""
         return self.inputs[name] / self.squares[name].sum().clamp(min=1e-30), self.squares[name] / self.tokens
 
     def state(self):
-        """What load() reads: plain values and tensors."""
+        """The sums as plain values and tensors, for load()."""
         return dict(inputs=self.inputs, squares=self.squares, tokens=self.tokens)
 
     def load(self, state):

@@ -1,7 +1,7 @@
 """
-A smaller model's low-rank factors on disk: config.json's entry "surgery" is the plan (low_rank_modules.py).
+A model with low-rank factors on disk. config.json's entry "surgery" is the plan (low_rank_modules.py).
 
-Each low-rank matrix is stored as a skeleton (decompose_matrix.py): fewer numbers than dense at every rank.
+Each low-rank matrix is stored as a skeleton (decompose_matrix.py), which has fewer numbers than the dense matrix at every rank.
 """
 
 import torch
@@ -13,7 +13,7 @@ from util_factorization.decompose_matrix import from_skeleton, skeleton
 
 
 def stacks_of(hf, plan):
-    """The LowRanks of every stack of a plan that is installed in a model."""
+    """The LowRank modules of each stack, in a model that has the plan installed."""
     found = []
     for stack in plan["stacks"]:
         owners = [hf.get_submodule(name) for name, _ in stack["parts"]]
@@ -22,13 +22,13 @@ def stacks_of(hf, plan):
 
 
 def own_names(hf, plan):
-    """{parameter: its name} of those outside of all stacks; a shared one once."""
+    """{parameter: its name} of all parameters outside the stacks. A shared parameter counts once."""
     inside = {p for modules in stacks_of(hf, plan) for m in modules for p in (m.down.weight, m.up.weight)}
     return {p: name for name, p in reversed([*hf.named_parameters(remove_duplicate=False)]) if p not in inside}
 
 
 def to_stored(hf, plan):
-    """The tensors of the file: each stack as a skeleton(), all others under their names, a shared one once."""
+    """The tensors of the file: each stack as a skeleton(), all other parameters under their names."""
     stored = {}
     for i, modules in enumerate(stacks_of(hf, plan)):
         left = torch.cat([module.up.weight for module in modules])
@@ -38,12 +38,12 @@ def to_stored(hf, plan):
 
 
 def save(folder, hf, tokenizer, plan):
-    """Write a new folder, whole or not at all -> (numbers, bytes) of its weights."""
+    """Write a new folder -> (numbers, bytes) of its weights. If that fails, no folder remains."""
     return write_folder(folder, hf, tokenizer, to_stored(hf, plan), plan)
 
 
 def check(hf, plan, tensors):
-    """Raise where the tensors of to_stored() do not fit a model, made from its config without memory for weights."""
+    """Raise an error if to_stored()'s tensors do not fit a model that was made from its config on the meta device."""
     with torch.device("meta"):
         install(hf, plan)
     wanted, heights = {name: p.shape for p, name in own_names(hf, plan).items()}, []
@@ -59,7 +59,7 @@ def check(hf, plan, tensors):
 
 
 def fill(hf, plan, tensors):
-    """Give a model, made from its config without memory for weights, the modules of a plan and the tensors of save()."""
+    """Install a plan and save()'s tensors in a model that was made from its config on the meta device."""
     with torch.device("meta"):
         install(hf, plan)
     for i, modules in enumerate(stacks_of(hf, plan)):
@@ -74,7 +74,7 @@ def fill(hf, plan, tensors):
 
 
 def turn_to_keys(hf):
-    """Turn the latents of all layers that have one for keys and values: decoding on a CPU in float32 is faster then."""
+    """Change the basis of each latent that keys and values share: decoding on a CPU in float32 is then faster."""
     for module in hf.modules():
         if isinstance(module, LatentAttention):
             module.turn_to_keys()

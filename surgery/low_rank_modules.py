@@ -1,9 +1,9 @@
 """
-A model made smaller in place: low-rank modules in place of q, k, v or the token table.
+Replace q, k, v or the token table of a model by low-rank modules, in place.
 
-A plan says what is smaller, in plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table": {"rank": r,
-"mean": bool, "head": the rank of an untied head, or None} or None}. The parts of a stack share what they read: k and v of a
-layer share one latent, neighbouring layers share one set of components.
+A plan lists the replaced parts as plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table":
+{"rank": r, "mean": bool, "head": the rank of an untied head, or None} or None}. The parts of a stack share their components:
+k and v of a layer share one latent, neighbouring layers share one basis.
 """
 
 import torch
@@ -16,21 +16,20 @@ from util_factorization.modules import FactorizedHead, FactorizedTable, LowRank,
 
 
 def unset(n_in, n_out, bias=None):
-    """A Linear whose weight is to be filled in; bias [out] or None. Without memory where the bias has none."""
+    """A Linear with an unset weight and a bias [out] or None. It is on the bias's device, which may be meta."""
     return linear(torch.empty(n_out, n_in, device=None if bias is None else bias.device), bias)
 
 
 def unset_table(V, r):
-    """An Embedding whose rows are to be filled in, where new tensors are made now: torch.device("meta") gives it no memory."""
+    """An Embedding with unset rows, on torch's present default device: within torch.device("meta") it takes no memory."""
     return nn.Embedding.from_pretrained(torch.empty(V, r), freeze=False)
 
 
 def install(hf, plan):
     """
-    Give a model the modules of a plan, with biases set and factors not -> ([LowRanks of each stack], (table, head) or None).
+    Install the modules of a plan; biases are set, factors are not -> ([LowRanks of each stack], (table, head) or None).
 
-    Attention that loses k or v, or whose q, k and v are fused, becomes a LatentAttention. In other attention only q_proj is
-    replaced.
+    If k or v is cut, or q, k and v are fused, the attention becomes a LatentAttention. Otherwise only q_proj is replaced.
     """
     layers = {layer.name: layer for layer in find_layers(hf, conv1d=True)} if plan["stacks"] else {}
     turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []
@@ -73,14 +72,14 @@ def shrink(hf, cuts, tables=None):
     Make a model smaller in place -> its plan.
 
     cuts: [([(layer name, target), ...], Factors), ...]; tables: {"wte": (Z [V,r], P [r,d], mean [d] or None)}
-    and "head" where that is another matrix, or nothing.
+    and "head" if it is untied, or None.
     """
     folded = [(parts, *narrowed(*factors.folded())) for parts, factors in cuts]
     plan = dict(stacks=[dict(parts=[list(p) for p in parts], rank=len(right)) for parts, _, right in folded], table=None)
     if tables:
         Z, P, mean = tables["wte"]
         plan["table"] = dict(rank=len(P), mean=mean is not None, head=len(tables["head"][1]) if "head" in tables else None)
-        scale = getattr(hf.get_input_embeddings(), "embed_scale", 1)  # Gemma's, of a looked-up row
+        scale = getattr(hf.get_input_embeddings(), "embed_scale", 1)  # Gemma scales each row that it looks up
     made, ends = install(hf, plan)
     for modules, (_, left, right) in zip(made, folded):
         set_factors(modules, left, right)
@@ -96,13 +95,13 @@ def shrink(hf, cuts, tables=None):
 
 
 def narrowed(left, right):
-    """A mean can lift the rank above the number of outputs: then the product itself is the smaller form."""
+    """If the mean lifts the rank above the number of outputs, the product itself is smaller: use it."""
     return (left, right) if len(right) <= len(left) else (torch.eye(len(left)), left @ right)
 
 
 @torch.no_grad()
 def set_factors(modules, left, right):
-    """Into the LowRanks of a stack: left [out of them all, r], right [r,in]."""
+    """Fill the LowRanks of a stack with left [sum of their outputs, r] and right [r,in]."""
     modules[0].down.weight.copy_(right)
     for module, part in zip(modules, left.split([module.up.out_features for module in modules])):
         module.up.weight.copy_(part)

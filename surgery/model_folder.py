@@ -1,6 +1,6 @@
 """
-The folder of a smaller model: surgery.safetensors, the tokenizer's files, and config.json, whose entry "surgery" is the plan.
-It says what is smaller: low_rank_folder.py and coded_folder.py each have their own.
+The folder of a smaller model: surgery.safetensors, the tokenizer's files, and config.json. Its entry "surgery" is the plan: a
+list of the replaced parts, in the form of low_rank_folder.py or of coded_folder.py.
 """
 
 import json
@@ -13,11 +13,11 @@ from common.files import written_whole
 from common.hugging_face import check_layers
 from common.untrusted import WHOLE, read_json
 
-WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill in what it misses with random numbers
+WEIGHTS = "surgery.safetensors"  # not model.safetensors: from_pretrained would fill missing weights with random numbers
 
 
 def write_folder(folder, hf, tokenizer, tensors, plan):
-    """Write a new folder, whole or not at all -> (numbers, bytes) of its weights. plan: plain JSON."""
+    """Write a new folder -> (numbers, bytes) of its weights. If that fails, no folder remains. plan: plain JSON."""
     from safetensors.torch import save_file
 
     hint = "make room, or choose another folder"
@@ -25,7 +25,7 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
         part.mkdir()
         save_file(tensors, str(part / WEIGHTS), metadata=dict(format="pt"))
         config = hf.config.to_dict() | dict(surgery=plan)
-        config.pop("_name_or_path", None)  # a place on this machine
+        config.pop("_name_or_path", None)  # a path on this machine
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         tokenizer.save_pretrained(part)
         if hf.generation_config is not None:
@@ -37,14 +37,14 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
 
 STACK = dict(parts=[[str, ("q", "k", "v")]], rank=WHOLE)
 LOW_RANK = dict(stacks=[STACK], table=(dict(rank=WHOLE, mean=bool, head=(WHOLE, None)), None))
-CODED = {"coded": [str], "cache?": [([[range(1, 17)]], [range(1, 17)])]}  # the latter: of one stream, as older folders have it
+CODED = {"coded": [str], "cache?": [([[range(1, 17)]], [range(1, 17)])]}  # the latter: one stream, in older folders
 
 
 def read_plan(folder, most):
     """
-    The plan in config.json -> a dict. most: layers that the weights can be of.
+    The plan in config.json, a dict. most: the largest number of layers that the weights can have.
 
-    The file is checked before transformers reads it, which makes a list as long as the number of layers says.
+    The file is checked before transformers reads it, since transformers makes a list of as many layers as the file says.
     """
     path = Path(folder) / "config.json"
     what = "the config.json of a model that surgery's --out wrote"
@@ -54,12 +54,12 @@ def read_plan(folder, most):
 
 
 def put(p, tensor):
-    """Give a parameter of the device meta its numbers, float32, in place: whoever shares it has them too."""
+    """Fill a parameter of the meta device in place, in float32: all modules that share it get the numbers."""
     torch.utils.swap_tensors(p, nn.Parameter(tensor.float(), requires_grad=False))
 
 
 def check_tensors(tensors, wanted):
-    """Raise ValueError where the tensors' names, shapes or kinds are not those of {name: shape}, or a float is not finite."""
+    """Raise ValueError if the tensors' names, shapes or types differ from {name: shape}, or a float is not finite."""
     if differing := sorted(tensors.keys() ^ wanted.keys()):
         raise ValueError(f"{differing[0]} {'is missing' if differing[0] in wanted else 'has no place in the model'}")
     for name, tensor in tensors.items():

@@ -14,10 +14,10 @@ from util_factorization.calibrate import calibrate
 
 class Moments:
     """
-    A context: while it is open it gathers, of every layer, C = sum x x^T of the input and, where gradients flow,
-    G = sum g g^T of the loss's gradient at the outputs, all rows of q, k and v together; float32.
+    A context. While it is open, it sums for every layer C = sum x x^T over inputs x. If gradients flow, it also sums
+    G = sum g g^T over the loss's gradients g at the outputs, with the rows of q, k and v side by side. float32.
 
-    windows: of the calibration text, a list of (x, y).
+    windows: calibration text, a list of (x, y).
     """
 
     def __init__(self, layers, windows=()):
@@ -59,7 +59,7 @@ class Moments:
         return [layer.linears[n].register_forward_hook(of_output(n, n == names[0])) for n in names]
 
     def of(self, stack):
-        """E[x x^T] and E[g g^T] of a stack, a list of (layer, target); the second is None where no gradients flowed."""
+        """E[x x^T] and E[g g^T] of a stack, a list of (layer, target). The second is None if no gradients flowed."""
         C = torch.stack([self.C[layer.name] for layer, _ in stack]).mean(0) / self.tokens
         if not self.G:
             return C, None
@@ -73,9 +73,10 @@ class Moments:
 
 def calibration(args, points, subject, layers, texts, file):
     """
-    (Moments of q, k and v or None, a dict of what decompose_table needs): as far as the points need them.
+    Gather what the points need -> (Moments of q, k and v, or None; a dict of decompose_table's inputs).
 
-    texts: a TextReader. file: keeps the moments, which depend on the folder's settings alone, for a sweep that goes on.
+    texts: a TextReader. file: stores the moments, so that a continued sweep reads them. They depend on the folder's settings
+    only.
     """
     table_needs = set().union(*(METHODS[p.method] for p in points if p.of_table))
     matrix_needs = set().union(*(MATRIX_METHODS[p.method] for p in points if p.method and not p.of_table))
@@ -109,11 +110,11 @@ def gather(args, moments, windows, subject, gradients):
     return dict(head=head, lookup=lookup, C=moments.C, G=moments.G, tokens=moments.tokens)
 
 
-# -- kept in a file ---------------------------------------------------------------------------------------------------
+# -- stored in a file ---------------------------------------------------------------------------------------------------
 
 
 def shapes_of(layers, subject):
-    """{where in what gather() returns: its shape}"""
+    """{path of keys into gather()'s result: shape}"""
     d = subject.table.weight.shape[1]
     shapes = {("head",): (d, d), ("lookup",): (d, d)}
     for layer in layers:
@@ -123,11 +124,11 @@ def shapes_of(layers, subject):
 
 
 def check_moments(kept, shapes):
-    """Raise ValueError where a moment that is there has another shape, or numbers that are not finite."""
+    """Raise ValueError if a stored moment has the wrong shape or contains NaN or infinity."""
     expect(kept, dict(tokens=COUNT))
     for (group, *names), shape in shapes.items():
         found = kept.get(group)
-        if names and found:  # of layers; an earlier call may have gathered none
+        if names and found:  # moments of layers: an earlier call may have gathered none
             expect(found, {names[0]: torch.Tensor}, group)
             found = found[names[0]]
         if found is not None and not (names and found == {}):
@@ -136,15 +137,15 @@ def check_moments(kept, shapes):
 
 
 def read_moments(file, shapes):
-    """The moments that an earlier call kept, checked."""
-    with reading(file, "the moments of this sweep", "delete it, they are gathered again"):
+    """The moments that an earlier call stored, checked."""
+    with reading(file, "the moments of this sweep", "delete it, then they are gathered again"):
         kept = load_tensors(file)
         check_moments(kept, shapes)
     return kept
 
 
 def finite_moments(kept, shapes):
-    """The same moments; one line where the model computes numbers that are not finite."""
+    """The same moments. The program ends in one line if they contain NaN or infinity."""
     try:
         check_moments(kept, shapes)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """
---bytes and --cache_bytes: a model whose matrices and cache are kept by bits; healed where asked, written to a folder, read
-back, measured.
+Carry out --bytes and --cache_bytes: quantise a model's matrices and its cache, heal it if asked, write it to a folder, read it
+back, and measure it.
 """
 
 import copy
@@ -25,9 +25,9 @@ from surgery.sweep import add_line, made_by
 
 def pack_model(args, subject, tokenizer, texts, evaluator, folder):
     """
-    Write the model to --out -> its record: measures of the untouched model, of the packed one, and of the healed one.
+    Write the model to --out -> its record, with measures of the untouched, the packed and the healed model.
 
-    folder: keeps the calibration's moments for a later call.
+    folder: stores the moments of calibration for a later call.
     """
     coded, taken = {}, 0
     windows = texts.healing_windows(args.heal_steps) if args.heal_steps else []
@@ -72,7 +72,7 @@ def pack_model(args, subject, tokenizer, texts, evaluator, folder):
 
 
 def cache_of(args, hf, coded, texts):
-    """A LayerCode for each layer, calibrated on the model as its matrices are decoded."""
+    """A LayerCode for each layer, calibrated on the model with its matrices already quantised."""
     decoded = copy.deepcopy(hf)
     install_coded(decoded, coded, packed=False)
     windows, _ = texts.calibration_windows(-(-args.calib_tokens // texts.length))
@@ -93,7 +93,7 @@ def shown(bar):
 
 
 def keep_rest(healed, hf, coded):
-    """Copy what is not coded from a healed model into hf, which has the untouched model's modules."""
+    """Copy the parameters that are not quantised from a healed model into hf, which has the untouched model's modules."""
     theirs = dict(healed.named_parameters())
     inside = {id(hf.get_input_embeddings().weight), id(hf.get_output_embeddings().weight)}
     for name, p in hf.named_parameters():
@@ -102,7 +102,7 @@ def keep_rest(healed, hf, coded):
 
 
 def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subject, taken, cache):
-    """Save, read back in both forms, measure -> the record. taken: bytes of the coded matrices."""
+    """Save, read back packed and decoded, measure -> the record. taken: bytes of the quantised matrices."""
     numbers, size = save(args.out, hf, tokenizer, coded, cache)
     decoded, _ = load(args.out, packed=False)
     found[last] = evaluator.measure(Subject(decoded)) | found[last]
@@ -111,7 +111,7 @@ def write_and_measure(args, hf, coded, tokenizer, evaluator, found, last, subjec
     with torch.inference_mode():
         logits = [hf(prompt[:, :32]).logits for hf in (packed, decoded)]
     apart = (logits[0] - logits[1]).abs()
-    if cache:  # a key on the edge of two codes may fall to either side
+    if cache:  # a key on the border of two codes may get either one
         apart = apart.mean()
     if apart.max() > 1e-2:
         raise RuntimeError(f"the packed form gives other logits than the decoded one, by {apart.max()}")

@@ -1,4 +1,4 @@
-"""The points of a sweep: what is cut, how, and to which level. No torch here, so that mistakes in flags are found at once."""
+"""The points of a sweep: what is cut, how, and to which level. It needs no torch, so wrong flags are refused at once."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from util_factorization import MATRIX_METHODS, METHODS
 
 MODES = ("separate", "shared_kv", "shared_layers")
 SEEDS_VARIANCES = "0.99,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
-# kind of level -> the type of its number, which numbers are allowed, and what an error says
+# kind of level -> (type of its number, test for an allowed number, words of the error)
 LEVELS = dict(
-    variance=(float, lambda x: 0 < x <= 1, "a share of the energy lies in (0, 1]"),
-    rank=(int, lambda x: x >= 1, "a rank is 1 or more"),
-    budget=(float, lambda x: 0 < x < 1, "a share of the numbers lies between 0 and 1"),
+    variance=(float, lambda x: 0 < x <= 1, "give a share of the energy, in (0, 1]"),
+    rank=(int, lambda x: x >= 1, "give a rank of 1 or more"),
+    budget=(float, lambda x: 0 < x < 1, "give a share of the numbers, between 0 and 1"),
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. method, mode and targets are None for the untouched model; level is a key of LEVELS."""
+    """One measurement. method, mode and targets are None for the untouched model. level: a key of LEVELS."""
 
     method: str | None = None
-    mode: str | None = None  # of MODES, or seed_faithful, or table
-    targets: tuple = ()  # of "q", "k", "v", or ("wte",)
+    mode: str | None = None  # one of MODES, "seed_faithful" (--as_original), or "table"
+    targets: tuple = ()  # some of "q", "k", "v"; or ("wte",)
     level: str | None = None
     value: float | None = None
 
@@ -30,11 +30,11 @@ class Point:
         return self.mode == "table"
 
     def at(self, level):
-        """The value, if the point has this kind of level, else None."""
+        """The value if the point has this kind of level, else None."""
         return self.value if self.level == level else None
 
     def record(self):
-        """The point as a line of results.jsonl has it."""
+        """The point's part of its line in results.jsonl."""
         names = dict(method=self.method or "-", mode=self.mode or "-", targets=",".join(self.targets) or "-")
         return names | {level: self.at(level) for level in LEVELS}
 
@@ -49,7 +49,7 @@ UNTOUCHED = Point()
 
 
 def read_levels(args):
-    """[("variance", 0.9), ("rank", 96), ...] of the three flags."""
+    """The levels of the three flags: [("variance", 0.9), ("rank", 96), ...]."""
     texts = {level: getattr(args, level) for level in LEVELS}
     if not any(texts.values()):
         texts["variance"] = SEEDS_VARIANCES
@@ -63,11 +63,11 @@ def read_levels(args):
             if not allowed(value):
                 fail(f"--{level} {part}: {rule}")
             found.append((level, value))
-    return found or fail("--variance, --rank or --budget: give numbers between the commas, e.g. 0.9,0.8")
+    return found or fail("--variance, --rank or --budget: give numbers between the commas, such as 0.9,0.8")
 
 
 def make_points(args):
-    """Every Point that the flags ask for, each once."""
+    """All Points that the flags ask for, without repeats."""
     levels = read_levels(args)
     if args.as_original:
         return [Point("pca", "seed_faithful", ("q",), *level) for level in dict.fromkeys(levels)]
@@ -76,7 +76,7 @@ def make_points(args):
         targets = tuple(choice.split(","))
         of_table = targets == ("wte",)
         if not of_table and (not set(targets) <= set("qkv") or len(set(targets)) < len(targets)):
-            fail(f"--targets {choice}: give some of q,k,v, or wte alone; a slash lies between several choices")
+            fail(f"--targets {choice}: give some of q,k,v, or wte alone; a slash separates several choices")
         for mode in args.mode.split(","):
             if mode not in MODES:
                 fail(f"--mode {mode}: there are {', '.join(MODES)}")
@@ -87,9 +87,9 @@ def make_points(args):
             if method not in known:
                 fail(f"--method {method}: for {choice} there are {', '.join(known)}")
             if of_table and args.budget:
-                fail("--budget is spent over layers, and wte is one matrix: give --rank")
+                fail("--budget is divided between layers, and wte is one matrix: give --rank")
             if method == "sequential" and "shared_layers" in args.mode.split(","):
-                fail("--method sequential cuts one layer after the other, --mode shared_layers several at once: give another")
+                fail("--method sequential cuts layer after layer, --mode shared_layers several at once: change one of them")
             modes = ["table"] if of_table else args.mode.split(",")
             points += [Point(method, mode, targets, *level) for mode in modes for level in levels]
     return list(dict.fromkeys(points))

@@ -1,4 +1,4 @@
-"""Any model behind one call, ids -> logits, and a text predicted by it window after window: what surgery.eval measures."""
+"""For surgery.eval: one interface to every kind of model, ids -> logits, and the prediction of a text by windows."""
 
 import torch
 
@@ -13,15 +13,15 @@ from training import checkpoint
 
 class Predictor:
     """
-    A run of train.py, a model of Hugging Face, or what surgery wrote.
+    A run of train.py, a Hugging Face model, or a folder that surgery wrote.
 
-    longest  tokens that it reads at most
-    rows     V, how many tokens it tells apart
-    first    the token that stands before a text: beginning of text, or where there is none end of text
+    longest  largest number of tokens that it reads
+    rows     V, the size of its vocabulary
+    first    the token before a text: beginning of text, or end of text if there is no beginning
     """
 
     def __init__(self, name, flag, tokenizer=None, device="cpu", trusted=False):
-        """name: of the model. flag: that gave it. tokenizer: left out, the model's own. trusted: its folder's code may run."""
+        """name: of the model. flag: that gave it. tokenizer: default: the model's own. trusted: its folder's code may run."""
         if is_own(name):
             subject, its_tokenizer = load_own(name, flag)
             model, self.longest = subject.model, subject.longest
@@ -34,15 +34,15 @@ class Predictor:
         marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self.first = next((mark for mark in marks if mark is not None), None)
         if self.first is None:
-            fail(f"the tokenizer of {flag} {name} has no beginning and no end of text: give --tokenizer one that has")
+            fail(f"the tokenizer of {flag} {name} has no beginning and no end of text: give a --tokenizer with one of them")
         with torch.inference_mode():
             self.rows = self.logits(torch.tensor([[0]], device=device)).shape[-1]
         check_size(self.tokenizer, name, self.rows, f"{flag} {name}")
 
     def _of_hugging_face(self, name, flag, trusted):
-        """-> (the model, what gives its tokenizer)"""
+        """-> (the model, a function that returns its tokenizer)"""
         if is_smaller(name):
-            model, tokenizer = load(name, packed=False)  # decoded at once: packed, every window would decode it again
+            model, tokenizer = load(name, packed=False)  # decode once: a packed model decodes again in every window
             return model, lambda: tokenizer
         if not trusted:
             return load_hugging_face(name, flag)
@@ -59,10 +59,10 @@ class Predictor:
 
 def rolling_windows(ids, first, length, stride):
     """
-    A text's ids (n,) -> for each window (x (T,), y (T,), how many of the last of y no window before has predicted).
+    Ids of a text (n,) -> for each window (x (T,), y (T,), new): the last `new` tokens of y are predicted here first.
 
-    first: the token before the text. The first window predicts `length` tokens, each further one `stride` more, and sees what
-    comes before these up to `length` tokens in all: T is `length` where the text has as many.
+    first: the token before the text. The first window predicts `length` tokens, each further one `stride` more. It sees the
+    tokens before them, up to `length` in all: T is `length` if the text is long enough.
     """
     everything, end = torch.cat([torch.tensor([first]), ids]), 0
     while end < len(ids):
@@ -75,9 +75,9 @@ def rolling_windows(ids, first, length, stride):
 @torch.inference_mode()
 def predict(model, reference, windows, batch_size):
     """
-    Yields (Measured of the new tokens, the position of the first of them) of each window.
+    Yield (Measured of the new tokens, position of the first new token) for each window.
 
-    windows: a list of rolling_windows(), of one length. reference: a Predictor, or None.
+    windows: a list from rolling_windows(). reference: a Predictor, or None.
     """
     for i in range(0, len(windows), batch_size):
         some = windows[i : i + batch_size]

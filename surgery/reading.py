@@ -1,8 +1,8 @@
 """
-A smaller model read from its folder.
+Load a smaller model from its folder.
 
     from surgery import load
-    model, tokenizer = load("model_weights/smaller")  # a Hugging Face model, with generate() and all else
+    model, tokenizer = load("model_weights/smaller")  # a Hugging Face model, with generate() and all its other methods
 """
 
 from importlib import import_module
@@ -19,11 +19,11 @@ from surgery.model_folder import WEIGHTS, read_plan
 
 def load(folder, device="cpu", packed=True):
     """
-    A folder that surgery's --out wrote -> (model, tokenizer); one line and status 2 where it cannot be.
+    Load a folder that surgery's --out wrote -> (model, tokenizer). If that fails, the program ends in one line, with status 2.
 
-    The folder may come from a stranger. The model that its config describes is compared with the weights before any memory is
-    taken for it, and no code of the folder runs. packed: of a model kept by bits. False decodes it to float at once: faster,
-    and as large as the untouched model.
+    The folder may come from a stranger. The weights are compared with the model that the config describes before any memory is
+    allocated, and no code of the folder runs. packed: applies to quantised models. False decodes the model to float on loading:
+    faster, and as large as the untouched model.
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,9 +37,9 @@ def load(folder, device="cpu", packed=True):
         by_bits = "coded" in plan
         kind = import_module(
             "surgery.coded_folder" if by_bits else "surgery.low_rank_folder"
-        )  # one kind needs nothing of the other
+        )  # import only the kind that is needed
         if by_bits and packed and str(device) != "cpu":
-            fail(f"{folder} is kept by bits, which are read on the CPU: give load(..., packed=False) for {device}")
+            fail(f"{folder} is quantised, and packed models run on the CPU only: give load(..., packed=False) for {device}")
         config = read(AutoConfig, "config", folder, "", local_files_only=True)
         with fresh_memory_is_nan():
             for buffers in (False, True):
@@ -54,6 +54,6 @@ def load(folder, device="cpu", packed=True):
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)
         if not by_bits:
-            kind.turn_to_keys(hf)  # for the CPU; .to() of another device gives the stored latents back
+            kind.turn_to_keys(hf)  # for the CPU; .to(another device) restores the stored latents
         check_works(hf)
     return hf.to(device), tokenizer

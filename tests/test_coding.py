@@ -344,7 +344,7 @@ def test_two_matrices_share_one_water_level():
 
 
 def test_a_budget_below_a_column_is_refused(draft):
-    with pytest.raises(ValueError, match="do not pay"):
+    with pytest.raises(ValueError, match="are too few for"):
         fit([draft], 1400)
 
 

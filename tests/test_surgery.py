@@ -236,7 +236,7 @@ def test_only_what_was_asked_for_changes(make):
         for name in changed:
             now, old = (p.unflatten(0, (4, 3, 8)) for p in (dict(model.named_parameters())[name], complete[name]))
             assert torch.equal(now[:, [0, 2]], old[:, [0, 2]]) and not torch.equal(now[:, 1], old[:, 1])
-    with pytest.raises(RuntimeError, match="unasked"):
+    with pytest.raises(RuntimeError, match="changed and should not have"):
         check_changes(before, model)
     done.undo()
     check_changes(before, model)
@@ -345,7 +345,7 @@ def test_mistakes_are_one_line(operate, clinic, tmp_path, assert_one_line_error)
 def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_error):
     out = tmp_path / "small"
     for argv, *words in [
-        (["--bytes", "0.5", "--rank", "4", "--out", out], "--bytes", "--rank", "drop one"),
+        (["--bytes", "0.5", "--rank", "4", "--out", out], "--bytes", "--rank", "give one of them"),
         (["--bytes", "0.5"], "--bytes", "give --out"),
         (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
         (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
@@ -356,7 +356,7 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
     ]:
         assert_one_line_error(operate(*argv), *words)
     for argv, reason in [
-        (["--bytes", "0.0001", "--targets", "wte"], "do not pay for the basis"),
+        (["--bytes", "0.0001", "--targets", "wte"], "are too few for the basis"),
     ]:
         result = operate(*argv, "--out", out, "--calib_tokens", "1024")
         said = result.err.strip().splitlines()[-1]  # after bars of progress

