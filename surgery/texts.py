@@ -202,7 +202,7 @@ class TextReader:
             self.encoded[text] = encode(self.tokenizer, "".join(found[HALVES[text.half]]), self.rows, text.path)
         ids = self.encoded[text]
         if len(ids) <= self.length:
-            fail(f"--{text.flag} {text} has {len(ids)} tokens, and a window needs more than {self.length}: give a longer text")
+            fail(f"--{text.flag} {text} has {len(ids)} tokens, too few for a window of {self.length}: give a longer text")
         return ids
 
     def windows(self, role, count):
