@@ -42,7 +42,16 @@ from training.progress import Progress
 from training.run_folder import NoRunFolder, RunFolder
 from training.start import begin
 from training.stopping import Watch
-from training.step import Tally, autocast_of, spread, to_device, trained_flops, why_it_does_not_compile
+from training.step import (
+    Tally,
+    autocast_of,
+    of_any_process,
+    split_for_ddp,
+    spread,
+    to_device,
+    trained_flops,
+    why_it_does_not_compile,
+)
 
 # -- start and device -------------------------------------------------------------------------------------------------
 
@@ -116,13 +125,18 @@ if start.state:
 parameters = model.count_parameters()
 progress.say(f"parameters: {', '.join(f'{group} {n:,}' for group, n in parameters.items())}")
 
-# -- compiling --------------------------------------------------------------------------------------------------------
+# -- processes and compiling ------------------------------------------------------------------------------------------
 
 trainer, compiled = model, args.compile and step < last_step  # a run that only evaluates is not compiled
+if world_size > 1:
+    trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+    if compiled:
+        split_for_ddp()
 
 
 def first_pass():
     """Run one forward and backward pass, so that torch compiles the model."""
+    trainer.require_backward_grad_sync = False
     model.compile()
     with autocast:
         loss = objective(*batch(step, 0))
@@ -131,8 +145,8 @@ def first_pass():
 
 if compiled:
     progress.say("compiling: this takes a minute or more")
-    with ends_in_one_line(args, device):
-        why_not = why_it_does_not_compile(first_pass)
+    with progress.paused(), ends_in_one_line(args, device):
+        why_not = of_any_process(why_it_does_not_compile(first_pass), world_size)
     optimizer.zero_grad(set_to_none=True)
     if why_not and given.get("compile"):
         fail(f"--compile: torch cannot compile here ({why_not}): drop --compile, or repair the compiler")
@@ -141,8 +155,6 @@ if compiled:
         progress.say(
             f"torch cannot compile here ({why_not}): training without, which is slower. --no-compile skips the attempt"
         )
-if world_size > 1:
-    trainer = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
 run.open()
 
 # -- evaluating, saving, stopping -------------------------------------------------------------------------------------

@@ -24,16 +24,16 @@ def fresh_memory_is_nan():
         torch.set_deterministic_debug_mode(before)
 
 
-def check_filled(model, source):
+def check_filled(model, source, on_disk=False):
     """
     End in one line if a parameter or a buffer of a model has no memory, or still has the value of fresh_memory_is_nan().
 
     All numbers must come from the model's file or be computed from its config. Bytes and booleans are not checked, since each
-    of their values is valid. source: the model's name in the message.
+    of their values is valid. source: the model's name in the message. on_disk: some weights may be there, without memory.
     """
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if t.is_meta or is_fresh(t):
-            fail(f"{source}: {name} comes neither from the file nor from the config: write the file again")
+        if (t.is_meta and not on_disk) or is_fresh(t):
+            fail(f"{source}: {name} has NaN, or comes neither from the file nor from the config: write the file again")
 
 
 def check_complete(model, info, source):
@@ -44,11 +44,14 @@ def check_complete(model, info, source):
     """
     if missing := sorted(info["missing_keys"]):
         fail(f"{source} lacks {len(missing)} weights, first {missing[0]}: give a complete model")
-    if not hasattr(model, "hf_device_map"):
-        check_filled(model, source)
+    if other := sorted(name for name, *_ in info.get("mismatched_keys") or []):
+        fail(f"{source} has {other[0]} in another shape than its config: give a complete model")
+    check_filled(model, source, on_disk=hasattr(model, "hf_device_map"))
 
 
 def is_fresh(t):
+    if t.is_meta:
+        return False
     if t.is_floating_point():
         return bool(t.isnan().any())
     return t.dtype in (torch.int16, torch.int32, torch.int64) and t.numel() > 0 and bool((t == torch.iinfo(t.dtype).max).all())

@@ -6,6 +6,7 @@ scripts/setup.sh asks it, by its path:
     python common/versions.py list main      the lines of requirements.txt for pip; main: all but the tools of the tests
     python common/versions.py met tests      status 0 if what is installed meets the lines
     python common/versions.py notes          what is not as pinned or will not work, a line each
+    python common/versions.py keeps          status 0 if the installed torch is kept
     python common/versions.py build          the torch and the CUDA that it is built for: "2.5.1, built for CUDA 12.4"
 
 An installed torch from oldest() on is kept. A line "# torch<2.6: transformers==5.18.0" replaces a pin beside an older torch.
@@ -21,7 +22,7 @@ import sys
 from pathlib import Path
 
 OLDEST = "2.5.1"
-OLDEST_ON_3_13 = "2.6"  # torch 2.5 has a build for Python 3.13, which can neither save a model nor compile one
+OLDEST_ON_3_13 = "2.6.0"  # torch 2.5 has a build for Python 3.13, which can neither save a model nor compile one
 TESTS = "# for the tests"
 DRIVER = "580"  # of a card: the oldest that serves CUDA 13, which the pinned torch is built for
 
@@ -54,6 +55,8 @@ def python():
 
 def build_of_torch():
     """Which torch is installed, and for what, in words."""
+    if not installed("torch"):
+        return "not installed"
     spec = importlib.util.find_spec("torch")
     text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     cuda = re.search(r"^cuda\b.*= '([\d.]+)'", text, flags=re.M)
@@ -87,9 +90,11 @@ def check_transformers(fail):
     torch, transformers = installed("torch"), installed("transformers")
     if not torch or not transformers:
         return
-    pin, pinned = (next(line for line in wanted(t) if line.startswith("transformers==")) for t in (torch, "999"))
+    pin, pinned = (next((line for line in wanted(t) if line.startswith("transformers==")), None) for t in (torch, "999"))
     asked = [re.match(r"torch>=([\d.]+);.*extra == .torch.$", line) for line in metadata.requires("transformers") or []]
-    if any(found and older(torch, found[1]) for found in asked) or (pin != pinned and older(pin.split("==")[1], transformers)):
+    if any(found and older(torch, found[1]) for found in asked) or (
+        pin and pin != pinned and older(pin.split("==")[1], transformers)
+    ):
         fail(
             f"transformers {transformers} needs a newer torch than {torch}, which is installed: bash scripts/setup.sh, or "
             f"pip install {pin}"
@@ -100,7 +105,7 @@ def check_transformers(fail):
 
 
 def wanted(torch, part="main"):
-    """The lines of requirements.txt for a torch that is kept, or None; of one that is kept there is no line."""
+    """The packages to install beside a kept torch, whose own line is dropped. torch None: all pinned ones."""
     text = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8")
     replaced, lines = {}, text.split(TESTS)[part == "tests"].splitlines()
     for line in lines:
@@ -138,7 +143,7 @@ def notes(torch):
     if not torch and (version := driver()) and older(version, DRIVER):
         yield (
             f"the pinned torch needs driver {DRIVER} for its CUDA 13, this one is {version}: to use the card, install a torch "
-            f"that fits it into an environment first (pip install torch=={OLDEST}), activate that, and start again"
+            f"that fits it into an environment first (pip install torch=={oldest()}), activate that, and start again"
         )
     for line, pinned in zip(wanted(torch), wanted("999")) if torch else ():
         if line != pinned:
@@ -153,6 +158,8 @@ if __name__ == "__main__":
         kept = None
     if sys.argv[1] == "build":
         print(build_of_torch())
+    elif sys.argv[1] == "keeps":
+        sys.exit(not kept)
     elif sys.argv[1] == "notes":
         print("".join(f"setup: {line}\n" for line in notes(kept)), end="")
     elif sys.argv[1] == "list":

@@ -52,7 +52,7 @@ setup_make_venv() {
   if [ ! -x .venv/bin/python ]; then
     if command -v uv >/dev/null; then uv venv --quiet --seed --python "$active" .venv; else "$active" -m venv .venv; fi
   fi
-  if "$active" common/versions.py list main | grep -q '^torch=='; then :; else
+  if "$active" common/versions.py keeps; then
     echo "setup: keeping the torch that is installed in $("$active" -c 'import sys; print(sys.prefix)')" >&2
     "$active" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
       > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_environment.pth"

@@ -47,6 +47,13 @@ for run in gpt_baseline gpt_pca_k16 gpt_random_lowrank_k16 gpt_pca_finetune_k16 
   grep -q '"compiled": true' "$work/main/$run/summary.json" || { say "$run was not compiled" >&2; exit 1; }
 done
 
+say "the loss, the gradients and ten steps by the default compiler"
+COMPILE_BACKEND=inductor "$SETUP_PYTHON" -m pytest tests/test_compile.py -k "equal_eager and dense"
+
+if [ "$("$pinned" common/versions.py build)" = "$("$SETUP_PYTHON" common/versions.py build)" ]; then
+  say "the quick tests passed and the main job ran compiled. The active torch is the oldest: there is no other to compare with"
+  exit
+fi
 for python in "$pinned" "$SETUP_PYTHON"; do
   "$python" train.py --preset laptop --dtype float32 --max_iters 20 --warmup_iters 5 --eval_interval 20 --eval_iters 8 --log_interval 1 \
     --out_dir "$work/steps/$("$python" -c 'from common.versions import installed; print(installed("torch"))')" > /dev/null

@@ -159,9 +159,11 @@ def test_what_goes_with_an_older_torch(monkeypatch):
         (note,) = versions.notes(None)
         assert all(part in note for part in words) and "gigabytes" in note
     monkeypatch.setattr(versions, "installed", {}.get)
+    monkeypatch.setattr(sys, "version_info", (3, 12, 1))
     for version, said in (("555.42.02", 1), ("580.65.06", 0)):  # of the first users' machine; of CUDA 13
         monkeypatch.setattr(versions, "driver", lambda version=version: version)
         assert len([note for note in versions.notes(None) if version in note and "torch==2.5.1" in note]) == said
+    monkeypatch.setattr(versions, "installed", {}.get)
     (note,) = versions.notes("2.5.1")
     assert kept in note and pinned in note and not list(versions.notes("2.6.0"))
     monkeypatch.setattr(sys, "version_info", (3, 15, 0))
@@ -192,6 +194,12 @@ def test_an_environment_that_cannot_work_is_one_line_with_the_command(monkeypatc
         monkeypatch.setattr(versions, "installed", dict(torch="2.5.1", transformers=transformers).get)
         versions.check_transformers(said.append)
         assert bool(said) == fails
+
+
+def test_the_build_of_torch_in_words(monkeypatch):
+    assert versions.build_of_torch().startswith(importlib.metadata.version("torch").split("+")[0] + ", built ")
+    monkeypatch.setattr(versions, "installed", {}.get)
+    assert versions.build_of_torch() == "not installed"
 
 
 def test_a_program_ends_in_one_line_where_torch_is_too_old(monkeypatch, run_main, assert_one_line_error):

@@ -6,6 +6,7 @@ import torch
 from torch.distributed import all_reduce
 
 from common.cli import reason
+from common.versions import older
 from training.device import out_of_memory
 
 
@@ -35,6 +36,28 @@ def why_it_does_not_compile(first_pass):
         if out_of_memory(error):
             raise
         return reason(str(error).split("\n\n")[0])  # advice for torch's developers follows
+
+
+def of_any_process(why_not, world_size):
+    """
+    The reason of this process, or that another one failed, or None. So all processes compile, or none does.
+
+    Every process must call it.
+    """
+    failed = torch.tensor(float(why_not is not None))
+    if world_size > 1:
+        all_reduce(failed)
+    return why_not or ("another process cannot" if failed else None)
+
+
+def split_for_ddp():
+    """
+    Let torch split compiled graphs at DDP's buckets, so that gradients travel during the backward pass, if it can.
+
+    Torch 2.5 cannot split a graph that has a custom function, our loss, and ends in an error. 2.13 can; the versions between
+    have not been tried.
+    """
+    torch._dynamo.config.optimize_ddp = not older(torch.__version__, "2.13")
 
 
 def trained_flops(model, T):
