@@ -74,16 +74,7 @@ def reason(error):
 def finish(**result):
     """Print the last line of a program: one JSON object. At a terminal it is printed only with --json."""
     if json_at_terminal or not sys.stdout.isatty():
-        print(json.dumps(shortened(result)), flush=True)
-
-
-def shortened(value):
-    """A value for JSON whose floats have seven significant digits, as many as float32 has."""
-    if isinstance(value, dict):
-        return {name: shortened(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [shortened(inner) for inner in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+        print(json.dumps(result), flush=True)
 
 
 def rounded(x):

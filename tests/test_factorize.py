@@ -19,8 +19,8 @@ def test_pca_factorize_mistakes(copy, main_job, run_main, assert_one_line_error,
     write_dataset(short, [1] * 9, [1] * 99, dict(vocab_size=97))
     for words, argv in [
         (["Checkpoint not found"], ["--ckpt_path", tmp_path / "none.pt", "--rank_k", "4", *to]),
-        (["--rank_k", "1 to 160"], ["--ckpt_path", ckpt, "--rank_k", "4,161", *to]),
-        (["--rank_k", "(0, 1]"], ["--ckpt_path", ckpt, "--rank_k", "1.5", *to]),
+        (["--rank_k", "between 1 and 160"], ["--ckpt_path", ckpt, "--rank_k", "4,161", *to]),
+        (["--rank_k", "above 0 and at most 1"], ["--ckpt_path", ckpt, "--rank_k", "1.5", *to]),
         (["--rank_k", "'x'"], ["--ckpt_path", ckpt, "--rank_k", "x", *to]),
         (["--out_wte_npy", "{k}"], ["--ckpt_path", ckpt, "--rank_k", "4,8", "--out_wte_npy", tmp_path / "w.npy", *to[2:]]),
         (["--out_wte_npy", "both or none"], ["--ckpt_path", ckpt, "--rank_k", "4", *to[:2]]),

@@ -29,7 +29,7 @@ def test_the_parts_run_and_the_report_has_their_numbers(accepted):
     (half,) = numbers["arithmetic"]
     assert half["setting"] == "bfloat16 not compiled" and 0 < half["apart"] < 0.01
     assert numbers["preset"]["steps"] == 4 and numbers["preset"]["done"]
-    assert numbers["preset"]["compiled"] is False and "at most, not compiled." in report
+    assert numbers["preset"]["compiled"] is False and "GB peak memory, not compiled." in report
     assert numbers["steps"][0]["fits_24gb"] and numbers["steps"][0]["model"] == "dense"
     assert all(each["as_on_the_cpu"] == 1 for each in numbers["cache"].values())
 

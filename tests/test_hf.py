@@ -213,7 +213,7 @@ def test_refusals_of_the_program(run_main, tmp_path, assert_one_line_error):
     refused(tmp_path / "nothing", out, "--model", "save_pretrained")
     (tmp_path / "some.gguf").touch()
     for name in ("nowhere", "some.gguf"):
-        refused(tmp_path / name, out, "--model", f"{name} is no folder", "save_pretrained")
+        refused(tmp_path / name, out, "--model", f"{name} is not a folder", "save_pretrained")
     llama().config.save_pretrained(tmp_path / "llama")  # without weights: the config alone says no
     refused(tmp_path / "llama", out, "llama", "Pythia")
     neox().config.save_pretrained(tmp_path / "bare")

@@ -76,7 +76,7 @@ def test_its_import_of_our_factors_gives_our_logits(
     np.save(tmp_path / "wte.npy", np.load(files["import_wte_npy"]))
     theirs = dict(n_embd_wte=8, import_wte_npy=tmp_path / "wte.npy", import_scale_matrices_npz=tmp_path / "theirs.npz")
     runs = [train(out_dir=tmp_path / name, **flags) for name, flags in dict(ours=files, theirs=theirs).items()]
-    assert runs[0].last["val_loss"] == runs[1].last["val_loss"] and "turned" in runs[1].err
+    assert runs[0].last["val_loss"] == runs[1].last["val_loss"] and "transposed" in runs[1].err
     (checkout / "model.py").write_text(STAND_IN.replace("c_fc", "c_up"))
     assert_one_line_error(run_main(*argv), "--checkout", "c_fc")
     (checkout / "model.py").unlink()

@@ -350,7 +350,7 @@ def test_mistakes_with_bytes_are_one_line(operate, tmp_path, assert_one_line_err
         (["--bytes", "1.5", "--out", out], "--bytes", "1.5"),
         (["--bytes", "0.5", "--targets", "q", "--out", out], "--targets q", "all or wte"),
         (["--cache_bytes", "0.5", "--targets", "wte", "--out", out], "--targets", "--bytes"),
-        (["--cache_bytes", "0.001", "--out", out], "--cache_bytes 0.001", "gains", "give 0."),
+        (["--cache_bytes", "0.001", "--out", out], "--cache_bytes 0.001", "scales", "give 0."),
         (["--cache_bytes", "0.5", "--window", "4", "--out", out], "--window 4", "longer"),
         (["--bytes", "0.5", "--heal_rank", "4", "--out", out], "--heal_rank", "--heal_steps"),
     ]:
