@@ -13,7 +13,7 @@ import typing
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
-from common.versions import check_torch
+from common.versions import check_torch, check_transformers
 
 LARGE = 10**9  # upper limit of a number whose flag gives only a lower one: larger numbers are typing errors
 json_at_terminal = False  # set by --json
@@ -40,8 +40,6 @@ def fail(message):
 
 def program_name():
     """The program's name: train.py; surgery.eval for `python -m surgery.eval`, surgery for `python -m surgery`."""
-    if sys.argv[0] == "-m":  # its package is still being imported
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name.removesuffix(".__main__") if spec and spec.origin == sys.argv[0] else Path(sys.argv[0]).name
 
@@ -58,6 +56,8 @@ def last_words(kind, error, trace):
     elif issubclass(kind, ModuleNotFoundError) and not is_ours(package := (error.name or "").split(".")[0]):
         fail(f"the package {package} is not installed: bash scripts/setup.sh, or pip install {package}")
     else:
+        if issubclass(kind, ImportError):  # maybe of a transformers that is too new for the installed torch
+            check_transformers(fail)
         sys.__excepthook__(kind, error, trace)
 
 

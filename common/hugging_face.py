@@ -21,9 +21,9 @@ from common.gguf_head import check_gguf
 from common.modules import check_complete, fresh_memory_is_nan
 from common.tokenizer import check_definition
 from common.untrusted import check_plain, expect, of_reader, read_json, reading
-from common.versions import check_transformers
+from common.versions import check_transformers, refuse_import
 
-check_transformers(fail)
+check_transformers(refuse_import)  # a program says it in one line: cli.last_words()
 GROWTH = 2.5  # float32 bytes relative to a half-precision file, and some more for tensors that are not stored
 GROWTH_GGUF = 32  # float32 bytes relative to 1 bit a number
 GENERATION = {name: (range(1, 65), None) for name in ("num_beams?", "num_return_sequences?", "num_beam_groups?")}

@@ -101,11 +101,16 @@ def check_transformers(fail):
         )
 
 
+def refuse_import(message):
+    """A fail() for code that another program imports."""
+    raise ImportError(message)
+
+
 # -- what setup.sh installs ---------------------------------------------------------------------------------------------
 
 
 def wanted(torch, part="main"):
-    """The packages to install beside a kept torch, whose own line is dropped. torch None: all pinned ones."""
+    """The lines to install. With a kept torch: all but its own, with the pins that fit it. torch None: all as pinned."""
     text = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8")
     replaced, lines = {}, text.split(TESTS)[part == "tests"].splitlines()
     for line in lines:

@@ -21,11 +21,6 @@ Surgery: cut q, k and v of a real model, or its token table, to low rank, and me
     __main__                         the program
 """
 
-from common.cli import fail
-from common.versions import check_transformers
-
-check_transformers(fail)  # before any module of surgery imports it
-
 
 def load(folder, device="cpu", packed=True):
     """

@@ -2,9 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import REPO, TINY, as_flags
+from shell import places_of_two
 
 from model import GPT
 from training import step as train_step
@@ -97,3 +101,29 @@ def test_too_little_memory_is_not_the_compilers_fault():
     after = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))
+
+
+TWO = """
+import functools, os, runpy, sys, torch
+def broken(graph, inputs):
+    raise RuntimeError("no compiler in this process")
+backend = broken if os.environ["RANK"] == os.environ.get("BROKEN") else "aot_eager"
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("broken", ["", "1"])
+def test_two_processes_compile_as_one_or_not_at_all(train, toy_dataset, tmp_path, broken):
+    """DDP is around the model when it is compiled; torch 2.5 cannot split a graph that has our loss."""
+    flags = TINY | dict(dataset=toy_dataset, n_layer=1, dropout=0.0, max_iters=3, warmup_iters=0)
+    assert train(**flags | dict(out_dir=tmp_path / "one")).status == 0
+    argv = [sys.executable, "-c", TWO, *as_flags(flags | dict(out_dir=tmp_path / "two", preset="gpt2"))]
+    env = os.environ | dict(BROKEN=broken, OMP_NUM_THREADS="1")
+    processes = [subprocess.Popen(argv, cwd=REPO, env=env | place, stdout=subprocess.PIPE) for place in places_of_two()]
+    said = [process.communicate(timeout=120)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    facts, alone = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one"))
+    assert facts["compiled"] is not bool(broken) and ("another process cannot" in said[0]) == bool(broken)
+    assert facts["final"]["val_loss"] == pytest.approx(alone["final"]["val_loss"], abs=1e-4)

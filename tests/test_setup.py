@@ -13,6 +13,7 @@ from conftest import REPO
 from shell import run, succeed
 
 from common import versions
+from common.cli import last_words
 
 PROGRAMS = [
     "train.py",
@@ -205,3 +206,15 @@ def test_the_build_of_torch_in_words(monkeypatch):
 def test_a_program_ends_in_one_line_where_torch_is_too_old(monkeypatch, run_main, assert_one_line_error):
     monkeypatch.setattr(versions, "installed", dict(torch="2.4.1").get)
     assert_one_line_error(run_main("train.py", "--max_iters", 1), "train.py: error: torch 2.4.1", f"torch>={versions.oldest()}")
+
+
+def test_a_transformers_that_is_too_new_is_one_line_in_programs_and_an_import_error_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(versions.metadata, "requires", lambda name: TRANSFORMERS)
+    monkeypatch.setattr(versions, "installed", dict(torch="2.5.1", transformers="5.20.2").get)
+    with pytest.raises(ImportError, match="transformers 5.20.2 needs a newer torch"):
+        versions.check_transformers(versions.refuse_import)
+    error = ImportError("cannot import name 'TransformGetItemToIndex'")
+    with pytest.raises(SystemExit):
+        last_words(type(error), error, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "transformers 5.20.2 needs a newer torch" in line and "pip install transformers==" in line
