@@ -177,7 +177,7 @@ def evaluate_and_log():
     stop_unless_finite(found["val_loss"])
     progress.say(
         f"step {step}: val loss {found['val_loss']:.4f}, "
-        + (f"ppl {found['val_ppl']:.2f}, " if found["val_ppl"] < dataset.vocab_size else "worse than a guess among all ids, ")
+        + (f"ppl {found['val_ppl']:.2f}, " if found["val_ppl"] < 10 * dataset.vocab_size else "worse than a guess, ")
         + f"ln_f cosine {found['ln_f_cosine']:.3f}, full {found['ln_f_cosine_full']:.3f}"
         + (f", error of restored values {found['v_recon']:.3g}" if restored else "")
     )
