@@ -57,19 +57,21 @@ class Predictor:
         return model.eval(), lambda: tokenizer
 
 
-def rolling_windows(ids, first, length, stride):
+def rolling_windows(ids, first, length, stride, bos=None):
     """
     Ids of a text (n,) -> for each window (x (T,), y (T,), new): the last `new` tokens of y are predicted here first.
 
     first: the token before the text. The first window predicts `length` tokens, each further one `stride` more. It sees the
-    tokens before them, up to `length` in all: T is `length` if the text is long enough.
+    tokens before them, up to `length` in all: T is `length` if the text is long enough. bos: takes the place of the first token
+    that each window sees; None: only the first window begins with `first`, as in lm-eval.
     """
     everything, end = torch.cat([torch.tensor([first]), ids]), 0
     while end < len(ids):
         new = min(stride if end else length, len(ids) - end)
         end += new
         start = max(0, end - length)
-        yield everything[start:end], everything[start + 1 : end + 1], new
+        x = everything[start:end]
+        yield x if bos is None else torch.cat([torch.tensor([bos]), x[1:]]), everything[start + 1 : end + 1], new
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ import torch
 
 from common.cli import fail
 from common.dataset import find_folder, read_meta
-from common.texts import articles, codec_of
+from common.texts import codec_of, documents_of
 
 SOTU = "sotu"
 DATASETS = ("wikitext103", "pile")  # default texts, if they are prepared
@@ -127,8 +127,7 @@ def documents(path, flag):
         return addresses(flag)
     if not Path(path).is_file():
         return decoded(path)
-    text = text_of(path, flag, MOST)
-    return text.split("\f") if "\f" in text else list(articles(text.splitlines(keepends=True)))
+    return documents_of(text_of(path, flag, MOST))
 
 
 def text_of(path, flag, most):
@@ -137,7 +136,7 @@ def text_of(path, flag, most):
         return "".join(documents(path, flag))[:most]
     opened = lzma.open if path.endswith(".xz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8", newline="") as file:  # "": the ends of lines stay as they are
             text, more = file.read(most), file.read(1)
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         fail(f"--{flag} {path} cannot be read as text ({type(error).__name__}): give a file in UTF-8, or its .xz")
@@ -174,18 +173,42 @@ def encode(tokenizer, text, rows, source):
     return ids
 
 
-def fixed_windows(ids, count, length):
-    """(x [1,T], y [1,T]) of `count` windows, evenly spaced over the ids."""
-    available = (len(ids) - 1) // length
+def bos_of(tokenizer, choice):
+    """
+    The id of the beginning-of-text token that each window begins with, or None. choice: the value of --bos.
+
+    auto: the token if the tokenizer puts it before a text by itself, as Gemma's and TinyLlama's do.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if choice == "yes" and bos is None:
+        fail("--bos yes: the tokenizer has no beginning-of-text token: give --bos no")
+    if choice == "auto" and bos is not None:
+        return bos if tokenizer("so it goes")["input_ids"][0] == bos else None
+    return bos if choice == "yes" else None
+
+
+def fixed_windows(ids, count, length, bos=None):
+    """
+    (x [1,T], y [1,T]) of `count` windows, evenly spaced over the ids. y: the token after each position of x.
+
+    bos: an id that takes the place of the first token of x; its successor is then the first token of the window.
+    """
+    available = len(ids) // length if bos is not None else (len(ids) - 1) // length
+    shifted = ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
     for i in torch.linspace(0, available - 1, count).long().tolist():
-        yield ids[None, i * length : (i + 1) * length], ids[None, i * length + 1 : (i + 1) * length + 1]
+        x, y = (shifted[None, start : start + length] for start in (i * length, i * length + 1))
+        yield (x, y) if bos is None else (torch.cat([ids.new_tensor([[bos]]), x[:, 1:]], 1), y)
 
 
 class TextReader:
-    """The chosen texts as fixed windows of token ids. rows: of the model's table. length: tokens in a window."""
+    """
+    The chosen texts as fixed windows of token ids.
 
-    def __init__(self, chosen, tokenizer, rows, length):
-        self.chosen, self.tokenizer, self.rows, self.length = chosen, tokenizer, rows, length
+    rows: of the model's table. length: tokens in a window. bos: id of its first token, from bos_of(), or None
+    """
+
+    def __init__(self, chosen, tokenizer, rows, length, bos=None):
+        self.chosen, self.tokenizer, self.rows, self.length, self.bos = chosen, tokenizer, rows, length, bos
         self.documents, self.encoded = {}, {}
 
     def ids(self, text):
@@ -211,10 +234,10 @@ class TextReader:
         share = -(-count // len(texts))
         for text in texts:
             ids = self.ids(text)
-            available = (len(ids) - 1) // self.length
+            available = (len(ids) - (self.bos is None)) // self.length
             if available < share and len(texts) > 1:
                 print(f"--{text.flag} {text} has {available} windows, fewer than its share of {share}", flush=True)
-            found[text.name] = list(fixed_windows(ids, min(share, available), self.length))
+            found[text.name] = list(fixed_windows(ids, min(share, available), self.length, self.bos))
         return found
 
     def evaluation_windows(self, count):
@@ -232,7 +255,11 @@ class TextReader:
         if (tokens := len(windows) * self.length) < least:
             short = f"--{texts[0].flag}" if len(windows) < count else "--calib_tokens"
             fail(f"{short}: {tokens} tokens are too few for {least // 2} directions: give {least}")
-        return windows, token_counts([self.ids(text) for text in texts], self.rows)
+        return windows, token_counts([self.with_bos(self.ids(text)) for text in texts], self.rows)
+
+    def with_bos(self, ids):
+        """Ids, and the beginning of text once for each window that they fill."""
+        return ids if self.bos is None else torch.cat([ids, ids.new_full((len(ids) // self.length,), self.bos)])
 
 
 def token_counts(texts, rows):

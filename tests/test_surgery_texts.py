@@ -11,7 +11,8 @@ from common.dataset import write_dataset
 from common.tokenizer import train_bpe
 from surgery import texts
 from surgery.evaluator import Evaluator
-from surgery.texts import TextReader, choose, documents, settings, token_counts
+from surgery.predictor import rolling_windows
+from surgery.texts import TextReader, bos_of, choose, documents, fixed_windows, settings, token_counts
 
 PAGES = [f"page {i} says {'abc' * (i + 20)}. " for i in range(8)]
 LENGTH = 16
@@ -46,7 +47,8 @@ def shelf(tmp_path):
 
 def test_a_text_that_is_learnt_from_and_measured_on_gives_each_side_half_of_its_documents(shelf):
     pages, other = shelf / "pages.txt", shelf / "other.txt"
-    even, odd = "".join(PAGES[::2]), "".join(PAGES[1::2])
+    ended = [page + "\f" for page in PAGES[:-1]] + PAGES[-1:]
+    even, odd = "".join(ended[::2]), "".join(ended[1::2])
     for flags in (dict(calib_text=pages), dict(calib_text=other, heal_text=f"{other}, {pages}")):
         texts = reader(eval_text=f"{pages},{other}", **flags)
         learnt = texts.chosen["calib"] + texts.chosen["heal"]
@@ -90,13 +92,74 @@ def test_left_out_all_text_at_hand_is_read(tmp_path, monkeypatch):
 
 def test_of_a_long_file_the_start_is_read_compressed_or_not(shelf, monkeypatch, capsys):
     plain, packed = (documents(str(shelf / name), "eval_text") for name in ("pages.txt", "pages.txt.xz"))
-    assert plain == packed == PAGES and not capsys.readouterr().out
+    assert plain == packed == [page + "\f" for page in PAGES[:-1]] + PAGES[-1:] and not capsys.readouterr().out
     monkeypatch.setattr(texts, "MOST", 100)
     whole = reader(calib_text=shelf / "pages.txt.xz", eval_text=shelf / "pages.txt.xz")
     for role in ("calib", "eval"):
         whole.ids(whole.chosen[role][0])
     assert capsys.readouterr().out == f"{shelf}/pages.txt.xz: only its first 100 characters are read\n"  # once
-    assert "\f".join(whole.documents[f"{shelf}/pages.txt.xz"]) == "\f".join(PAGES)[:100]
+    assert "".join(whole.documents[f"{shelf}/pages.txt.xz"]) == "\f".join(PAGES)[:100]
+
+
+LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x1cf\x1dg\x1eh\r\ni\rj\n"
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        (LINE_ENDS, 1),
+        (f" = One = \n\n{LINE_ENDS}\n = Two = \nx", 2),
+        (" = One = \r\n\r\nx\r\n\r\n = Two = \r\nx", 2),
+        ("one\f\ftwo\f \n\fthree\f\n", 3),
+        ("\f\fone\f", 1),
+        ("\f \f", 1),
+        ("", 1),
+    ],
+)
+def test_the_documents_of_a_file_joined_are_the_file(tmp_path, text, count):
+    """str.splitlines() ends lines at eight more characters, and universal newlines make one of CRLF and LF."""
+    for name, data in {"text.txt": text.encode(), "text.txt.xz": lzma.compress(text.encode())}.items():
+        (tmp_path / name).write_bytes(data)
+        found = documents(str(tmp_path / name), "eval_text")
+        assert "".join(found) == texts.text_of(str(tmp_path / name), "text", 10**6) == text and len(found) == count
+
+
+def test_each_window_begins_with_the_beginning_of_text():
+    ids, bos = torch.arange(100, 150), 7
+    for bare, (x, y) in zip(range(0, 48, 16), fixed_windows(ids, 3, 16, bos)):
+        assert x[0].tolist() == [bos, *range(100 + bare, 115 + bare)] and y[0].tolist() == list(range(100 + bare, 116 + bare))
+    for (x, y, new), start in zip(rolling_windows(ids, 3, 16, 8, bos), (0, 8, 16)):
+        assert x[0] == bos and x[1:].equal(y[:-1]) and y[0] == 100 + start and new == (8 if start else 16)
+    lm_eval = [x[0].item() for x, _, _ in rolling_windows(ids, bos, 16, 16)]
+    assert lm_eval == [bos, 115, 131, 147 - 14]  # only the first; the last window is filled with tokens seen before
+    surgery_eval = [(x.tolist(), y.tolist()) for x, y, _ in rolling_windows(ids[:48], bos, 16, 16, bos)]
+    assert surgery_eval == [(x[0].tolist(), y[0].tolist()) for x, y in fixed_windows(ids[:48], 3, 16, bos)]
+
+
+class Marked:
+    """letters() as a tokenizer with a beginning of text. adds: whether it puts it before a text by itself."""
+
+    def __init__(self, adds, bos=1):
+        self.adds, self.bos_token_id = adds, bos
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        return dict(input_ids=[self.bos_token_id] * (add_special_tokens and self.adds) + letters(text)["input_ids"])
+
+
+def test_bos_is_what_the_tokenizer_does_by_itself_or_what_the_flag_says(capsys):
+    found = {(adds, choice): bos_of(Marked(adds), choice) for adds in (True, False) for choice in ("auto", "yes", "no")}
+    assert found == {(adds, c): 1 if c == "yes" or (c == "auto" and adds) else None for adds, c in found}
+    assert bos_of(Marked(False, None), "auto") is None
+    with pytest.raises(SystemExit):
+        bos_of(Marked(False, None), "yes")
+    assert "--bos yes: the tokenizer has no beginning-of-text token" in capsys.readouterr().err
+
+
+def test_the_beginning_of_text_is_counted_once_a_window(shelf):
+    chosen = choose(str(shelf / "other.txt"), str(shelf / "pages.txt"))
+    bare, marked = (TextReader(chosen, letters, 128, LENGTH, bos).calibration_windows(4)[1] for bos in (None, 1))
+    assert marked[1] == len(texts.text_of(str(shelf / "other.txt"), "t", 10**6)) // LENGTH
+    assert (marked - bare).count_nonzero() == 1
 
 
 def test_windows_come_in_equal_shares_and_counts_weigh_texts_alike(shelf, capsys):
@@ -104,7 +167,9 @@ def test_windows_come_in_equal_shares_and_counts_weigh_texts_alike(shelf, capsys
     windows, counts = reader(calib_text=f"{pages},{other}", eval_text="sotu").calibration_windows(5)
     alone = [reader(calib_text=path, eval_text="sotu").calibration_windows(3) for path in (pages, other)]
     assert words(windows) == words(alone[0][0]) + words(alone[1][0]) and len(windows) == 6
-    shares = [np.bincount(list(map(ord, "".join(text))), minlength=128) for text in (PAGES, "other.txt " * 200 + "\n")]
+    shares = [
+        np.bincount(list(map(ord, "".join(text))), minlength=128) for text in ("\f".join(PAGES), "other.txt " * 200 + "\n")
+    ]
     total = sum(share.sum() for share in shares)
     np.testing.assert_allclose(counts, np.mean([share / share.sum() for share in shares], 0) * total)
     for share, (_, one) in zip(shares, alone):  # one text: whole numbers, as they are counted
@@ -113,7 +178,7 @@ def test_windows_come_in_equal_shares_and_counts_weigh_texts_alike(shelf, capsys
     assert not capsys.readouterr().out
     (shelf / "short.txt").write_text("short " * 8)
     windows, _ = reader(calib_text=f"{shelf}/short.txt,{other}", eval_text="sotu").calibration_windows(10)
-    assert len(windows) == 3 + 5 and "short.txt has 3 windows, fewer than its share of 5" in capsys.readouterr().out
+    assert len(windows) == 2 + 5 and "short.txt has 2 windows, fewer than its share of 5" in capsys.readouterr().out
 
 
 # -- how sure ---------------------------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ def hub_lines(split):
     yield from part["text"]
 
 
+def complete(lines):
+    """The lines, each with its end: the hub has lines without."""
+    return (line if line.endswith("\n") else line + "\n" for line in lines)
+
+
 def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     if args.local_dir and not Path(args.local_dir).is_dir():
@@ -77,7 +82,8 @@ def main(argv=None):
     end = encoding.encode_single_token(END_OF_TEXT)
     tokens, documents = {}, {}
     for split in SPLITS:
-        texts = list(articles(local_lines(Path(args.local_dir), split) if args.local_dir else hub_lines(split)))
+        lines = local_lines(Path(args.local_dir), split) if args.local_dir else hub_lines(split)
+        texts = list(articles(complete(lines)))
         parts = []
         with tqdm(total=len(texts), desc=split, unit=" articles") as bar:
             for i in range(0, len(texts), ARTICLES_AT_ONCE):
