@@ -5,6 +5,7 @@ Caches of keys and values for decoding. Files named own_* are for our GPTs, file
     own_cache, own_attention, generate  our cache; attention over compressed values; text, one token after the other
     hf_layers                           finds q, k and v in a model
     hf_latents, hf_attention            a cache of latents; attention that fills and reads it
+    hf_same                             does our attention compute what the layer computes? finds its norms and its output
     hf_int8                             a cache of int8
     bit_code, bit_streams, bit_reader   a cache by bits: how many for each component; the bytes of a token; attention in place
     hf_bits                             attention over a cache by bits

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from common.cli import fail
-
 WINDOW = 8  # positions of a sliding window during the comparison, so that a short text goes beyond it
 NOISE = 8  # limit of a difference, in units of the layer's own float32 error. Measured: equal up to 1, unequal from 10^4
 

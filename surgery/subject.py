@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 
 from common.cli import fail
-from common.hugging_face import hub_error, is_cached, read_config, read_model, read_tokenizer
+from common.gguf_rest import NotRead, complete, set_bos
+from common.hugging_face import hub_error, is_cached, parsed_gguf, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of
 from kv_cache import generate as generation
@@ -89,9 +90,29 @@ def load_hugging_face(name, flag="--model"):
     ]
     if unread:  # such as scales of quantised weights: without them the weights are wrong
         fail(f"{given} has {min(unread)}, which a float {config.model_type} does not read: give the float model")
-    if options:
-        model.config.__dict__.pop("quantization_config", None)  # the weights are float32 now
-    return model.eval().requires_grad_(False), lambda: read_tokenizer(path, flag, **options)
+    if not options:
+        return model.eval().requires_grad_(False), lambda: read_tokenizer(path, flag)
+    model.config.__dict__.pop("quantization_config", None)  # the weights are float32 now
+    return complete_gguf(model, name, given), lambda: gguf_tokenizer(path, name, flag, options)
+
+
+def complete_gguf(model, name, given):
+    """Set what transformers left out of a GGUF file; end in one line that names what cannot be set."""
+    try:
+        complete(model, read_header(name))
+    except NotRead as error:
+        fail(f"{given}: {error}, so its numbers would be wrong: give the float model in a Hugging Face folder")
+    return model.eval().requires_grad_(False)
+
+
+def gguf_tokenizer(path, name, flag, options):
+    tokenizer = read_tokenizer(path, flag, **options)
+    set_bos(tokenizer, read_header(name))
+    return tokenizer
+
+
+def read_header(name):
+    return parsed_gguf(str(name), Path(name).stat().st_mtime_ns)
 
 
 def is_smaller(folder):

@@ -110,34 +110,9 @@ def test_models_of_hugging_face(survives, tmp_path, tokenizer):
     survives("Hugging Face folder", tmp_path / "hf", files, read)
 
 
-def write_gguf(path, tokenizer):
-    """A llama of one layer in float32, under llama.cpp's names."""
-    import gguf
-
-    hf = toys.llama(num_hidden_layers=1)
-    out = gguf.GGUFWriter(path, "llama")
-    shape = dict(block_count=1, context_length=64, embedding_length=32, feed_forward_length=48, head_count=4, head_count_kv=2)
-    for name, value in dict(shape, layer_norm_rms_eps=1e-6, rope_dimension_count=8, vocab_size=300).items():
-        getattr(out, f"add_{name}")(value)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    out.add_tokenizer_model("gpt2")
-    out.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
-    out.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
-    out.add_token_types([1] * len(bpe["vocab"]))
-    out.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    for name, p in hf.named_parameters():
-        stem, suffix = name.rsplit(".", 1)
-        out.add_tensor(f"{names.get_name(stem)}.{suffix}", p.detach().numpy())
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-
-
 def test_gguf_files(survives, tmp_path, tokenizer):
     (tmp_path / "gguf").mkdir()
-    write_gguf(tmp_path / "gguf" / "toy.gguf", tokenizer)
+    toys.write_gguf(tmp_path / "gguf" / "toy.gguf", tokenizer, toys.llama(num_hidden_layers=1))
 
     def read(folder):
         subject, tokenizer = load_subject(str(folder / "toy.gguf"))
@@ -145,7 +120,7 @@ def test_gguf_files(survives, tmp_path, tokenizer):
 
     parsed_gguf.cache_clear()
     read(tmp_path / "gguf")
-    assert parsed_gguf.cache_info()[:2] == (3, 1)  # config, weights and tokenizer need its header, and one parses it
+    assert parsed_gguf.cache_info().misses == 1  # config, weights and tokenizer need its header, and one parses it
     survives("GGUF", tmp_path / "gguf", {"toy.gguf": "gguf"}, read)
 
 
