@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 
 from common.cli import fail
-from common.gguf_head import check_gguf
 from common.modules import check_complete, fresh_memory_is_nan
 from common.tokenizer import check_definition
 from common.untrusted import check_plain, expect, of_reader, read_json, reading
@@ -145,6 +144,8 @@ def check_source(source, flag, gguf_file=None):
     """
     folder = Path(source)
     if gguf_file:
+        from common.gguf_file import check_gguf
+
         with reading(f"{flag} {folder / gguf_file}", "a GGUF file", "give a complete one"):
             return check_gguf(folder / gguf_file), (folder / gguf_file).stat().st_size
     if not folder.is_dir():

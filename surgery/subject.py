@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from common.cli import fail
-from common.gguf_rest import NotRead, complete, set_bos
+from common.gguf_file import NotRead, complete, set_bos
 from common.hugging_face import hub_error, is_cached, parsed_gguf, read_config, read_model, read_tokenizer
 from common.modules import AtTable
 from common.texts import codec_of

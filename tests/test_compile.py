@@ -48,7 +48,7 @@ def ten_steps(config, dtype, backend):
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_loss_gradients_and_ten_steps_equal_eager(tiny_config, monkeypatch, changes, dtype):
     """The loss is in three chunks. scripts/test_oldest.sh runs this by torch's default backend."""
-    monkeypatch.setattr("common.loss.CHUNK", 32)
+    monkeypatch.setattr("model.CHUNK", 32)
     config = tiny_config(block_size=40, lora_targets="wte,v_proj", n_layer=1, **changes)
     (losses, gradient), (compiled_losses, compiled_gradient) = (ten_steps(config, dtype, b) for b in (None, BACKEND))
     close, close_gradient = DTYPES[dtype]

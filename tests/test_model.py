@@ -94,7 +94,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model, monkeypa
     model = tiny_model(**dict(dense={}, factorized=dict(n_embd_wte=8), untied=dict(tie_head=False), adapters=lora)[parts])
     for name, p in model.named_parameters():
         p.requires_grad_(parts != "adapters" or ".lora." in name)
-    monkeypatch.setattr("common.loss.CHUNK", 20)
+    monkeypatch.setattr("model.CHUNK", 20)
     x, y = ids(model), ids(model).flip(0)
 
     def plain():
@@ -119,7 +119,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model, monkeypa
 
 def test_a_compiled_loss_has_no_blocks(tiny_model, monkeypatch):
     """Blocks are for a processor's cache; written out they took a compiler six minutes, and ran half as fast."""
-    monkeypatch.setattr("common.loss.BLOCK", 1)
+    monkeypatch.setattr("model.BLOCK", 1)
     model, operations = tiny_model(), []
 
     def backend(graph, inputs):

@@ -37,7 +37,7 @@ import torch
 from common.cli import fail
 from common.files import claim_folder, flush, remove, written_whole
 from common.untrusted import COUNT, read_json, read_json_lines
-from training import checkpoint, trackers
+from training import checkpoint
 from training.device import hardware
 
 ANOTHERS = ("a run's config.json", "choose another --out_dir")
@@ -92,8 +92,11 @@ class RunFolder:
         self.kept = resumed_at  # the step of last.pt
         self._keep_lines_before(resumed_at)
         self.metrics = open(self.path / "metrics.jsonl", "a", buffering=1)
-        chosen = [(name, kind) for name, kind in trackers.TRACKERS.items() if getattr(args, name)]
-        self.copies = [trackers.Copy(name, kind, args, self.path, facts) for name, kind in chosen]
+        self.copies = []
+        if args.wandb_log or args.tensorboard_log:
+            from training.trackers import copies_for
+
+            self.copies = copies_for(args, self.path, facts)
 
     def _refuse_another_run(self, config, args):
         """Refuse a folder that has checkpoints or other flags: it belongs to another run."""

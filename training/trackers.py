@@ -100,3 +100,8 @@ def scalars(values, before=""):
 def config_of(facts):
     """config.json with the flags moved to the top level, so that runs can be sorted by them."""
     return facts["args"] | {name: value for name, value in facts.items() if name not in ("args", "resumed")}
+
+
+def copies_for(args, folder, facts):
+    """The Copies that the flags ask for. folder, facts: as in WandB."""
+    return [Copy(name, kind, args, folder, facts) for name, kind in TRACKERS.items() if getattr(args, name)]
