@@ -1,7 +1,8 @@
 """
 Measurements for bench.py.
 
-    training     a training step: speed, parts, memory
-    decoding     a step of decoding
-    nanogpt      nanoGPT's model, for comparison
+    flags, commands         bench.py's words: their flags; what they do and print
+    training                a step of training: speed, parts, memory
+    decoding, generation    decoding with our models; greedy decoding of Hugging Face models
+    nanogpt                 nanoGPT's model, for comparison
 """

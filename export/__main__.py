@@ -51,7 +51,7 @@ def main(argv=None):
 
     from export.sources import read_own, read_smaller
     from export.write import write
-    from surgery.model_folder import WEIGHTS
+    from surgery.folder import WEIGHTS
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

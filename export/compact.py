@@ -8,7 +8,7 @@ from bits.trellis import gaussian_codes
 from export.bundle import bundle
 from export.multiplied import plain_config
 from kv_cache.bit_code import LayerCode
-from surgery.low_rank_modules import install, set_factors
+from surgery.rank_modules import install, set_factors
 
 CODE = "modeling_nanopca"
 TITLE = {

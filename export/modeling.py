@@ -9,7 +9,7 @@ from bits.trellis import WINDOW, Code, float16_code, shapes
 from common.modules import check_complete, fresh_memory_is_nan
 from kv_cache.bit_code import LayerCode
 from kv_cache.hf_bits import coded_layers, install_cache
-from surgery.low_rank_modules import install
+from surgery.rank_modules import install
 
 
 class CompactModel:

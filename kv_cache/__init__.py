@@ -8,7 +8,7 @@ Caches of keys and values for decoding. Files named own_* are for our GPTs, file
     hf_same                             does our attention compute what the layer computes? finds its norms and its output
     hf_int8                             a cache of int8
     bit_code, bit_streams, bit_reader   a cache by bits: how many for each component; the bytes of a token; attention in place
-    hf_bits                             attention over a cache by bits
+    hf_bits, decoding_speed             attention over a cache by bits; tokens a second and bytes of a cache
 
 A *component* is a coordinate of a layer's keys and values after a change of basis.
 A *depth* is the number of bits of a component. A *level* is a value that a quantised number can have.

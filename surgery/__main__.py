@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
 from common.files import claim_new
-from surgery.points import UNTOUCHED, Point, make_points
+from surgery.rank_points import UNTOUCHED, Point, make_points
 
 
 @dataclass
@@ -171,7 +171,7 @@ def opened(args):
     """Load what the flags name -> (model's name, Subject, tokenizer, chosen texts, TextReader, evaluation windows by text)."""
     import torch
 
-    from surgery.checks import check_window
+    from surgery.flags import check_window
     from surgery.subject import choose_model, load_subject
     from surgery.texts import TextReader, announced, choose
 
@@ -190,12 +190,12 @@ def pack(args):
     """Write the packed model of --bytes and --cache_bytes."""
     from kv_cache.hf_bits import check_cache
     from reports.packed import packed_table
-    from surgery.checks import check_subject
     from surgery.evaluator import Evaluator
-    from surgery.pack_model import pack_model
-    from surgery.surgeon import digest
+    from surgery.flags import check_subject
+    from surgery.rank_cut import digest
     from surgery.sweep import prepare_folder
     from surgery.texts import settings
+    from surgery.write import write_model, write_packed
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
@@ -204,7 +204,8 @@ def pack(args):
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _, *claims = prepare_folder(args, shared)
     claims.append(claim_new(args.out, "folder"))
-    record = pack_model(args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
+    given = (args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
+    record = write_model(args, folder, "packed.jsonl", lambda: write_packed(*given))
     print(packed_table(record))
     for claim in claims:
         claim.release()
@@ -226,13 +227,13 @@ def main(argv=None):
     from kv_cache.hf_attention import check_attention
     from kv_cache.hf_layers import find_layers
     from reports.surgery import write_report
-    from surgery.checks import check_ranks, check_subject
     from surgery.evaluator import Evaluator
+    from surgery.flags import check_ranks, check_subject
     from surgery.moments import calibration
-    from surgery.surgeon import Surgeon, digest
+    from surgery.rank_cut import Surgeon, digest
     from surgery.sweep import prepare_folder, read_records, sweep
     from surgery.texts import settings
-    from surgery.write_model import write_smaller
+    from surgery.write import write_model, write_smaller
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     model = subject.model
@@ -258,7 +259,8 @@ def main(argv=None):
         practice = texts.healing_windows(args.heal_steps) if args.heal_steps else []
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
-            write_smaller(args, points[0], surgeon, evaluator, tokenizer, practice, folder)
+            given = (args, points[0], surgeon, evaluator, tokenizer, practice)
+            write_model(args, folder, "smaller.jsonl", lambda: write_smaller(*given))
     records, smaller = (read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point may have two
     print(write_report(folder, records, smaller, args.html))

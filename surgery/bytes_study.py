@@ -117,10 +117,10 @@ def main(argv=None):
     systems = plan(args)
 
     from kv_cache.hf_bits import coded_layers
-    from surgery.checks import check_window
     from surgery.evaluator import Evaluator
+    from surgery.flags import check_window
+    from surgery.rank_cut import digest
     from surgery.subject import OwnSubject, choose_model, load_subject
-    from surgery.surgeon import digest
     from surgery.sweep import prepare_folder, read_records
     from surgery.texts import TextReader, announced, choose, settings
 
@@ -156,8 +156,7 @@ def main(argv=None):
 
 def measure(args, system, rows, subject, texts, evaluator, folder):
     """Measure rows of a system and write a line for each in results.jsonl -> messages about rows that cannot be measured."""
-    from surgery.bytes_cache import CacheMeasurer
-    from surgery.bytes_rows import Measurer
+    from surgery.study_rows import CacheMeasurer, Measurer
     from surgery.sweep import add_line
 
     if system == "cache":

@@ -6,7 +6,7 @@ from common.cli import fail
 from common.modules import check_complete, fresh_memory_is_nan
 from common.untrusted import reading
 from surgery.evaluator import measured
-from surgery.reading import load
+from surgery.folder import load
 from surgery.subject import check_size, is_own, is_smaller, load_hugging_face, load_own, longest_of
 from training import checkpoint
 

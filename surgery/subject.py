@@ -18,7 +18,7 @@ from common.texts import codec_of
 from kv_cache import generate as generation
 from kv_cache.own_cache import KVCache
 from model import NO_CACHE
-from surgery.model_folder import WEIGHTS
+from surgery.folder import WEIGHTS
 from training import checkpoint
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"

@@ -12,8 +12,8 @@ from common.cli import fail
 from common.files import claim_folder, written_whole
 from common.untrusted import read_json, read_json_lines
 from surgery.evaluator import answers
-from surgery.points import UNTOUCHED
-from surgery.surgeon import Cut, check_changes, fingerprint
+from surgery.rank_cut import Cut, check_changes, fingerprint
+from surgery.rank_points import UNTOUCHED
 from training.run_folder import provenance
 
 # Identifies the points that are measured already. Older lines have no budget.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_coded_cache import IDS, WHOLE, coded, modules, toys
 
-from surgery.decoding_speed import cache_bytes
-from surgery.reading import load
+from kv_cache.decoding_speed import cache_bytes
+from surgery.folder import load
 
 
 def test_a_gpt_neox_is_packed_whole(operate, run_main, tmp_path):

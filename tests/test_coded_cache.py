@@ -13,13 +13,12 @@ from kernels.build import library
 from kv_cache.bit_code import WHOLE, WHOLE_RANGE, blocks_of, fit, fit_levels, known_of, least_bits
 from kv_cache.bit_reader import reader_of
 from kv_cache.bit_streams import GAIN_BITS, Streams, best_windows, size_of, windows_and_gain
+from kv_cache.decoding_speed import cache_bytes
 from kv_cache.hf_attention import Turns
 from kv_cache.hf_latents import norm_of
 from model import rotate
-from surgery.coded_folder import save
-from surgery.decoding_speed import cache_bytes
-from surgery.model_folder import WEIGHTS
-from surgery.reading import load
+from surgery.bits_folder import save
+from surgery.folder import WEIGHTS, load
 from surgery.subject import Subject
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")

@@ -18,7 +18,7 @@ from bits.modules import CodedLinear
 from bits.packing import pack, stream_bytes, unpack
 from bits.trellis import FAST_WINDOW, WINDOW, Code, encode, gaussian_code, gaussian_codes, measured
 from kernels import build as kernels
-from surgery.heal_coded import TrainableCodes
+from surgery.heal import TrainableCodes
 
 V, d = 700, 24
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from surgery.reading import load
+from surgery.folder import load
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
 DEAD = [  # weights that are zeros

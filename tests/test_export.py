@@ -13,12 +13,12 @@ from tiktoken_ext import openai_public
 from common.dataset import write_dataset
 from common.tokenizer import END_OF_TEXT, train_bpe
 from export.tokenizer import from_tiktoken, tokenizer_for
+from kv_cache.decoding_speed import cache_bytes
 from kv_cache.generate import chooser, generate
 from kv_cache.own_cache import KVCache
-from surgery.coded_folder import save as save_coded
-from surgery.decoding_speed import cache_bytes
-from surgery.low_rank_folder import save
-from surgery.reading import load
+from surgery.bits_folder import save as save_coded
+from surgery.folder import load
+from surgery.rank_folder import save
 from training import checkpoint as ckpt
 from util_factorization.import_hf import from_hugging_face
 

@@ -8,8 +8,8 @@ import torch.nn as nn
 
 from common.hugging_face import read_model
 from common.modules import check_filled, fresh_memory_is_nan
-from surgery import low_rank_modules
-from surgery.reading import load
+from surgery import rank_modules
+from surgery.folder import load
 from training import checkpoint
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
@@ -22,7 +22,7 @@ IDS = torch.arange(20)[None]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """llama/ of save_pretrained, and two smaller models of it: low_rank/ and packed/."""
-    from surgery.coded_folder import save as save_packed
+    from surgery.bits_folder import save as save_packed
 
     folder = tmp_path_factory.mktemp("filled")
     toys.llama().save_pretrained(folder / "llama")
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_read_is_filled(tiny_model, tmp_path):
 
 def test_a_part_that_a_reader_forgets_is_one_line(folders, monkeypatch, capsys):
     """So it was on torch 2.5, whose torch.get_default_device() does not see torch.device("meta")."""
-    monkeypatch.setattr(low_rank_modules, "unset_table", lambda V, r: nn.utils.skip_init(nn.Embedding, V, r, device="cpu"))
+    monkeypatch.setattr(rank_modules, "unset_table", lambda V, r: nn.utils.skip_init(nn.Embedding, V, r, device="cpu"))
     with pytest.raises(SystemExit):
         load(folders / "low_rank")
     (line,) = capsys.readouterr().err.splitlines()

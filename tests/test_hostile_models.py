@@ -15,12 +15,12 @@ from bits.encode import code, draft_layer, draft_table, fit
 from common.hugging_face import parsed_gguf
 from kv_cache.hf_layers import find_layers
 from reports.html import page
-from surgery.coded_folder import save as save_coded
-from surgery.low_rank_folder import save as save_low_rank
-from surgery.low_rank_modules import shrink
+from surgery.bits_folder import save as save_coded
+from surgery.folder import load
 from surgery.moments import read_moments, shapes_of
-from surgery.points import Point
-from surgery.reading import load
+from surgery.rank_folder import save as save_low_rank
+from surgery.rank_modules import shrink
+from surgery.rank_points import Point
 from surgery.subject import Subject, load_subject
 from surgery.sweep import prepare_folder, read_records
 from util_factorization.decompose_matrix import decompose as decompose_matrix

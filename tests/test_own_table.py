@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.modules import AtTable
-from surgery.coded import draft_all, matrices_of, whole_moments
+from surgery.bits_model import draft_all, matrices_of, whole_moments
 from surgery.subject import OwnSubject
 
 V = 600

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from bits.encode import code, decompose_by, draft_table, fit
 from bits.modules import CodedLinear, install_coded
 from bits.trellis import float16_code
-from surgery.coded import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
-from surgery.coded_folder import save
+from surgery.bits_folder import save
+from surgery.bits_model import coded_in, draft_all, matrices_of, metrics_of, set_prices, whole_moments
 from surgery.evaluator import Evaluator
-from surgery.heal_coded import heal_coded
-from surgery.in_order import blocks_of, repaired
-from surgery.linears import LinearMoments, find_linears
-from surgery.model_folder import WEIGHTS
-from surgery.reading import load
+from surgery.folder import WEIGHTS, load
+from surgery.heal import Recipe, heal_coded
+from surgery.moments import LinearMoments, find_linears
+from surgery.rank_in_order import blocks_of, repaired
 from surgery.subject import Subject
 
 toys = pytest.importorskip("toys", reason="this transformers wants a newer torch")
@@ -137,7 +136,7 @@ def test_the_folder_reads_back_and_generates_in_both_forms(packed, folder):
 def test_healing_lowers_the_divergence_and_leaves_the_codes(packed):
     coded = packed.code(0.35)
     hf = copy.deepcopy(packed.hf).requires_grad_(False)
-    made, facts = heal_coded(Subject, hf, coded, packed.subject, WINDOWS, 24, 2, 5e-4, 0, lambda kl: None)
+    made, facts = heal_coded(hf, coded, packed.subject, WINDOWS, Recipe(24, 2, 5e-4))
     assert facts["steps"] == 24 and facts["tokens"] == 24 * 32
     lost = []
     for matrices in (made, coded):

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from kv_cache import hf_latents as latent_cache
+from kv_cache.decoding_speed import cache_bytes
 from kv_cache.hf_attention import LatentAttention
 from kv_cache.hf_layers import find_layers
-from surgery import allocate
-from surgery.decoding_speed import cache_bytes
+from surgery import rank_cut
 from surgery.evaluator import Evaluator
-from surgery.heal import heal
-from surgery.low_rank_folder import save, turn_to_keys
-from surgery.low_rank_modules import shrink
-from surgery.points import Point
-from surgery.reading import load
+from surgery.folder import load
+from surgery.heal import Recipe, heal
+from surgery.rank_cut import Surgeon
+from surgery.rank_folder import save, turn_to_keys
+from surgery.rank_modules import shrink
+from surgery.rank_points import Point
 from surgery.subject import Subject
-from surgery.surgeon import Surgeon
 from util_factorization.decompose_matrix import decompose, from_skeleton, skeleton
 from util_factorization.modules import FactorizedTable
 
@@ -281,7 +281,7 @@ def spectra(*scales):
 def test_a_budget_is_spent_where_it_saves_most():
     """Against every choice of ranks."""
     decompositions, costs = spectra(1, 2, 1), (1.0, 0.5, 3.0)
-    ranks = allocate.spend(decompositions, costs, 0.5)
+    ranks = rank_cut.ranks_for(decompositions, costs, 0.5)
     assert sum(ranks) == 9
 
     def lost(ranks):
@@ -294,13 +294,13 @@ def test_a_budget_is_spent_where_it_saves_most():
 def test_what_is_left_of_a_budget_goes_to_cheaper_matrices():
     generator = torch.Generator().manual_seed(0)
     wide, narrow = (decompose(torch.randn(n, 9, generator=generator), "svd") for n in (9, 2))
-    ranks = allocate.spend([wide, narrow], (1.0, 1e-6), 0.99)  # of 9 components of 18 numbers and 2 of 11
+    ranks = rank_cut.ranks_for([wide, narrow], (1.0, 1e-6), 0.99)  # of 9 components of 18 numbers and 2 of 11
     assert ranks == [9, 1]
-    assert allocate.prices([wide, narrow])[1] == 29 / 184
+    assert rank_cut.prices([wide, narrow])[1] == 29 / 184
 
 
 def test_the_unit_cost_is_what_the_loss_says():
-    assert allocate.unit_cost(0.5, 2.0) == 0.125 and allocate.unit_cost(-1e-9, 2.0) == 0
+    assert rank_cut.unit_cost(0.5, 2.0) == 0.125 and rank_cut.unit_cost(-1e-9, 2.0) == 0
 
 
 def test_budgets_in_a_sweep(operate, clinic):
@@ -332,10 +332,9 @@ def test_healing_wins_back_and_leaves_a_plain_model_of_the_same_size():
     evaluator, student = Evaluator(untouched, dict(text=windows)), Subject(small)
     before, size, names = evaluator.measure(student), parameters(small), set(small.state_dict())
     teacher = {name: p.clone() for name, p in untouched.model.named_parameters()}
-    seen = []
-    facts = heal(student, untouched, windows, 30, 4, 1e-2, 0, seen.append)
+    facts = heal(student, untouched, windows, Recipe(30, 4, 1e-2))
     after = evaluator.measure(student)
-    assert after["kl"] < 0.7 * before["kl"] and len(seen) == facts["steps"] == 30 and facts["tokens"] == 30 * 99
+    assert after["kl"] < 0.7 * before["kl"] and facts["steps"] == 30 and facts["tokens"] == 30 * 99
     assert parameters(small) == size and set(small.state_dict()) == names
     assert not any(p.requires_grad for p in small.parameters())
     assert all(torch.equal(p, teacher[name]) for name, p in untouched.model.named_parameters())
@@ -411,7 +410,7 @@ def test_bfloat16_is_for_the_products_and_the_divergence_stays_exact():
         p.data.add_(0.02 * torch.randn_like(p) * p.std())
     for dtype in ("float32", "bfloat16"):
         student = Subject(copy.deepcopy(small))
-        found[dtype] = heal(student, untouched, windows, 1, 2, 1e-9, 0, lambda kl: None, dtype)["training_kl"]
+        found[dtype] = heal(student, untouched, windows, Recipe(1, 2, 1e-9, dtype=dtype))["training_kl"]
     assert 0 < found["float32"] < 2e-4 and found["bfloat16"] == pytest.approx(found["float32"], rel=0.2)
 
 
@@ -419,7 +418,7 @@ def test_one_step_of_healing_moves_the_model():
     _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=3)
     before = small.model.layers[0].mlp.up_proj.weight.clone()
     windows = [(IDS[:1, :-1], IDS[:1, 1:])]
-    heal(Subject(small), Subject(sharpened(llama())), windows, 1, 4, 1e-2, 0, lambda kl: None)
+    heal(Subject(small), Subject(sharpened(llama())), windows, Recipe(1, 4, 1e-2))
     assert not torch.equal(small.model.layers[0].mlp.up_proj.weight, before)
 
 

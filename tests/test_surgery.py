@@ -7,9 +7,9 @@ import torch
 
 from kv_cache.hf_layers import find_layers
 from surgery.moments import Moments
-from surgery.points import Point
+from surgery.rank_cut import Surgeon, check_changes, fingerprint
+from surgery.rank_points import Point
 from surgery.subject import Subject
-from surgery.surgeon import Surgeon, check_changes, fingerprint
 from util_factorization import MATRIX_METHODS as METHODS
 from util_factorization.calibrate import calibrate
 from util_factorization.decompose_matrix import decompose, refit, relative_error

@@ -13,13 +13,13 @@ from common.tokenizer import train_bpe
 from kv_cache.hf_layers import find_layers
 from model import GPT, GPTConfig
 from surgery.evaluator import Evaluator, answers
-from surgery.low_rank_folder import save as save_small
-from surgery.low_rank_modules import shrink
+from surgery.folder import load as load_small
 from surgery.moments import Moments
-from surgery.points import MODES, Point
-from surgery.reading import load as load_small
+from surgery.rank_cut import Surgeon, check_changes, fingerprint
+from surgery.rank_folder import save as save_small
+from surgery.rank_modules import shrink
+from surgery.rank_points import MODES, Point
 from surgery.subject import OwnSubject, Subject, load_subject
-from surgery.surgeon import Surgeon, check_changes, fingerprint
 from surgery.texts import encode
 from training import checkpoint
 from training.evaluate import evaluate

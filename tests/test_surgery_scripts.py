@@ -204,7 +204,7 @@ def test_a_smaller_model_that_was_not_measured_is_not_left_there(operate, monkey
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgery.write_model.decode_speeds", stop)
+    monkeypatch.setattr("surgery.write.decode_speeds", stop)
     with pytest.raises(KeyboardInterrupt):
         operate("--targets", "k", "--rank", "4", "--out", tmp_path / "small")
     assert not (tmp_path / "small").exists()

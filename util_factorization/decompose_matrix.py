@@ -9,7 +9,7 @@ W ~ left @ right (+ mean), left [out,r], right [r,in]. A method defines the cost
     fisher  the same C, and G = E[g g^T] of the loss's gradient g at the output: twice the nats lost, to second order, if x and
             g are independent (the two factors of K-FAC, arXiv:1503.05671). The loss predicts next tokens that the model
             draws itself: on SmolLM2-135M this loses a sixth less than the text's own next tokens
-    sequential  as fisher, but W and C come from surgery/in_order.py: C is measured after the earlier layers were cut
+    sequential  as fisher, but W and C come from surgery/rank_in_order.py: C is measured after the earlier layers were cut
 
 With G^(1/2) (W - mean) C^(1/2) = U S V^T, left is G^(-1/2) U_k and right is U_k^T G^(1/2) (W - mean): C is never inverted.
 

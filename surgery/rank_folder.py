@@ -1,5 +1,5 @@
 """
-A model with low-rank factors on disk. config.json's entry "surgery" is the plan (low_rank_modules.py).
+A model with low-rank factors on disk. config.json's entry "surgery" is the plan (rank_modules.py).
 
 Each low-rank matrix is stored as a skeleton (decompose_matrix.py), which has fewer numbers than the dense matrix at every rank.
 """
@@ -7,8 +7,8 @@ Each low-rank matrix is stored as a skeleton (decompose_matrix.py), which has fe
 import torch
 
 from kv_cache.hf_attention import LatentAttention
-from surgery.low_rank_modules import install
-from surgery.model_folder import check_tensors, put, write_folder
+from surgery.folder import check_tensors, put, write_folder
+from surgery.rank_modules import install
 from util_factorization.decompose_matrix import from_skeleton, skeleton
 
 

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from common.cli import fail, rounded
 from kv_cache.hf_layers import heights, stacks
-from surgery import allocate
-from surgery.in_order import layers_in_order, repaired
+from surgery.rank_in_order import layers_in_order, repaired
 from util_factorization import MATRIX_METHODS, METHODS, MOMENTS, decompose_matrix, decompose_table
 
 
@@ -93,7 +92,7 @@ class Surgeon:
         return cut
 
     def cut_in_order(self, point, chosen, ranks, cut):
-        """Fit each stack to its inputs after the layers before it have been cut (in_order.py)."""
+        """Fit each stack to its inputs after the layers before it have been cut (rank_in_order.py)."""
         stacks_of, layers = {}, {stack[0][0].name: stack[0][0] for stack in chosen}
         for stack, rank in zip(chosen, ranks):
             stacks_of.setdefault(stack[0][0].name, []).append((stack, rank))
@@ -166,14 +165,14 @@ class Surgeon:
         decompositions = [self.decomposition(point.method, stack) for stack in chosen]
         if point.level == "variance":
             return [decomposition.rank_for(point.value) for decomposition in decompositions]
-        least = allocate.prices(decompositions)[1]
+        least = prices(decompositions)[1]
         if point.value < least:
             fail(f"--budget {point.value}: one component of every matrix takes {least:.3f} of the numbers: give that or more")
         uniform = [min(max(1, round(point.value * d.full)), d.full - 1) for d in decompositions]
         costs = []
         for stack, rank, d in zip(tqdm(chosen, "each layer alone"), uniform, decompositions):
-            costs.append(allocate.unit_cost(self.nats_alone(point, stack, rank), d.tail(rank)))
-        return allocate.spend(decompositions, costs, point.value)
+            costs.append(unit_cost(self.nats_alone(point, stack, rank), d.tail(rank)))
+        return ranks_for(decompositions, costs, point.value)
 
     def nats_alone(self, point, stack, rank):
         """KL divergence on calibration text if only this stack is cut."""
@@ -199,3 +198,45 @@ def check_changes(before, model, must=frozenset(), may=frozenset()):
     for names, problem in ((changed - may, "changed and should not have"), (must - changed, "should have changed and did not")):
         if names:
             raise RuntimeError(f"{len(names)} weights {problem}, first {sorted(names)[0]}")
+
+
+# -- ranks for a budget -----------------------------------------------------------------------------------------------
+#
+# A decomposition gives the shape of a layer's error: its singular values S in the method's metric. It does not give the cost of
+# that error: the metric is of second order, assumes two independent factors, and is rougher for some layers than for others.
+# So each layer is cut alone once. The KL divergence of that cut, divided by its squared error, is the price a of the layer's
+# error. The importance of its component i is a S_i^2. The budget goes to the components with the highest importance per stored
+# number.
+
+
+def unit_cost(nats, tail):
+    """The price a: nats per token that a cut costs, divided by the square of its error in the method's metric."""
+    return max(nats, 0.0) / max(tail**2, 1e-30)
+
+
+def prices(decompositions):
+    """-> (numbers in a component of each decomposition, the share of all numbers that one component of each takes)."""
+    each = [sum(decomposition.W.shape) for decomposition in decompositions]
+    return each, sum(each) / sum(price * d.full for price, d in zip(each, decompositions))
+
+
+def ranks_for(decompositions, costs, budget):
+    """
+    The ranks for a share `budget` of the numbers of all components. A component stores in + out numbers.
+
+    S falls, so a layer's first components are the most important ones. Every layer gets at least one.
+    """
+    (each, least), ranks, full = prices(decompositions), [1] * len(decompositions), set()
+    left = sum(each) * (budget / least - 1)
+    importance = [
+        (a * s * s / price, i)
+        for i, (a, decomposition, price) in enumerate(zip(costs, decompositions, each))
+        for s in decomposition.S[1:].tolist()
+    ]
+    for _, i in sorted(importance, reverse=True):
+        if each[i] > left * (1 + 1e-9):
+            full.add(i)  # the rest may still be enough for a smaller component
+        if i not in full:
+            ranks[i] += 1
+            left -= each[i]
+    return ranks

@@ -9,7 +9,7 @@ from bits.modules import install_coded
 from bits.trellis import FAST_WINDOW, WINDOW, float16_code, gaussian_codes
 from kv_cache import hf_bits as coded_attention
 from kv_cache.bit_code import LAYERS_BEFORE, LayerCode
-from surgery.model_folder import check_tensors, put, write_folder
+from surgery.folder import check_tensors, put, write_folder
 
 
 def save(folder, hf, tokenizer, coded, cache=()):

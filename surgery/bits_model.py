@@ -27,8 +27,7 @@ from bits.encode import (
 from bits.trellis import distortion, gaussian_codes
 from common.files import written_whole
 from surgery.evaluator import Evaluator
-from surgery.linears import LinearMoments, find_linears
-from surgery.moments import finite_moments, read_moments
+from surgery.moments import LinearMoments, find_linears, finite_moments, read_moments
 from util_factorization.calibrate import calibrate
 
 PROBE_BITS = 3
