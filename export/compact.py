@@ -96,7 +96,8 @@ def packed_plan(hf, plan):
     ends = dict(wte=hf.get_input_embeddings(), head=hf.get_output_embeddings())
     coded = {name: (ends.get(name) or hf.get_submodule(name)).coded.tensors() for name in plan["coded"]}
     cache = [dict(bits=list(map(counts, code.bits)), parts=sizes(code.tensors())) for _, code in layer_codes(hf)]
-    return dict(coded={name: sizes(tensors) for name, tensors in coded.items()}, cache=cache)
+    others = dict(attention=plan["attention"]) if "attention" in plan else {}
+    return dict(coded={name: sizes(tensors) for name, tensors in coded.items()}, cache=cache, **others)
 
 
 def sizes(tensors):

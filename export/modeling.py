@@ -8,7 +8,9 @@ from bits.modules import install_coded
 from bits.trellis import WINDOW, Code, float16_code, shapes
 from common.modules import check_complete, fresh_memory_is_nan
 from kv_cache.bit_code import LayerCode
-from kv_cache.hf_bits import coded_layers, install_cache
+from kv_cache.hf_attention import parts_in
+from kv_cache.hf_bits import install_cache
+from kv_cache.hf_layers import find_layers
 from surgery.rank_modules import install
 
 
@@ -51,10 +53,10 @@ class PackedModel(CompactModel):
     def __init__(self, config):
         super().__init__(config)
         plan, self.levels = config.surgery, Levels()
-        layers = coded_layers(self) if plan["cache"] else []
+        layers = find_layers(self) if plan["cache"] else []
         install_coded(self, {name: blank_matrix(parts, self.levels) for name, parts in plan["coded"].items()})
         if layers:
-            install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], layers)
+            install_cache(self, [blank_layer_code(**code) for code in plan["cache"]], parts_in(plan), layers)
         self.post_init()
         # LayerCodes stay float32: a key must be read back exactly as it was written. This is not a class attribute, since
         # transformers 4 would look for the modules too early.

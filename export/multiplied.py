@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kv_cache.hf_attention import LatentAttention
+from kv_cache.hf_latents import LatentAttention
 from kv_cache.hf_layers import find_layers
 from util_factorization.modules import LowRank, Uncut
 
@@ -28,8 +28,14 @@ def multiplied(small, plan):
             part = getattr(attn, f"{target}_proj", None)
             if isinstance(part, LowRank):
                 layer.set(target, *product(part))
-        if isinstance(attn, LatentAttention) and hasattr(own, "dense"):  # NeoX's name of o_proj
-            own.dense.load_state_dict(attn.o_proj.state_dict())
+        if isinstance(attn, LatentAttention):  # its own names of the norms and the output projection
+            for part, name in (
+                (attn.o_proj, attn.parts.out[-1]),
+                (attn.q_norm, attn.parts.q_norm),
+                (attn.k_norm, attn.parts.k_norm),
+            ):
+                if name:
+                    getattr(own, name).load_state_dict(part.state_dict())
     if plan["table"]:
         table, head = small.get_input_embeddings(), small.get_output_embeddings()
         rows = table(torch.arange(small.config.vocab_size)) / getattr(hf.get_input_embeddings(), "embed_scale", 1)

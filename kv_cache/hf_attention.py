@@ -1,26 +1,81 @@
 """
-Attention of a Hugging Face model that caches latents in place of keys and values.
+What attention with a smaller cache shares: it takes over a layer of Hugging Face with its norms, rotation and output.
 
-Shapes: B texts, T positions of this call, S positions in the cache, H query heads, G kv heads, n numbers per head, r a rank.
+    LatentAttention (hf_latents.py) caches latents; CodedAttention (hf_bits.py) caches quantised keys and values
+
+Scores depend only on distances. So positions are counted from the first in the cache, and left padding does no harm.
+
+Shapes: B texts, T positions of this call, S positions in the cache, H query heads, G kv heads, n numbers per head, r latents.
 """
 
-import sys
+import inspect
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 
-from common.cli import fail
-from kv_cache.hf_latents import KeyReader, growing, loop_reads, norm_of, trains, turn_latents, turn_to_keys
-from model import rotate
-from util_factorization.modules import Uncut, restore_sums
+AT_ONCE = 256  # positions by which a buffer grows
+
+# -- what a layer consists of -----------------------------------------------------------------------------------------
 
 
-class Turns:
+@dataclass(frozen=True)
+class Parts:
+    """
+    What an attention layer does beside its matrices, by the names of its modules. hf_same.py finds it.
+
+    q_norm, k_norm   norms of queries and keys before the rotation, or None
+    shape            what a norm sees: "BTHn", "BHTn", or "BTD" with D = H n
+    out              the modules after the attention, in order: the last is the output projection
+    rotates          whether queries and keys are rotated by their position
+    """
+
+    q_norm: str | None = None
+    k_norm: str | None = None
+    shape: str = "BTHn"
+    out: tuple = ("o_proj",)
+    rotates: bool = True
+
+
+def usual_parts(attn):
+    """The Parts of a layer whose modules have the usual names, as Llama, Qwen 3 and GPT-NeoX have."""
+    names = dict(attn.named_children())
+    q_norm, k_norm = (name if name in names else None for name in ("q_norm", "k_norm"))
+    return Parts(q_norm, k_norm, out=(next((name for name in ("o_proj", "dense", "c_proj") if name in names), "o_proj"),))
+
+
+def attention_entries(parts):
+    """{layer: Parts} as plain JSON, for a plan."""
+    return [dict(layer=name, **asdict(its)) | dict(out=list(its.out)) for name, its in parts.items()]
+
+
+def parts_in(plan):
+    """{layer: its Parts}, where they differ from the usual ones. plan: of a folder, plain JSON."""
+    found = {}
+    for entry in plan.get("attention", []):
+        values = {name: value for name, value in entry.items() if name != "layer"}
+        found[entry["layer"]] = Parts(**values | dict(out=tuple(entry["out"])))
+    return found
+
+
+def head_size(attn):
+    """Numbers per head of a Hugging Face attention layer; None if it does not say."""
+    return getattr(attn, "head_dim", getattr(attn, "head_size", None))
+
+
+# -- rotation ---------------------------------------------------------------------------------------------------------
+
+
+class RotaryTable:
     """The rotary table: the model's cosines and sines of all positions so far. Kept, since all layers read it at every step."""
 
-    def __init__(self, rotary):
-        self.rotary, self.made = rotary, (torch.empty(1, 0, 0),) * 2
+    def __init__(self, rotary, layer_type=None):
+        """rotary: the model's, or None without rotation. layer_type: of its layers, if it has a rotation for each type."""
+        self.rotary = rotary if layer_type is None else partial(rotary, layer_type=layer_type)
+        self.made = (torch.empty(1, 0, 0),) * 2
         self.across = None, None  # the source and the result of columns()
 
     def __call__(self, S, like):
@@ -48,6 +103,23 @@ class Turns:
         return columns
 
 
+def rotary_tables(hf):
+    """-> a function of a layer and its Parts, which gives its RotaryTable. Layers with the same rotation share one."""
+    rotary, made = getattr(hf.base_model, "rotary_emb", None), {}
+    by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+
+    def table_of(attn, parts):
+        kind = hf.config.get_text_config().layer_types[attn.layer_idx] if by_type and parts.rotates else None
+        if (parts.rotates, kind) not in made:
+            made[parts.rotates, kind] = RotaryTable(rotary if parts.rotates else None, kind)
+        return made[parts.rotates, kind]
+
+    return table_of
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
 def masked(scores, mask):
     """Apply an attention mask (B or 1, H or 1, T, S) or None to scores (B, H, S) of one query, the mask's last row."""
     if mask is None:
@@ -56,127 +128,142 @@ def masked(scores, mask):
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-class LatentAttention(nn.Module):
-    """
-    Attention that caches latents in place of keys and values. A token takes r numbers if k and v share a latent, r_k + r_v if
-    each has its own, instead of 2 G n. Keys are restored and rotated when they are read. Values are restored for a prompt. For
-    a single token each head sums the latents with its weights, and H sums are restored instead of S values.
+class CachedAttention(nn.Module):
+    """Norms, rotation and output of a layer of Hugging Face. parts: its Parts. turns: its RotaryTable."""
 
-    Scores depend only on distances. So positions are counted from the first in the cache, and left padding does no harm.
-    """
-
-    def __init__(self, attn, q, k, v, turns):
+    def __init__(self, attn, parts, turns, last=None):
+        """last: a name for the output projection; default: its own."""
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = q, k, v
-        self.o_proj = next(getattr(attn, name) for name in ("o_proj", "dense", "c_proj") if hasattr(attn, name))
-        self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
-        self.n = head_size(attn)
-        self.scaling, self.layer_idx, self.turns = attn.scaling, attn.layer_idx, turns
-        self.turn = None  # the change of basis that turn_to_keys() made
+        modules = dict(attn.named_children())
+        self.parts, self.turns, self.out = parts, turns, (*parts.out[:-1], last or parts.out[-1])
+        self.n, self.scaling, self.layer_idx = head_size(attn), attn.scaling, attn.layer_idx
+        for name, own in zip(self.out, parts.out):
+            setattr(self, name, modules[own])
+        self.q_norm, self.k_norm = (modules[name] if name else nn.Identity() for name in (parts.q_norm, parts.k_norm))
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.n))  # (B, T, heads, n)
-
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
-        x, cache = hidden_states, layer_past if past_key_values is None else past_key_values
-        q, c_k = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), self.k_proj.down(x)
-        c_v = c_k[..., :0] if self.shared else self.v_proj.down(x)
+    @staticmethod
+    def cache_of(past_key_values, layer_past):
+        """The cache of a call, or None. layer_past: its name in GPT-NeoX."""
+        cache = layer_past if past_key_values is None else past_key_values
         if getattr(cache, "is_compileable", False):
             raise NotImplementedError("a static cache does not say how many positions it holds: drop cache_implementation")
-        layer = growing(cache, self.layer_idx)
-        if layer and not layer.get_seq_length():
-            layer.reader = self.reader(c_k)
-        if cache is not None:
-            c_k, c_v = (c[:, 0] for c in cache.update(c_k[:, None], c_v[:, None], self.layer_idx))  # (B, S, r)
-        c_v = c_k if self.shared else c_v
-        (T, S), (cos, sin) = (q.shape[2], c_k.shape[1]), self.turns(c_k.shape[1], x)
-        q = rotate(q, cos[:, S - T :], sin[:, S - T :])
-        if T == 1 and isinstance(self.v_proj.up, nn.Linear):
-            scores = self.scores(self.scaling * q[:, :, 0], c_k, cos, sin, layer and layer.reader)
-            return self.o_proj(self.late(scores, c_v, attention_mask)), None
-        k, v = self.keys(c_k, cos, sin), self.heads(self.v_proj.up(c_v)).transpose(1, 2)
-        causal = attention_mask is None and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(-2)), None  # (B, T, d)
+        return cache
 
-    @property
-    def shared(self):
-        """Whether keys and values share one latent."""
-        return self.v_proj.down is self.k_proj.down
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
 
-    def keys(self, c, cos, sin):
-        """Latents (B, S, r) -> rotated keys (B, G, S, n)"""
-        return rotate(self.k_norm(self.heads(self.k_proj.up(c))).transpose(1, 2), cos, sin)
+    def normed(self, norm, x):
+        """Queries or keys (B, T, heads n) -> (B, heads, T, n), after their norm."""
+        if self.parts.shape == "BTD":
+            return self.heads(norm(x))
+        if self.parts.shape == "BHTn":
+            return norm(self.heads(x))
+        return norm(x.unflatten(-1, (-1, self.n))).transpose(1, 2)
 
-    def scores(self, q, c, cos, sin, reader):
-        """One query, scaled and rotated (B, H, n); c: latents of the keys (B, S, r) -> (B, H, S)"""
-        if reader and reader.reads(q, c):
-            return reader.scores(q, c, cos, sin)
-        k = self.keys(c, cos, sin)
-        return (q.unflatten(1, (k.shape[1], -1)) @ k.transpose(-1, -2)).flatten(1, 2)  # (B, G, H/G, n) times (B, G, n, S)
+    def attend(self, q, k, v, mask):
+        """q (B, H, T, n), k and v (B, G, S, n), rotated -> the layer's output (B, T, d)"""
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scaling, enable_gqa=True)
+        return self.project_out(y.transpose(1, 2).flatten(-2))
 
-    def reader(self, c):
-        """A KeyReader for latents like c and the present weights, or None if the loop cannot read them."""
-        if not loop_reads(c, self.n) or trains(self.k_norm) or (norm := norm_of(self.k_norm, self.n)) is None:
-            return None
-        if isinstance(self.k_proj, Uncut):
-            return KeyReader(torch.eye(c.shape[-1]), None, norm)
-        up = self.k_proj.up  # PEFT replaces adapted linears by another type
-        return KeyReader(up.weight.detach(), up.bias, norm) if type(up) is nn.Linear else None
-
-    def turn_to_keys(self):
-        """Change the basis of shared latents, for decoding on a CPU in float32 (hf_latents.py)."""
-        if self.shared and self.turn is None:
-            self.turn = turn_to_keys(*(linear.weight.data for linear in self.around_latents()))
-
-    def around_latents(self):
-        return self.k_proj.down, self.k_proj.up, self.v_proj.up
-
-    def _apply(self, fn, recurse=True):
-        """Called by .to() and similar. On another device or in another dtype, the stored basis of the latents is restored."""
-        linears = [linear for linear in self.around_latents() if type(linear) is nn.Linear] if self.turn is not None else []
-        if len(linears) == 3:  # none is adapted by PEFT
-            moved = fn(torch.empty(0))
-            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
-                turn_latents(torch.linalg.inv(self.turn), *(linear.weight.data for linear in linears))
-                self.turn = None
-        return super()._apply(fn, recurse)
-
-    def late(self, scores, c, mask):
-        """
-        Scores (B, H, S); c: latents of the values (B, S, r) -> (B, 1, H n)
-
-        LateAttention in own_attention.py does this for our models and our cache; both use restore_sums(). Here the cache is
-        Hugging Face's, with masks and grouped heads, and the scores are already computed.
-        """
-        sums = masked(scores, mask).softmax(-1) @ c  # (B, H, r)
-        up, bias = self.heads(self.v_proj.up.weight.T).permute(1, 0, 2), self.v_proj.up.bias  # (G, r, n)
-        return restore_sums(sums, up, None if bias is None else self.heads(bias))
+    def project_out(self, y):
+        """Outputs of the heads, side by side (B, T, H n) -> (B, T, d)"""
+        for name in self.out:
+            y = getattr(self, name)(y)
+        return y
 
 
-def head_size(attn):
-    """Numbers per head of a Hugging Face attention layer; None if it does not say."""
-    return getattr(attn, "head_dim", getattr(attn, "head_size", None))
+@torch.no_grad()
+def norm_of(module, n):
+    """
+    A norm of heads, for the loops -> (weights [n], or None without a norm; epsilon). None if it is not an RMS norm.
+    """
+    if isinstance(module, torch.nn.Identity):
+        return None, 0.0
+    if [p.shape for p in module.parameters()] != [(n,)]:  # a norm of all heads at once, or with weights of its own for each
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    weight, x = module(torch.ones(n)) * (1 + eps) ** 0.5, torch.linspace(-1, 2, n)
+    known = weight * x * (x.square().mean() + eps).rsqrt()
+    return (weight, eps) if torch.allclose(module(x), known, rtol=1e-5, atol=1e-6) else None
 
 
-def check_attention(hf, layers):
-    """Refuse a model whose attention LatentAttention cannot replace."""
-    kind = hf.config.model_type
-    rope = getattr(hf.config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        fail(f"--out cannot write this {kind}, whose rotary angles change with the length of the text: drop --out")
-    for attn in map(hf.get_submodule, [layer.name for layer in layers]):
-        known = all(hasattr(attn, name) for name in ("scaling", "layer_idx")) and (
-            hasattr(attn, "o_proj") or hasattr(attn, "dense")
-        )
-        n = head_size(attn)
-        by_head = all(
-            norm.weight.numel() == n for name in ("q_norm", "k_norm") if (norm := getattr(attn, name, None)) is not None
-        )
-        turn = getattr(sys.modules[type(attn).__module__], "rotate_half", None)  # some models rotate neighbours, not halves
-        halves = turn is None or turn(torch.arange(4, device="cpu")).tolist() == [-2, -3, 0, 1]
-        rotary = getattr(attn, "use_rope", True) and hasattr(hf.base_model, "rotary_emb") and halves
-        if not (known and by_head and rotary):
-            fail(f"--out: {type(attn).__name__} computes attention otherwise than a Llama: give a Llama, Mistral, Qwen or NeoX")
+def trains(module):
+    """Whether a module's parameters may need a gradient: the loops give none."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+class Buffer:
+    """Memory with room for later positions. filled: positions stored. A view of another length belongs to a copied cache."""
+
+    def __init__(self, kept, length):
+        self.tensor = kept.new_empty(*kept.shape[:2], -(-length // AT_ONCE) * AT_ONCE, kept.shape[3])
+        self.filled = kept.shape[2]
+        self.tensor[:, :, : self.filled] = kept
+
+    def takes(self, kept, length):
+        """Whether `kept` is this buffer's filled part and positions up to `length` fit after it."""
+        own = self.tensor.data_ptr() == kept.data_ptr() and len(self.tensor) == len(kept) and self.filled == kept.shape[2]
+        return own and length <= self.tensor.shape[2] and self.tensor.is_inference() <= torch.is_inference_mode_enabled()
+
+    def append(self, new):
+        """new (B, 1, T, r) -> all positions (B, 1, S, r), a view"""
+        start, self.filled = self.filled, self.filled + new.shape[2]
+        self.tensor[:, :, start : self.filled] = new
+        return self.tensor[:, :, : self.filled]
+
+
+class GrowingLayer(DynamicLayer):
+    """
+    A DynamicLayer whose keys and values are stored in Buffers.
+
+    reader: a KeyReader for latents of keys, or None. first: a First, for a cache by bits, or None; such a cache has only its
+    first positions in place of the values.
+    """
+
+    buffers, reader, first = [None, None], None, None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append keys and values (B, 1, T, r) -> keys and values of all positions, (B, 1, S, r) each"""
+        if not self.get_seq_length() or any(t.requires_grad for t in (key_states, value_states, self.keys, self.values)):
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = self.grown(0, self.keys, key_states), self.grown(1, self.values, value_states)
+        return self.keys, self.values
+
+    def grown(self, i, kept, new):
+        if not new.shape[2]:
+            return kept
+        end, buffer = kept.shape[2] + new.shape[2], self.buffers[i]
+        if not (buffer and buffer.takes(kept, end)):
+            buffer = Buffer(kept, end)
+            self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # copies share the old list
+        return buffer.append(new)
+
+    def crop(self, tokens_to_remove):
+        values = self.values
+        super().crop(tokens_to_remove)
+        if values is not None:
+            self.values = values[:, :, : self.keys.shape[2]]
+
+    def reset(self):
+        self.buffers, self.reader, self.first = [None, None], None, None
+        super().reset()
+
+    def offload(self):
+        self.buffers = [None, None]
+        super().offload()
+
+
+def growing(cache, i):
+    """Layer i of a transformers cache as a GrowingLayer. None if it already has content or is not a plain DynamicLayer."""
+    layers = getattr(cache, "layers", [])
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # a cache that makes its layers on demand
+        layers += [DynamicLayer() for _ in range(len(layers), i + 1)]
+    if i < len(layers) and type(layers[i]) is DynamicLayer and not layers[i].is_initialized:
+        layers[i] = GrowingLayer()
+    return layers[i] if i < len(layers) and type(layers[i]) is GrowingLayer else None

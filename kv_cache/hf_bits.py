@@ -14,14 +14,10 @@ Shapes: B texts, T positions of this call, S in the cache, H query heads, G kv h
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-from torch.nn import functional as F
 
-from common.cli import fail
-from kv_cache.bit_code import LAYERS_BEFORE, WHOLE, blocks_of, fit, known_of, least_bits
+from kv_cache.bit_code import LAYERS_BEFORE, WHOLE, known_of
 from kv_cache.bit_reader import reader_of
-from kv_cache.hf_attention import Turns, check_attention, head_size, masked
-from kv_cache.hf_latents import growing, norm_of, trains
+from kv_cache.hf_attention import CachedAttention, growing, masked, norm_of, rotary_tables, trains, usual_parts
 from kv_cache.hf_layers import find_layers
 from model import rotate
 
@@ -100,27 +96,20 @@ def rows_of(table, norm, ids):
     return norm(table.forward(ids))
 
 
-class CodedAttention(nn.Module):
+class CodedAttention(CachedAttention):
     """
     Attention over decoded keys and values. They are quantised even without a cache, so that a measured loss is the loss with
     the quantised cache. Gradients pass through the rounding as if it were not there.
-
-    Scores depend only on distances. So positions are counted from the first in the cache, and left padding does no harm.
     """
 
-    def __init__(self, attn, code, turns, step):
-        super().__init__()
+    def __init__(self, attn, code, parts, turns, step):
+        super().__init__(attn, parts, turns)
         for name, module in attn.named_children():  # keep the names: the plan of a packed model refers to them
-            if name in ("query_key_value", "q_proj", "k_proj", "v_proj", "o_proj", "dense"):
+            if name in ("query_key_value", "q_proj", "k_proj", "v_proj"):
                 setattr(self, name, module)
-        self.q_norm, self.k_norm = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm"))
-        self.n, self.scaling, self.layer_idx = head_size(attn), attn.scaling, attn.layer_idx
-        self.code, self.turns, self.step = code, turns, step
+        self.code, self.step = code, step
         self.reader = None  # a CodedReader; False if the loops cannot read the code
         self.norm = None  # (version_of() the keys' norm, norm_of() it)
-
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.n)).transpose(1, 2)  # (B, heads, T, n)
 
     def project(self, x):
         """-> queries, keys, values (B, T, heads n)"""
@@ -129,33 +118,21 @@ class CodedAttention(nn.Module):
         by_head = self.query_key_value(x).unflatten(-1, (-1, 3, self.n))  # q, k and v of a head are neighbours
         return tuple(part.flatten(2) for part in by_head.unbind(-2))
 
-    def project_out(self, y):
-        return self.o_proj(y) if hasattr(self, "o_proj") else self.dense(y)
-
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
-        x, T = hidden_states, hidden_states.shape[1]
-        cache = layer_past if past_key_values is None else past_key_values  # layer_past: its name in GPT-NeoX
-        if getattr(cache, "is_compileable", False):
-            raise NotImplementedError("a static cache does not say how many positions it holds: drop cache_implementation")
+        x, T, cache = hidden_states, hidden_states.shape[1], self.cache_of(past_key_values, layer_past)
         q, *now = self.project(x)
         now = torch.cat(now, -1).to(self.code.mean.dtype)
         layer = growing(cache, self.layer_idx)
         with torch.autocast(x.device.type, enabled=False):
             kept = self.append(now, attention_mask, cache)
-        q, S = self.q_norm(self.heads(q)), kept.rows.shape[1]
+        q, S = self.normed(self.q_norm, q), kept.rows.shape[1]
         if T == 1 and layer and (norm := self.norm_in_place(q)):
             return self.project_out(self.read_in_place(q[:, :, 0], kept, layer, norm, attention_mask)), None
         cos, sin = self.turns(S, x)
-        q = rotate(q, cos[:, S - T :], sin[:, S - T :])
         with torch.autocast(x.device.type, enabled=False):
-            read = self.read_all(kept, now).to(x.dtype)
-        k, v = map(self.heads, read.chunk(2, -1))  # (B, G, S, n)
-        k = rotate(self.k_norm(k), cos, sin)
-        causal = attention_mask is None and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v.to(q.dtype), attn_mask=attention_mask, is_causal=causal, scale=self.scaling, enable_gqa=True
-        )
-        return self.project_out(y.transpose(1, 2).flatten(-2)), None
+            k, v = self.read_all(kept, now).to(x.dtype).chunk(2, -1)  # (B, S, G n)
+        q, k = rotate(q, cos[:, S - T :], sin[:, S - T :]), rotate(self.normed(self.k_norm, k), cos, sin)
+        return self.attend(q, k, self.heads(v).to(q.dtype), attention_mask), None
 
     def append(self, now, mask, cache):
         """Add new keys and values (B, T, D) to the cache -> a Kept of all positions."""
@@ -180,7 +157,12 @@ class CodedAttention(nn.Module):
 
     def norm_in_place(self, q):
         """norm_of() the keys' norm; None if the loops cannot take q (B, H, T, n): they need float32 and give no gradients."""
-        if q.dtype != torch.float32 or (torch.is_grad_enabled() and q.requires_grad) or trains(self.k_norm):
+        if (
+            self.turns.rotary is None
+            or q.dtype != torch.float32
+            or (torch.is_grad_enabled() and q.requires_grad)
+            or trains(self.k_norm)
+        ):
             return None
         if self.reader is None:
             self.reader = reader_of(self.code, self.n) or False
@@ -240,114 +222,17 @@ def padding(mask):
 # -- building ---------------------------------------------------------------------------------------------------------
 
 
-def coded_layers(hf):
-    """The attention layers of a model. Fails with one line if its cache cannot be quantised."""
-    layers = find_layers(hf)
-    check_attention(hf, layers)
-    if not hasattr(hf.base_model.layers[0], "input_layernorm"):
-        fail(f"a cache by bits: a {hf.config.model_type} has no input_layernorm, give a Llama, Mistral, Qwen or GPT-NeoX")
-    if slides(hf.config.get_text_config()):
-        fail(f"a cache by bits: this {hf.config.model_type} drops positions outside a sliding window, give another model")
-    return layers
-
-
-def slides(config):
-    """Whether a layer's cache drops positions outside a sliding window: the first positions would get lost."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-
-
-def gather(subject, windows):
-    """
-    Collect the inputs of fit() on windows of text, a list of (x (1, T), y) -> (keys and values, a list over layers of
-    (windows, T, D) float16; e; G, a list over layers of [D,D]). The loss is that of labels drawn from the model's predictions.
-    """
-    hf, layers = subject.model, coded_layers(subject.model)
-    made, x, G = {}, [[] for _ in layers], [0] * len(layers)
-    linears = [list(layer.linears.values()) for layer in layers]
-    rows = [torch.cat([layer.rows["k"], layer.rows["v"]]) for layer in layers]  # of the linears' joined outputs
-    hooks = [m.register_forward_hook(lambda m, inputs, output: made.__setitem__(m, output)) for m in sum(linears, [])]
-    try:
-        for ids, _ in windows:
-            logits = subject.logits(subject.trunk(subject.lookup(ids).requires_grad_(True)))[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            gradients = dict(zip(made, torch.autograd.grad(loss, list(made.values()))))
-            for i, found in enumerate(x):
-                found.append(torch.cat([made[m] for m in linears[i]], -1)[..., rows[i]].detach().half().cpu())
-                g = torch.cat([gradients[m] for m in linears[i]], -1)[0, WHOLE:, rows[i]].double().cpu()
-                G[i] = G[i] + g.T @ g / (len(g) * len(windows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    ids = torch.cat([ids for ids, _ in windows]).to(hf.device)
-    with torch.no_grad():
-        e = rows_of(hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm, ids)
-    return [torch.cat(found) for found in x], e.float().cpu(), G
-
-
-def install_cache(hf, codes, layers=None):
+def install_cache(hf, codes, parts, layers=None):
     """
     Replace the attention of a model by CodedAttention, in place.
 
-    codes: a LayerCode for each layer. layers: coded_layers(), found before the weights were packed; default: found now.
+    codes: a LayerCode for each layer. parts: {layer: Parts}, where they are not the usual ones. layers: of find_layers(), found
+    before the weights were packed; default: found now.
     """
     step = Step(hf) if any(len(code.forecast) for code in codes) else NoForecasts()
-    turns = Turns(hf.base_model.rotary_emb)
-    for layer, code in zip(layers or coded_layers(hf), codes, strict=True):
+    turns = rotary_tables(hf)
+    for layer, code in zip(layers or find_layers(hf), codes, strict=True):
         parent, last = layer.name.rsplit(".", 1)
         attn = hf.get_submodule(layer.name)
-        setattr(hf.get_submodule(parent), last, CodedAttention(attn, code.to(hf.device), turns, step))
-
-
-def code_cache(subject, windows, share, form):
-    """
-    Calibrate on windows of text, and give the model, in place, a cache of at most this share of its float16 bytes -> the codes.
-
-    The share counts all bytes of a token, including its id. The first WHOLE positions are not counted. form: a key of STREAMS.
-    """
-    codes = fit(*gather(subject, windows), cache_bits(subject.model, share, form), blocks_for(subject.model, form))
-    install_cache(subject.model, codes)
-    return codes
-
-
-def blocks_for(hf, form):
-    """The argument `blocks` of fit(): None for the form `small`."""
-    if form == "small":
-        return None
-    layer, (cos, _) = coded_layers(hf)[0], Turns(hf.base_model.rotary_emb)(1, hf.get_input_embeddings().weight)
-    n = head_size(hf.get_submodule(layer.name))
-    return blocks_of(len(layer.rows["k"]) // n, n, 2 * cos.shape[-1])
-
-
-def numbers_of(hf):
-    """(number of layers, numbers of a token's keys and values in a layer)"""
-    layers = coded_layers(hf)
-    return len(layers), len(layers[0].rows["k"]) + len(layers[0].rows["v"])
-
-
-def cache_bits(hf, share, form):
-    """
-    Bits per token that fit() may spend: the share of float16's bytes, minus the id and the padding of streams to bytes.
-    """
-    layers, numbers = numbers_of(hf)
-    ends = 7 * layers * STREAMS[form]  # padding bits at most: a stream fills entire bytes
-    return share * 16 * layers * numbers - 8 * kept_of_id(hf, form) - ends
-
-
-def kept_of_id(hf, form):
-    """Bytes of a token's id in the cache: forecasts need it."""
-    return id_bytes(hf) if form == "small" else 0
-
-
-def check_cache(hf, share, window, form):
-    """Refuse a model, a --cache_bytes share or a --window that allows no cache, before anything is measured."""
-    layers, numbers = numbers_of(hf)
-    least = least_bits(layers, STREAMS[form])
-    if (found := cache_bits(hf, share, form)) < least:
-        lowest = share + (least - found) / (16 * layers * numbers)
-        fail(f"--cache_bytes {share} is too small for the scales and one component: give {lowest + 0.0005:.3f} or more")
-    if window <= WHOLE:
-        fail(f"--window {window}: the first {WHOLE} positions are not quantised, give a longer one")
+        its = parts.get(layer.name) or usual_parts(attn)
+        setattr(hf.get_submodule(parent), last, CodedAttention(attn, code.to(hf.device), its, turns(attn, its), step))

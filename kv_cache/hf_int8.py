@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 from common.cli import fail
 from kv_cache import number_formats as rows
-from kv_cache.hf_attention import LatentAttention, masked
-from kv_cache.hf_bits import CodedAttention, slides
+from kv_cache.bit_fit import slides
+from kv_cache.hf_attention import CachedAttention, masked
 
 NAME = "int8_cache"
 AT_ONCE = 256  # positions by which the buffers grow
@@ -88,7 +88,7 @@ def int8_cache(hf):
         kind = hf.config.model_type
         if slides(hf.config.get_text_config()):
             fail(f"an int8 cache: this {kind} drops positions outside a sliding window, give another model")
-        if any(isinstance(module, (CodedAttention, LatentAttention)) for module in hf.modules()):
+        if any(isinstance(module, CachedAttention) for module in hf.modules()):
             fail(f"an int8 cache: this {kind} already has a smaller cache, give the original model")
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)

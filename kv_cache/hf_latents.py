@@ -1,104 +1,117 @@
 """
-A cache of latents that decoding reads in place, by a compiled loop (kernels/kernels.c), on a CPU in float32.
+Attention of a Hugging Face model that caches latents in place of keys and values.
 
-A change of basis can make most latents equal to keys, if keys and values share the latents (turn_to_keys): 181 of 192 latents
-for 192 keys and 192 values, on average. The loop restores the other keys, rotates, and multiplies by the query. No key is
-written to memory, and a new position copies no old one, since buffers have spare room.
+On a CPU in float32, decoding reads them in place by a compiled loop (kernels/kernels.c). A change of basis can make most
+latents equal to keys, if keys and values share the latents (change_basis_to_keys): 181 of 192 latents for 192 keys and 192
+values, on average. The loop restores the other keys, rotates, and multiplies by the query. No key is written to memory, and a
+new position copies no old one, since buffers have spare room.
 
-Shapes: B texts, S positions in the cache, H query heads, G kv heads, n numbers per head, r latents.
+Shapes: B texts, T positions of this call, S positions in the cache, H query heads, G kv heads, n numbers per head, r a rank.
 """
 
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer
 
 from kernels.build import LANES, WIDEST, bind
+from kv_cache.hf_attention import CachedAttention, growing, masked, norm_of, trains
+from model import rotate
 from util_factorization.decompose_matrix import pivots
+from util_factorization.modules import Uncut, restore_sums
 
 PREFERENCE = 10  # a value becomes a latent in place of a key only if it is 10 times as good a pivot
 LONGEST = 1024  # latents at most for a change of basis: more take seconds per layer
-AT_ONCE = 256  # positions by which a buffer grows
 
 
-# -- the cache --------------------------------------------------------------------------------------------------------
-
-
-class Buffer:
-    """Memory with room for later positions. filled: positions stored. A view of another length belongs to a copied cache."""
-
-    def __init__(self, kept, length):
-        self.tensor = kept.new_empty(*kept.shape[:2], -(-length // AT_ONCE) * AT_ONCE, kept.shape[3])
-        self.filled = kept.shape[2]
-        self.tensor[:, :, : self.filled] = kept
-
-    def takes(self, kept, length):
-        """Whether `kept` is this buffer's filled part and positions up to `length` fit after it."""
-        own = self.tensor.data_ptr() == kept.data_ptr() and len(self.tensor) == len(kept) and self.filled == kept.shape[2]
-        return own and length <= self.tensor.shape[2] and self.tensor.is_inference() <= torch.is_inference_mode_enabled()
-
-    def append(self, new):
-        """new (B, 1, T, r) -> all positions (B, 1, S, r), a view"""
-        start, self.filled = self.filled, self.filled + new.shape[2]
-        self.tensor[:, :, start : self.filled] = new
-        return self.tensor[:, :, : self.filled]
-
-
-class GrowingLayer(DynamicLayer):
+class LatentAttention(CachedAttention):
     """
-    A DynamicLayer whose keys and values are stored in Buffers.
-
-    reader: a KeyReader for latents of keys, or None. first: a First, for a cache by bits, or None; such a cache has only its
-    first positions in place of the values.
+    Attention that caches latents in place of keys and values. A token takes r numbers if k and v share a latent, r_k + r_v if
+    each has its own, instead of 2 G n. Keys are restored and rotated when they are read. Values are restored for a prompt. For
+    a single token each head sums the latents with its weights, and H sums are restored instead of S values.
     """
 
-    buffers, reader, first = [None, None], None, None
+    def __init__(self, attn, q, k, v, parts, turns):
+        super().__init__(attn, parts, turns, last="o_proj")  # the name in the files
+        self.q_proj, self.k_proj, self.v_proj = q, k, v
+        self.basis = None  # the change of basis that latents_to_keys() made
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append keys and values (B, 1, T, r) -> keys and values of all positions, (B, 1, S, r) each"""
-        if not self.get_seq_length() or any(t.requires_grad for t in (key_states, value_states, self.keys, self.values)):
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = self.grown(0, self.keys, key_states), self.grown(1, self.values, value_states)
-        return self.keys, self.values
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None, **_):
+        x, cache = hidden_states, self.cache_of(past_key_values, layer_past)
+        q, c_k = self.normed(self.q_norm, self.q_proj(x)), self.k_proj.down(x)
+        c_v = c_k[..., :0] if self.shared else self.v_proj.down(x)
+        layer = growing(cache, self.layer_idx)
+        if layer and not layer.get_seq_length():
+            layer.reader = self.reader(c_k)
+        if cache is not None:
+            c_k, c_v = (c[:, 0] for c in cache.update(c_k[:, None], c_v[:, None], self.layer_idx))  # (B, S, r)
+        c_v = c_k if self.shared else c_v
+        (T, S), (cos, sin) = (q.shape[2], c_k.shape[1]), self.turns(c_k.shape[1], x)
+        q = rotate(q, cos[:, S - T :], sin[:, S - T :])
+        if T == 1 and isinstance(self.v_proj.up, nn.Linear):
+            scores = self.scores(self.scaling * q[:, :, 0], c_k, cos, sin, layer and layer.reader)
+            return self.project_out(self.late(scores, c_v, attention_mask)), None
+        return self.attend(q, self.keys(c_k, cos, sin), self.heads(self.v_proj.up(c_v)), attention_mask), None
 
-    def grown(self, i, kept, new):
-        if not new.shape[2]:
-            return kept
-        end, buffer = kept.shape[2] + new.shape[2], self.buffers[i]
-        if not (buffer and buffer.takes(kept, end)):
-            buffer = Buffer(kept, end)
-            self.buffers = [buffer if j == i else other for j, other in enumerate(self.buffers)]  # copies share the old list
-        return buffer.append(new)
+    @property
+    def shared(self):
+        """Whether keys and values share one latent."""
+        return self.v_proj.down is self.k_proj.down
 
-    def crop(self, tokens_to_remove):
-        values = self.values
-        super().crop(tokens_to_remove)
-        if values is not None:
-            self.values = values[:, :, : self.keys.shape[2]]
+    def keys(self, c, cos, sin):
+        """Latents (B, S, r) -> rotated keys (B, G, S, n)"""
+        return rotate(self.normed(self.k_norm, self.k_proj.up(c)), cos, sin)
 
-    def reset(self):
-        self.buffers, self.reader, self.first = [None, None], None, None
-        super().reset()
+    def scores(self, q, c, cos, sin, reader):
+        """One query, scaled and rotated (B, H, n); c: latents of the keys (B, S, r) -> (B, H, S)"""
+        if reader and reader.reads(q, c):
+            return reader.scores(q, c, cos, sin)
+        k = self.keys(c, cos, sin)
+        return (q.unflatten(1, (k.shape[1], -1)) @ k.transpose(-1, -2)).flatten(1, 2)  # (B, G, H/G, n) times (B, G, n, S)
 
-    def offload(self):
-        self.buffers = [None, None]
-        super().offload()
+    def reader(self, c):
+        """A KeyReader for latents like c and the present weights, or None if the loop cannot read them."""
+        if not loop_reads(c, self.n) or trains(self.k_norm) or (norm := norm_of(self.k_norm, self.n)) is None:
+            return None
+        if isinstance(self.k_proj, Uncut):
+            return KeyReader(torch.eye(c.shape[-1]), None, norm)
+        up = self.k_proj.up  # PEFT replaces adapted linears by another type
+        return KeyReader(up.weight.detach(), up.bias, norm) if type(up) is nn.Linear else None
 
+    def latents_to_keys(self):
+        """Change the basis of shared latents, for decoding on a CPU in float32 (hf_latents.py)."""
+        if self.shared and self.basis is None:
+            self.basis = change_basis_to_keys(*(linear.weight.data for linear in self.around_latents()))
 
-def growing(cache, i):
-    """Layer i of a transformers cache as a GrowingLayer. None if it already has content or is not a plain DynamicLayer."""
-    layers = getattr(cache, "layers", [])
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # a cache that makes its layers on demand
-        layers += [DynamicLayer() for _ in range(len(layers), i + 1)]
-    if i < len(layers) and type(layers[i]) is DynamicLayer and not layers[i].is_initialized:
-        layers[i] = GrowingLayer()
-    return layers[i] if i < len(layers) and type(layers[i]) is GrowingLayer else None
+    def around_latents(self):
+        return self.k_proj.down, self.k_proj.up, self.v_proj.up
+
+    def _apply(self, fn, recurse=True):
+        """Called by .to() and similar. On another device or in another dtype, the stored basis of the latents is restored."""
+        linears = [linear for linear in self.around_latents() if type(linear) is nn.Linear] if self.basis is not None else []
+        if len(linears) == 3:  # none is adapted by PEFT
+            moved = fn(torch.empty(0))
+            if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+                change_basis(torch.linalg.inv(self.basis), *(linear.weight.data for linear in linears))
+                self.basis = None
+        return super()._apply(fn, recurse)
+
+    def late(self, scores, c, mask):
+        """
+        Scores (B, H, S); c: latents of the values (B, S, r) -> (B, 1, H n)
+
+        LateAttention in own_attention.py does this for our models and our cache; both use restore_sums(). Here the cache is
+        Hugging Face's, with masks and grouped heads, and the scores are already computed.
+        """
+        sums = masked(scores, mask).softmax(-1) @ c  # (B, H, r)
+        up, bias = self.v_proj.up.weight.T.unflatten(-1, (-1, self.n)).permute(1, 0, 2), self.v_proj.up.bias  # (G, r, n)
+        return restore_sums(sums, up, None if bias is None else bias.unflatten(-1, (-1, self.n)))
 
 
 # -- its keys ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def turn_to_keys(down, k_up, v_up):
+def change_basis_to_keys(down, k_up, v_up):
     """
     Change the basis of latents in place, so that most latents are keys, each at the key's index -> the basis [r,r], or None.
 
@@ -113,20 +126,20 @@ def turn_to_keys(down, k_up, v_up):
     order = torch.full((r,), -1)
     order[rows[stays]] = rows[stays]
     order[order < 0] = rows[~stays]
-    turn = left[order]
-    turn_latents(turn, down, k_up, v_up)
+    basis = left[order]
+    change_basis(basis, down, k_up, v_up)
     for part, first in ((k_up, 0), (v_up, len(k_up))):
         here = (order >= first) & (order < first + len(part))
         part[order[here] - first] = torch.eye(r)[here]  # removes rounding
-    return turn
+    return basis
 
 
 @torch.no_grad()
-def turn_latents(turn, down, *ups):
-    """Change of basis by `turn` [r,r], in place: down <- turn down, up <- up turn^-1."""
-    down.copy_((turn @ down.double()).float())
+def change_basis(basis, down, *ups):
+    """Change of basis by `basis` [r,r], in place: down <- basis down, up <- up basis^-1."""
+    down.copy_((basis @ down.double()).float())
     for up in ups:
-        up.copy_(torch.linalg.solve(turn, up.double(), left=False).float())
+        up.copy_(torch.linalg.solve(basis, up.double(), left=False).float())
 
 
 class KeyReader:
@@ -158,26 +171,6 @@ class KeyReader:
         parts = (q.contiguous(), self.at, self.rest, self.bias, *self.norm, cos[0], sin[0], scores, torch.get_num_threads())
         bind("latent_scores", *shape)(c[0, 0], *parts)  # the loop takes the address of the first row
         return scores
-
-
-@torch.no_grad()
-def norm_of(module, n):
-    """
-    A norm of heads, for the loops -> (weights [n], or None without a norm; epsilon). None if it is not an RMS norm.
-    """
-    if isinstance(module, torch.nn.Identity):
-        return None, 0.0
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(eps, float):
-        return None
-    weight, x = module(torch.ones(n)) * (1 + eps) ** 0.5, torch.linspace(-1, 2, n)
-    known = weight * x * (x.square().mean() + eps).rsqrt()
-    return (weight, eps) if torch.allclose(module(x), known, rtol=1e-5, atol=1e-6) else None
-
-
-def trains(module):
-    """Whether a module's parameters may need a gradient: the loops give none."""
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def loop_reads(c, n):

@@ -1,18 +1,25 @@
 """
 Finds out whether our attention computes what a layer of a Hugging Face model computes, before any work is done.
 
-Names say little: a q_norm may see a head, all heads at once, or the heads in another order; a layer may clip its queries, leave
-out the rotation, or norm its output. So we look at one pass of the model (parts_of), build ours from what we saw, replay the
-recorded calls, and compare the outputs (check_same). A layer that we cannot rebuild is refused in one line.
+Names say little: a q_norm may see one head, or all heads at once; a layer may clip its queries, leave out the rotation, or have
+a norm before its output projection. So we record calls of each layer on random tokens (recorded), watch which modules it uses
+(parts_of), build ours from them, replay the calls, and compare the outputs (check_same). A layer that ours does not repeat is
+refused in one line.
 
 Shapes: B texts, T positions of a call, H heads, n numbers per head.
 """
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from common.cli import fail
+from kv_cache.hf_attention import Parts, head_size, rotary_tables, usual_parts
+from kv_cache.hf_bits import CodedAttention, NoForecasts
+from kv_cache.hf_latents import LatentAttention
+from util_factorization.modules import Uncut
 
 WINDOW = 8  # positions of a sliding window during the comparison, so that a short text goes beyond it
 NOISE = 8  # limit of a difference, in units of the layer's own float32 error. Measured: equal up to 1, unequal from 10^4
@@ -143,31 +150,6 @@ def replayed(hf, calls, attn, dtype):
 # -- what a layer consists of -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Parts:
-    """
-    What an attention layer does beside its matrices, by the names of its modules.
-
-    q_norm, k_norm   norms of queries and keys before the rotation, or None
-    shape            what a norm sees: "BTHn", "BHTn", or "BTD" with D = H n
-    out              the modules after the attention, in order: the last is the output projection
-    rotates          whether queries and keys are rotated by their position
-    """
-
-    q_norm: str | None = None
-    k_norm: str | None = None
-    shape: str = "BTHn"
-    out: tuple = ("o_proj",)
-    rotates: bool = True
-
-
-def by_name(attn):
-    """The Parts of a layer whose modules have the usual names, as Llama, Qwen 3 and GPT-NeoX have."""
-    q_norm, k_norm = (name if getattr(attn, name, None) is not None else None for name in ("q_norm", "k_norm"))
-    out = next((name for name in ("o_proj", "dense", "c_proj") if hasattr(attn, name)), None)
-    return Parts(q_norm, k_norm, out=(out,))
-
-
 @torch.no_grad()
 def parts_of(attn, call, n):
     """
@@ -179,7 +161,7 @@ def parts_of(attn, call, n):
     for name, module in attn.named_children():
         hooks.append(module.register_forward_hook(lambda m, x, y, name=name: seen.append((name, x[0], first_of(y)))))
     try:
-        y = call.replay(attn, next((v for v in call.kwargs.values() if is_cache(v)), None))
+        y = call.replay(attn, None)
     finally:
         for hook in hooks:
             hook.remove()
@@ -206,3 +188,82 @@ def shape_of(x, call, n):
     if x is None or x.dim() == 4 and x.shape[-1] == n and x.shape[1] == call.real.shape[1]:
         return "BTHn"
     return "BHTn" if x.dim() == 4 else "BTD"
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def check_same(hf, layers, flag, by_bits=False):
+    """
+    Find the Parts of each attention layer -> {layer: Parts}, where they are not the usual ones. A model with a layer that ours
+    does not repeat is refused.
+
+    layers: of find_layers(). flag: that asks for it, for the message. by_bits: compare CodedAttention, else LatentAttention
+    """
+    rope = getattr(hf.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in [rope, *rope.values()] if isinstance(part, dict)}
+    if stretched := kinds & {"dynamic", "longrope"}:
+        kind = f"{hf.config.model_type} has {min(stretched)} rotation"
+        fail(f"{flag}: this {kind}, which changes with the length of a text: cut q or wte alone")
+    for layer in layers:
+        attn = hf.get_submodule(layer.name)
+        if head_size(attn) is None or not all(hasattr(attn, name) for name in ("scaling", "layer_idx")):
+            refuse(flag, layer, attn)
+    calls, tables, found = recorded(hf, [layer.name for layer in layers]), rotary_tables(hf), {}
+    for layer in layers:
+        attn = hf.get_submodule(layer.name)
+        seen = parts_of(attn, calls[layer.name][0], head_size(attn))
+        for parts in (seen, replace(seen, rotates=False)):
+            if same(hf, layer, attn, calls[layer.name], parts, tables, by_bits):
+                break
+        else:
+            refuse(flag, layer, attn)
+        if parts != usual_parts(attn):
+            found[layer.name] = parts
+    return found
+
+
+def refuse(flag, layer, attn):
+    fail(
+        f"{flag}: {layer.name} ({type(attn).__name__}) computes attention in a way that a smaller cache does not repeat: cut q "
+        "or wte alone, or give a Llama, Mistral, Qwen, Gemma 3, Phi, OLMo 2 or GPT-NeoX"
+    )
+
+
+def same(hf, layer, attn, calls, parts, tables, by_bits):
+    """Whether our attention with uncut matrices computes what a layer computes, up to the layer's own float32 error."""
+    try:
+        turns = tables(attn, parts)
+        if by_bits:
+            ours = Exact(attn, ExactCode(sum(len(layer.rows[t]) for t in "kv")), parts, turns, NoForecasts())
+        else:
+            ours = LatentAttention(attn, *(Uncut(layer.linear(target)) for target in "qkv"), parts, turns)
+        return difference(hf, attn, calls, ours.to(hf.device)) <= NOISE
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # ours cannot be built, or other shapes come out
+        return False
+
+
+class ExactCode(torch.nn.Module):
+    """A LayerCode that keeps every number: its float32 bytes."""
+
+    forecast = ()
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(numbers))
+
+    def write(self, x, known):
+        return x.contiguous().view(torch.uint8)
+
+    def read(self, rows, known):
+        return rows.contiguous().view(torch.float32)
+
+
+class Exact(CodedAttention):
+    """CodedAttention without its rounding: no first positions in float16, no loops that read codes in place."""
+
+    def read_all(self, kept, now):
+        return self.code.read(kept.rows, None)
+
+    def norm_in_place(self, q):
+        return None

@@ -188,7 +188,7 @@ def opened(args):
 
 def pack(args):
     """Write the packed model of --bytes and --cache_bytes."""
-    from kv_cache.hf_bits import check_cache
+    from kv_cache.bit_fit import check_cache
     from reports.packed import packed_table
     from surgery.evaluator import Evaluator
     from surgery.flags import check_subject
@@ -199,12 +199,11 @@ def pack(args):
 
     name, subject, tokenizer, chosen, texts, windows = opened(args)
     check_subject(args, name, [], subject, tokenizer)
-    if args.cache_bytes:
-        check_cache(subject.model, args.cache_bytes, args.window, args.cache_form)
+    parts = check_cache(subject.model, args.cache_bytes, args.window, args.cache_form) if args.cache_bytes else {}
     shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
     folder, _, *claims = prepare_folder(args, shared)
     claims.append(claim_new(args.out, "folder"))
-    given = (args, subject, tokenizer, texts, Evaluator(subject, windows), folder)
+    given = (args, subject, tokenizer, texts, Evaluator(subject, windows), folder, parts)
     record = write_model(args, folder, "packed.jsonl", lambda: write_packed(*given))
     print(packed_table(record))
     for claim in claims:
@@ -224,8 +223,8 @@ def main(argv=None):
     if by_bits:
         return pack(args)
 
-    from kv_cache.hf_attention import check_attention
     from kv_cache.hf_layers import find_layers
+    from kv_cache.hf_same import check_same
     from reports.surgery import write_report
     from surgery.evaluator import Evaluator
     from surgery.flags import check_ranks, check_subject
@@ -240,8 +239,9 @@ def main(argv=None):
     layers = find_layers(model) if not all(p.of_table for p in points) else []
     check_subject(args, name, points, subject, tokenizer)
     check_ranks(points, layers, subject, args.layers_per_group)
-    if args.out:
-        check_attention(model, layers)
+    parts = {}
+    if args.out and layers and (layers[0].fused or set(points[0].targets) & {"k", "v"}):
+        parts = check_same(model, layers, "--out")
     shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
     folder, records, *claims = prepare_folder(args, shared)
     if args.out:
@@ -259,7 +259,7 @@ def main(argv=None):
         practice = texts.healing_windows(args.heal_steps) if args.heal_steps else []
         sweep(args, left, surgeon, evaluator, tokenizer, folder / "results.jsonl")
         if args.out:
-            given = (args, points[0], surgeon, evaluator, tokenizer, practice)
+            given = (args, points[0], surgeon, evaluator, tokenizer, practice, parts)
             write_model(args, folder, "smaller.jsonl", lambda: write_smaller(*given))
     records, smaller = (read_records(folder / f"{name}.jsonl", dict) for name in ("results", "smaller"))
     records = list({Point.of_record(r): r for r in records}.values())  # a point may have two

@@ -7,17 +7,19 @@ float32, and the constants of a quantised cache in 16 bits. config.json's entry 
 from bits.coded_matrix import CodedMatrix
 from bits.modules import install_coded
 from bits.trellis import FAST_WINDOW, WINDOW, float16_code, gaussian_codes
-from kv_cache import hf_bits as coded_attention
 from kv_cache.bit_code import LAYERS_BEFORE, LayerCode
+from kv_cache.hf_attention import attention_entries, parts_in
+from kv_cache.hf_bits import install_cache
+from kv_cache.hf_layers import find_layers
 from surgery.folder import check_tensors, put, write_folder
 
 
-def save(folder, hf, tokenizer, coded, cache=()):
+def save(folder, hf, tokenizer, coded, cache=(), parts=None):
     """
     Write a new folder -> (numbers, bytes) of its weights. If that fails, no folder remains.
 
     hf: the original model. coded: {name: CodedMatrix} of its matrices; "wte" and "head" are its token table and its head.
-    cache: a LayerCode for each layer, or none.
+    cache: a LayerCode for each layer, or none. parts: of the attention layers, see install_cache().
     """
     tensors, inside = {}, set()
     for name, made in coded.items():
@@ -28,6 +30,7 @@ def save(folder, hf, tokenizer, coded, cache=()):
     for i, code in enumerate(cache):
         tensors |= {f"cache.{i}.{part}": tensor.cpu().contiguous() for part, tensor in code.tensors().items()}
     plan = dict(coded=list(coded), window=WINDOW, cache=[code.bits for code in cache])
+    plan |= dict(attention=attention_entries(parts)) if parts else {}
     return write_folder(folder, hf, tokenizer, tensors, plan)
 
 
@@ -41,7 +44,7 @@ def parts_of(hf, plan, tensors):
         raise ValueError("its codes belong to another version of this program: write the folder again")
     tensors, codes = dict(tensors), {code.half_bits: code for code in [*gaussian_codes(), float16_code()]}
     coded, inside = {}, set()
-    layers = coded_attention.coded_layers(hf) if plan.get("cache") else []
+    layers = find_layers(hf) if plan.get("cache") else []
     if len(layers) != len(plan.get("cache", [])):
         raise ValueError(f"it has codes for {len(plan['cache'])} layers of {len(layers)}")
     cache = [layer_code(i, bits, taken(tensors, f"cache.{i}."), layers) for i, bits in enumerate(plan.get("cache", []))]
@@ -62,12 +65,12 @@ def check(hf, plan, tensors):
 def fill(hf, plan, tensors, packed=True):
     """Load save()'s tensors into a model that was made from its config on the meta device."""
     coded, cache, rest = parts_of(hf, plan, tensors)
-    layers = coded_attention.coded_layers(hf) if cache else []
+    layers = find_layers(hf) if cache else []
     for name, tensor in rest.items():
         put(hf.get_parameter(name), tensor)
     install_coded(hf, coded, packed)
     if cache:
-        coded_attention.install_cache(hf, cache, layers)
+        install_cache(hf, cache, parts_in(plan), layers)
 
 
 def taken(tensors, start):

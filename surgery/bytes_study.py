@@ -116,7 +116,7 @@ def main(argv=None):
     args, _ = parse(Args, argv, description=__doc__)
     systems = plan(args)
 
-    from kv_cache.hf_bits import coded_layers
+    from kv_cache.bit_fit import check_cache
     from surgery.evaluator import Evaluator
     from surgery.flags import check_window
     from surgery.rank_cut import digest
@@ -131,8 +131,7 @@ def main(argv=None):
     check_window(args, name, subject)
     if "cache" in systems and isinstance(subject, OwnSubject):
         fail("--system cache needs a Llama, Mistral, Qwen or GPT-NeoX of Hugging Face: give --system table,weights")
-    if "cache" in systems:
-        coded_layers(subject.model)  # refuses other models
+    parts = check_cache(subject.model, min(shares_of(args, "cache")), args.window, "small") if "cache" in systems else None
     texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
     shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
@@ -146,7 +145,7 @@ def main(argv=None):
     if any(left.values()):
         evaluator = Evaluator(subject, texts.evaluation_windows(args.eval_windows))
         for system, rows in left.items():
-            failed += measure(args, system, rows, subject, texts, evaluator, folder) if rows else []
+            failed += measure(args, system, rows, subject, texts, evaluator, folder, parts) if rows else []
     claim.release()
     if failed:
         fail(f"{'; '.join(failed)}: --rows and --shares choose others")
@@ -154,13 +153,13 @@ def main(argv=None):
     finish(out_dir=str(folder), **counts)
 
 
-def measure(args, system, rows, subject, texts, evaluator, folder):
+def measure(args, system, rows, subject, texts, evaluator, folder, parts):
     """Measure rows of a system and write a line for each in results.jsonl -> messages about rows that cannot be measured."""
     from surgery.study_rows import CacheMeasurer, Measurer
     from surgery.sweep import add_line
 
     if system == "cache":
-        measurer = CacheMeasurer(args, subject, texts, evaluator)
+        measurer = CacheMeasurer(args, subject, texts, evaluator, parts)
     else:
         targets = "wte" if system == "table" else "all"
         measurer = Measurer(args, subject, targets, texts, evaluator, folder / "calibration.pt")

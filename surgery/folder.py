@@ -59,7 +59,7 @@ def load(folder, device="cpu", packed=True):
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
         hf.eval().requires_grad_(False)
         if not by_bits:
-            kind.turn_to_keys(hf)  # for the CPU; .to(another device) restores the stored latents
+            kind.latents_to_keys(hf)  # for the CPU; .to(another device) restores the stored latents
         check_works(hf)
     return hf.to(device), tokenizer
 
@@ -87,8 +87,9 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 STACK = dict(parts=[[str, ("q", "k", "v")]], rank=WHOLE)
-LOW_RANK = dict(stacks=[STACK], table=(dict(rank=WHOLE, mean=bool, head=(WHOLE, None)), None))
-CODED = {"coded": [str], "cache?": [([[range(1, 17)]], [range(1, 17)])]}  # the latter: one stream, in older folders
+PARTS = dict(layer=str, q_norm=(str, None), k_norm=(str, None), shape=("BTHn", "BHTn", "BTD"), out=[str], rotates=bool)
+LOW_RANK = {"stacks": [STACK], "table": (dict(rank=WHOLE, mean=bool, head=(WHOLE, None)), None), "attention?": [PARTS]}
+CODED = {"coded": [str], "cache?": [([[range(1, 17)]], [range(1, 17)])], "attention?": [PARTS]}  # cache: older: one stream
 
 
 def read_plan(folder, most):

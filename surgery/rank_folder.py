@@ -6,7 +6,7 @@ Each low-rank matrix is stored as a skeleton (decompose_matrix.py), which has fe
 
 import torch
 
-from kv_cache.hf_attention import LatentAttention
+from kv_cache.hf_latents import LatentAttention
 from surgery.folder import check_tensors, put, write_folder
 from surgery.rank_modules import install
 from util_factorization.decompose_matrix import from_skeleton, skeleton
@@ -73,8 +73,8 @@ def fill(hf, plan, tensors):
             put(p, tensors[name])
 
 
-def turn_to_keys(hf):
+def latents_to_keys(hf):
     """Change the basis of each latent that keys and values share: decoding on a CPU in float32 is then faster."""
     for module in hf.modules():
         if isinstance(module, LatentAttention):
-            module.turn_to_keys()
+            module.latents_to_keys()

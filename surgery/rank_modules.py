@@ -2,15 +2,17 @@
 Replace q, k, v or the token table of a model by low-rank modules, in place.
 
 A plan lists the replaced parts as plain JSON: {"stacks": [{"parts": [[layer, target], ...], "rank": r}, ...], "table":
-{"rank": r, "mean": bool, "head": the rank of an untied head, or None} or None}. The parts of a stack share their components:
-k and v of a layer share one latent, neighbouring layers share one basis.
+{"rank": r, "mean": bool, "head": the rank of an untied head, or None} or None, "attention": layers whose Parts
+(hf_attention.py) are not the usual ones}. The parts of a stack share their components: k and v of a layer share one latent,
+neighbouring layers share one basis.
 """
 
 import torch
 import torch.nn as nn
 
 from common.modules import linear
-from kv_cache.hf_attention import LatentAttention, Turns
+from kv_cache.hf_attention import attention_entries, parts_in, rotary_tables, usual_parts
+from kv_cache.hf_latents import LatentAttention
 from kv_cache.hf_layers import find_layers
 from util_factorization.modules import FactorizedHead, FactorizedTable, LowRank, SharingLowRank, TiedHead, Uncut
 
@@ -32,7 +34,7 @@ def install(hf, plan):
     If k or v is cut, or q, k and v are fused, the attention becomes a LatentAttention. Otherwise only q_proj is replaced.
     """
     layers = {layer.name: layer for layer in find_layers(hf, conv1d=True)} if plan["stacks"] else {}
-    turns, by_layer, made = Turns(getattr(hf.base_model, "rotary_emb", None)), {}, []
+    turns, others, by_layer, made = rotary_tables(hf), parts_in(plan), {}, []
     for stack in plan["stacks"]:
         made.append([])
         for name, target in stack["parts"]:
@@ -45,9 +47,11 @@ def install(hf, plan):
     for name, parts in by_layer.items():
         layer, attn = layers[name], hf.get_submodule(name)
         if layer.fused or parts.keys() & {"k", "v"}:
+            its = others.get(name) or usual_parts(attn)
             uncut = {target: Uncut(layer.linear(target)) for target in "qkv" if target not in parts}
             parent, last = name.rsplit(".", 1)
-            setattr(hf.get_submodule(parent), last, LatentAttention(attn, *({**parts, **uncut}[t] for t in "qkv"), turns))
+            ours = LatentAttention(attn, *({**parts, **uncut}[target] for target in "qkv"), its, turns(attn, its))
+            setattr(hf.get_submodule(parent), last, ours)
         else:
             attn.q_proj = parts["q"]
     return made, install_table(hf, plan["table"]) if plan["table"] else None
@@ -67,12 +71,12 @@ def install_table(hf, plan):
 
 
 @torch.no_grad()
-def shrink(hf, cuts, tables=None):
+def shrink(hf, cuts, tables=None, parts=None):
     """
     Make a model smaller in place -> its plan.
 
     cuts: [([(layer name, target), ...], Factors), ...]; tables: {"wte": (Z [V,r], P [r,d], mean [d] or None)}
-    and "head" if it is untied, or None.
+    and "head" if it is untied, or None. parts: {layer: Parts}, where they are not the usual ones.
     """
     folded = [(parts, *narrowed(*factors.folded())) for parts, factors in cuts]
     plan = dict(stacks=[dict(parts=[list(p) for p in parts], rank=len(right)) for parts, _, right in folded], table=None)
@@ -80,6 +84,8 @@ def shrink(hf, cuts, tables=None):
         Z, P, mean = tables["wte"]
         plan["table"] = dict(rank=len(P), mean=mean is not None, head=len(tables["head"][1]) if "head" in tables else None)
         scale = getattr(hf.get_input_embeddings(), "embed_scale", 1)  # Gemma scales each row that it looks up
+    if parts:
+        plan["attention"] = attention_entries(parts)
     made, ends = install(hf, plan)
     for modules, (_, left, right) in zip(made, folded):
         set_factors(modules, left, right)

@@ -10,8 +10,10 @@ from tqdm import tqdm
 from bits.encode import decompose_by, draft_layer, draft_table, groups_by_weight
 from bits.integers import in_groups
 from bits.trellis import float16_code
-from kv_cache.bit_code import WHOLE, fit
-from kv_cache.hf_bits import blocks_for, cache_bits, coded_layers, gather, install_cache, kept_of_id
+from kv_cache.bit_code import WHOLE
+from kv_cache.bit_fit import blocks_for, cache_bits, fit, gather, kept_of_id
+from kv_cache.hf_bits import install_cache
+from kv_cache.hf_layers import find_layers
 from surgery.bits_model import TABLES, Coder, coded_in, in_place, metrics_of
 from surgery.subject import Subject
 
@@ -96,10 +98,10 @@ FORMS = {"bits": "small", "bits read in place": "fast"}  # {a row's name: form o
 class CacheMeasurer:
     """Measures rows. A row has its own model, or hooks that round keys and values as they are computed."""
 
-    def __init__(self, args, subject, texts, evaluator):
-        """texts: a TextReader."""
+    def __init__(self, args, subject, texts, evaluator, parts):
+        """texts: a TextReader. parts: of check_cache()."""
         self.subject, self.window = subject, args.window
-        self.layers = coded_layers(subject.model)
+        self.layers, self.parts = find_layers(subject.model), parts
         self.evaluator = evaluator
         self.windows, _ = texts.calibration_windows(-(-args.calib_tokens // args.window))
         self.seed, self.found = args.seed, None
@@ -136,7 +138,7 @@ class CacheMeasurer:
         hf, form, whole = self.subject.model, FORMS[row.name], WHOLE / self.window
         codes = fit(*self.found, cache_bits(hf, row.given[0] - whole, form), blocks_for(hf, form))
         hf = copy.deepcopy(hf)
-        install_cache(hf, codes)
+        install_cache(hf, codes, self.parts)
         taken = sum(code.bytes_per_token for code in codes) + kept_of_id(hf, form)
         return Subject(hf), taken + whole * self.float16_bytes()
 

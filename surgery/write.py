@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from bits.modules import install_coded
 from common.cli import fail
+from kv_cache.bit_fit import code_cache
 from kv_cache.decoding_speed import cache_bytes, decode_speeds
-from kv_cache.hf_bits import code_cache
 from surgery import bits_folder, rank_folder
 from surgery.bits_model import Coder, coded_in
 from surgery.evaluator import measured
@@ -55,11 +55,12 @@ def keep(out):
 # -- by rank ----------------------------------------------------------------------------------------------------------
 
 
-def write_smaller(args, point, surgeon, evaluator, tokenizer, windows):
+def write_smaller(args, point, surgeon, evaluator, tokenizer, windows, parts):
     """
     Write the point's model to --out -> its record, with measures of the untouched, the smaller and the healed model.
 
-    windows: for healing. Raises RuntimeError if the smaller model does not lose what the sweep measured.
+    windows: for healing. parts: of check_same(). Raises RuntimeError if the smaller model loses something else than the sweep
+    measured.
     """
     subject = surgeon.subject
     before = fingerprint(subject.model)
@@ -67,7 +68,7 @@ def write_smaller(args, point, surgeon, evaluator, tokenizer, windows):
         cut_measured = evaluator.measure()
     check_changes(before, subject.model)
     hf = copy.deepcopy(subject.model)
-    plan = shrink(hf, cut.stacks, cut.tables)
+    plan = shrink(hf, cut.stacks, cut.tables, parts)
     small = Subject(hf)
     found = dict(untouched=evaluator.measure(), smaller=evaluator.measure(small))
     if max(abs(found["smaller"][name] - cut_measured[name]) for name in ("loss", "kl")) > 1e-4:
@@ -92,12 +93,12 @@ def write_smaller(args, point, surgeon, evaluator, tokenizer, windows):
 # -- by bits ----------------------------------------------------------------------------------------------------------
 
 
-def write_packed(args, subject, tokenizer, texts, evaluator, folder):
+def write_packed(args, subject, tokenizer, texts, evaluator, folder, parts):
     """
     Quantise a model's matrices and its cache, and write it to --out -> its record, with measures of the untouched, the packed
     and the healed model.
 
-    folder: stores the moments of calibration for a later call.
+    folder: stores the moments of calibration for a later call. parts: of check_cache().
     """
     coded, taken, hf = {}, 0, copy.deepcopy(subject.model)
     windows = texts.healing_windows(args.heal_steps) if args.heal_steps else []
@@ -114,8 +115,8 @@ def write_packed(args, subject, tokenizer, texts, evaluator, folder):
         last, healing = "healed", copy.deepcopy(hf)
         coded, training = heal_coded(healing, coded, subject, windows, Recipe.of(args, subject.config.n_embd))
         keep_rest(healing, hf, coded)
-    cache = cache_of(args, hf, coded, texts) if args.cache_bytes else []
-    numbers, size = bits_folder.save(args.out, hf, tokenizer, coded, cache)
+    cache = cache_of(args, hf, coded, texts, parts) if args.cache_bytes else []
+    numbers, size = bits_folder.save(args.out, hf, tokenizer, coded, cache, parts)
     decoded, packed = (load(args.out, packed=form)[0] for form in (False, True))
     found[last] = evaluator.measure(Subject(decoded)) | training
     windows = [some[0] for some in evaluator.windows.values()]
@@ -150,7 +151,7 @@ def keep_rest(healed, hf, coded):
             p.data.copy_(theirs[name])
 
 
-def cache_of(args, hf, coded, texts):
+def cache_of(args, hf, coded, texts, parts):
     """A LayerCode for each layer, calibrated on the model with its matrices already quantised."""
     decoded = copy.deepcopy(hf)
     install_coded(decoded, coded, packed=False)
@@ -158,7 +159,7 @@ def cache_of(args, hf, coded, texts):
     torch.manual_seed(args.seed)
     try:
         windows = tqdm(windows, "calibration of the cache", unit="window")
-        return code_cache(Subject(decoded), windows, args.cache_bytes, args.cache_form)
+        return code_cache(Subject(decoded), windows, args.cache_bytes, args.cache_form, parts)
     except ValueError as error:
         fail(f"--cache_bytes {args.cache_bytes}: {error}")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_coded_cache import IDS, WHOLE, coded, modules, toys
 
+from kv_cache import bit_fit
 from kv_cache.decoding_speed import cache_bytes
 from surgery.folder import load
 
@@ -12,7 +13,7 @@ def test_a_gpt_neox_is_packed_whole(operate, run_main, tmp_path):
     result = operate("--bytes", 0.6, "--cache_bytes", 0.4, "--out", tmp_path / "packed", "--answer_tokens", 0, model="neox")
     assert result.status == 0, result.err
     read, _ = load(tmp_path / "packed")
-    layers, numbers = modules.numbers_of(toys.neox())
+    layers, numbers = bit_fit.numbers_of(toys.neox())
     assert cache_bytes(read, IDS[0]) <= layers * numbers * 2 * (0.4 + WHOLE / 40)
     for layer in read.gpt_neox.layers:
         assert isinstance(layer.attention, modules.CodedAttention) and not hasattr(layer.attention.query_key_value, "weight")

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from bits.packing import pack_rows, row_bytes, unpack_rows
 from bits.trellis import FAST_WINDOW, gaussian_codes
 from kernels.build import library
-from kv_cache.bit_code import WHOLE, WHOLE_RANGE, blocks_of, fit, fit_levels, known_of, least_bits
+from kv_cache import bit_fit
+from kv_cache.bit_code import WHOLE, known_of
+from kv_cache.bit_fit import WHOLE_RANGE, blocks_of, fit, fit_levels, least_bits
 from kv_cache.bit_reader import reader_of
 from kv_cache.bit_streams import GAIN_BITS, Streams, best_windows, size_of, windows_and_gain
 from kv_cache.decoding_speed import cache_bytes
-from kv_cache.hf_attention import Turns
-from kv_cache.hf_latents import norm_of
+from kv_cache.hf_attention import RotaryTable, norm_of
 from model import rotate
 from surgery.bits_folder import save
 from surgery.folder import WEIGHTS, load
@@ -39,7 +40,7 @@ def coded(share, form="small", kind="llama"):
     torch.manual_seed(0)
     untouched = getattr(toys, kind)()
     model = copy.deepcopy(untouched)
-    return untouched, model, modules.code_cache(Subject(model), WINDOWS, share, form)
+    return untouched, model, bit_fit.code_cache(Subject(model), WINDOWS, share, form, {})
 
 
 @pytest.fixture(scope="module", params=["fast llama", "small llama", "fast neox", "small neox"])
@@ -113,7 +114,7 @@ def test_dear_components_are_not_clipped(monkeypatch):
     x.view(-1, D)[::200, 0] = 20.0
     metric, flat, errors = torch.ones(D).index_fill(0, torch.tensor([0]), 1e4).diag(), x[:, WHOLE:].flatten(0, 1), []
     for whole_range in (WHOLE_RANGE, 99):
-        monkeypatch.setattr("kv_cache.bit_code.WHOLE_RANGE", whole_range)
+        monkeypatch.setattr("kv_cache.bit_fit.WHOLE_RANGE", whole_range)
         code = fit([x], x[..., :1], [metric], 2 * D, [[torch.arange(D)]])[0]
         errors.append((flat - code.read(code.write(flat, None), None))[:, 0].square().mean())
     assert code.bits[0][-1] >= WHOLE_RANGE
@@ -227,8 +228,8 @@ def test_chunks_and_single_tokens_read_the_same(at_quarter):
 @torch.no_grad()
 def test_the_bytes_that_are_allocated_are_those_that_were_paid(at_quarter):
     untouched, model, codes, form = at_quarter
-    layers, D = modules.numbers_of(untouched)
-    of_token = modules.kept_of_id(model, form) + sum(code.bytes_per_token for code in codes)
+    layers, D = bit_fit.numbers_of(untouched)
+    of_token = bit_fit.kept_of_id(model, form) + sum(code.bytes_per_token for code in codes)
     assert 0.23 * 2 * layers * D < of_token <= 0.25 * 2 * layers * D
     assert cache_bytes(model, IDS[0]) == of_token + layers * 2 * D * WHOLE / 40
     assert cache_bytes(untouched, IDS[0]) == 4 * layers * D  # float32
@@ -251,7 +252,7 @@ def test_the_loops_attend_as_torch_does(heads, groups, n, turned, pads, normed):
     x, q, pads = 9 * normal(B, S, 2 * D), normal(B, heads, n), None if pads is None else torch.tensor(pads)
     rows = torch.nn.functional.pad(code.write(x.flatten(0, 1), None).unflatten(0, (B, S)), (0, 0, 0, 9))[:, :S]
     whole = x[:, : WHOLE + (0 if pads is None else 120)].half()
-    turns = Turns(lambda like, at: [f(at[..., None] * angles).repeat(1, 1, 2) for f in (torch.cos, torch.sin)])
+    turns = RotaryTable(lambda like, at: [f(at[..., None] * angles).repeat(1, 1, 2) for f in (torch.cos, torch.sin)])
     reader = reader_of(code, n)
     norm = torch.nn.RMSNorm(n, eps=0.3).requires_grad_(False) if normed else torch.nn.Identity()
     if normed:
@@ -278,7 +279,7 @@ def test_keys_with_a_norm_are_decoded_in_place(monkeypatch):
     torch.manual_seed(0)
     model = toys.redrawn(toys.transformers.Qwen3ForCausalLM(toys.transformers.Qwen3Config(**QWEN3)))
     with torch.enable_grad():
-        modules.code_cache(Subject(model.requires_grad_(False)), WINDOWS, 0.4, "fast")
+        bit_fit.code_cache(Subject(model.requires_grad_(False)), WINDOWS, 0.4, "fast", {})
     attn, calls = model.model.layers[1].self_attn, []
     in_place = type(attn).read_in_place
     monkeypatch.setattr(type(attn), "read_in_place", lambda *given: (calls.append(1), in_place(*given))[1])
@@ -331,13 +332,13 @@ def test_a_layer_without_bits_has_positions_too():
     torch.manual_seed(0)
     model = toys.llama()
     with torch.enable_grad():
-        x, e, G = modules.gather(Subject(model), WINDOWS)
+        x, e, G = bit_fit.gather(Subject(model), WINDOWS)
     x[0], x[1] = 0 * x[0], 0 * x[1]
     for form in modules.STREAMS:
         small = copy.deepcopy(model)
-        codes = fit(x, e, G, modules.cache_bits(small, 0.2, form), modules.blocks_for(small, form))
+        codes = fit(x, e, G, bit_fit.cache_bits(small, 0.2, form), bit_fit.blocks_for(small, form))
         assert not any(codes[0].bits) and (form == "small" or not any(codes[1].bits))
-        modules.install_cache(small, codes)
+        modules.install_cache(small, codes, {})
         cache, found = None, []
         for part in IDS[:2].split([20, 1, 9, 10], 1):
             out = small(part, past_key_values=cache, use_cache=True)
@@ -420,15 +421,15 @@ def test_a_head_that_turns_neighbours_is_refused(capsys):
         num_key_value_heads=2, head_dim=8, pad_token_id=0,
     )  # fmt: skip
     with pytest.raises(SystemExit):
-        modules.coded_layers(toys.transformers.GlmForCausalLM(config))
-    assert "attention otherwise than a Llama" in capsys.readouterr().err
+        bit_fit.check_cache(toys.redrawn(toys.transformers.GlmForCausalLM(config)), 0.5, 64, "fast")
+    assert "model.layers.0.self_attn (GlmAttention) computes attention in a way" in capsys.readouterr().err
 
 
 def test_a_sliding_window_is_refused(capsys):
     sliding = toys.llama()
     sliding.config.sliding_window = 8
     with pytest.raises(SystemExit):
-        modules.install_cache(sliding, [])
+        bit_fit.check_cache(sliding, 0.5, 64, "fast")
     assert "sliding window" in capsys.readouterr().err
 
 

@@ -211,7 +211,7 @@ def test_adapters_on_a_compact_model_train_and_merge(compact):
     assert cache_bytes(merged, x[0]) == 2 * 5 * 4  # one latent a layer, still
 
 
-STANDARD = {"contextlib", "dataclasses", "functools", "math", "sys"}
+STANDARD = {"inspect", "contextlib", "dataclasses", "functools", "math", "sys"}
 
 
 def test_the_code_beside_the_weights_needs_torch_and_transformers_alone(compact, packed):

@@ -6,16 +6,15 @@ import re
 import pytest
 import torch
 
-from kv_cache import hf_latents as latent_cache
 from kv_cache.decoding_speed import cache_bytes
-from kv_cache.hf_attention import LatentAttention
+from kv_cache.hf_latents import LatentAttention
 from kv_cache.hf_layers import find_layers
 from surgery import rank_cut
 from surgery.evaluator import Evaluator
 from surgery.folder import load
 from surgery.heal import Recipe, heal
 from surgery.rank_cut import Surgeon
-from surgery.rank_folder import save, turn_to_keys
+from surgery.rank_folder import latents_to_keys, save
 from surgery.rank_modules import shrink
 from surgery.rank_points import Point
 from surgery.subject import Subject
@@ -101,11 +100,11 @@ def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
     padding = torch.ones_like(IDS)
     padding[0, :5] = 0
     options = dict(attention_mask=padding, max_new_tokens=30, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
-    monkeypatch.setattr("kv_cache.hf_attention.growing", lambda cache, i: None)
+    monkeypatch.setattr("kv_cache.hf_latents.growing", lambda cache, i: None)
     theirs, their_beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     monkeypatch.undo()
-    turn_to_keys(small)
-    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
+    latents_to_keys(small)
+    monkeypatch.setattr("kv_cache.hf_attention.AT_ONCE", 8)
     ours, beams = small.generate(IDS, do_sample=False, **options), small.generate(IDS, num_beams=3, **options)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-3, rtol=1e-3)
     assert torch.equal(ours.sequences, theirs.sequences) and torch.equal(beams.sequences, their_beams.sequences)
@@ -115,7 +114,7 @@ def test_latents_turned_to_keys_decode_the_same(make, mode, rank, monkeypatch):
         assert (layer.reader.at < rank).sum() >= min(rank, len(layer.reader.at)) - 2  # a poor pivot is left to a value
         before = small(IDS, use_cache=False).logits
         small.to(torch.float64)  # the stored latents again
-        assert attn.turn is None and not (attn.k_proj.up.weight == 1).any()
+        assert attn.basis is None and not (attn.k_proj.up.weight == 1).any()
         torch.testing.assert_close(small(IDS, use_cache=False).logits.float(), before, atol=1e-3, rtol=1e-3)
 
 
@@ -130,13 +129,13 @@ def step(small, past, ids, **options):
 @pytest.fixture
 def turned():
     _, small, _ = cut(llama(), mode="shared_kv", targets="k,v", rank=10)
-    turn_to_keys(small)
+    latents_to_keys(small)
     return small
 
 
 def test_caches_of_every_kind_go_on_as_a_whole_text_does(turned, monkeypatch):
     """One that makes its layers late, one of another's pairs, shallow copies, after a crop, out of inference mode."""
-    monkeypatch.setattr(latent_cache, "AT_ONCE", 8)
+    monkeypatch.setattr("kv_cache.hf_attention.AT_ONCE", 8)
     more = torch.cat([IDS, IDS[:, :6]], 1)
 
     def right(found, wanted):
@@ -381,11 +380,10 @@ def test_the_program_writes_heals_reads_back_and_measures(operate, clinic, tmp_p
 
 
 def test_attention_of_another_kind_is_refused_before_anything_is_measured(operate, clinic, tmp_path, assert_one_line_error):
-    olmo = transformers.Olmo2ForCausalLM(
-        transformers.Olmo2Config(**SHAPE, eos_token_id=0, pad_token_id=0)
-    )  # norms over all heads
+    clipped = transformers.OlmoConfig(**SHAPE, eos_token_id=0, pad_token_id=0, clip_qkv=0.5)
+    olmo = redrawn(transformers.OlmoForCausalLM(clipped))
     scaled = llama(rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4), max_position_embeddings=64)
-    for name, model, word in (("olmo", olmo, "Olmo2Attention"), ("scaled", scaled, "rotary")):
+    for name, model, word in (("olmo", olmo, "OlmoAttention"), ("scaled", scaled, "rotation")):
         model.save_pretrained(clinic / name)
         save_tokenizer(clinic / name)
         result = operate("--targets", "k", "--rank", "4", "--method", "svd", "--out", tmp_path / "small", model=name)
