@@ -4,11 +4,12 @@ Surgery: cut q, k and v of a real model, or its token table, to low rank, and me
     from surgery import load
     model, tokenizer = load("model_weights/smaller")  # written by `python -m surgery --out model_weights/smaller`
 
-    flags, rank_points, __main__    what a user asks for: flags and their checks; one cut; the program
+    flags, checks, __main__         what a user asks for; can the model do it; the program
     subject, texts                  the model; the texts for calibration, healing and evaluation
     moments                         second moments of layers and table on calibration text
     evaluator, predictor            loss and KL on fixed windows; any model behind one call
-    rank_cut, rank_in_order, sweep  one cut; cuts layer after layer; many cuts, each with a line of results
+    rank_points, rank_cut           one choice of what is cut, and to which level; the cut
+    rank_in_order, sweep            cuts layer after layer; many cuts, each with a line of results
     bits_model                      quantised matrices with one budget of bytes
     heal                            a short training towards the original model
     write                           write the smaller model, read it back, measure it

@@ -19,161 +19,34 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import fail, finish, flag, parse
+from common.cli import fail, finish, parse
 from common.files import claim_new
+from surgery.flags import OLD_SPELLINGS, SWEEP, Args, check, check_bytes
 from surgery.rank_points import UNTOUCHED, Point, make_points
 
-
-@dataclass
-class Args:
-    model: str = flag(
-        "",
-        "hub id, folder, .gguf file, or a run of train.py; default: TinyLlama, or SmolLM2-135M if the hub does not answer",
-    )
-    tokenizer: str = flag("", "hub id, folder or dataset; default: the model's own")
-    variance: str = flag(
-        "",
-        "shares of the energy (the squared singular values) to keep, in (0, 1], comma-separated; "
-        "default, without --rank and --budget: the original scripts' nine, 0.99 to 0.2",
-    )
-    rank: str = flag("", "ranks to keep, comma-separated; alone or together with --variance")
-    bytes: float | None = flag(
-        None,
-        "quantise the matrices to this share of their float16 bytes together, with more bits for important components; "
-        "needs --out; --targets is all (default) or wte",
-        above=0,
-        high=1,
-    )
-    cache_bytes: float | None = flag(
-        None,
-        "quantise keys and values to this share of a token's float16 bytes; needs --out; alone or together with --bytes",
-        above=0,
-        high=1,
-    )
-    cache_form: str = flag(
-        "fast",
-        "form of the quantised cache. fast: attention reads the packed cache directly (CPU, float32). "
-        "small: predicts each layer from those before; loses less at the same size, decodes more slowly",
-        choices=("fast", "small"),
-    )
-    budget: str = flag("", "shares of all components' numbers to keep, comma-separated; the loss decides each layer's rank")
-    targets: str = flag("q,k,v", "q, k, v, a combination, or wte; a slash separates several choices: k/v/k,v")
-    mode: str = flag(
-        "separate",
-        "separate, shared_kv (k stacked over v, one basis), or shared_layers (neighbouring layers, one basis); "
-        "comma-separated: a point each",
-    )
-    method: str = flag(
-        "pca", "pca, svd, whiten, fisher or sequential; for wte those of pca_factorize_wte.py; comma-separated: a point each"
-    )
-    layers_per_group: int = flag(2, "neighbouring layers that share their components in --mode shared_layers", low=2)
-    as_original: bool = flag(False, "reproduce the original script's shared_kv_pca: it cuts q alone and loses the PCA's mean")
-    calib_text: str = flag(
-        "",
-        "texts to calibrate on: files (.xz too), sotu (State of the Union), datasets under data/; comma-separated, in equal "
-        "shares; default: every text found here. If a text is also used for evaluation, calibration takes its even "
-        "documents, evaluation its odd ones",
-    )
-    calib_tokens: int = flag(32768, "tokens of --calib_text, in windows evenly spread over each text", low=1)
-    eval_text: str = flag("", "texts to evaluate on, in the form of --calib_text; default: every text found here")
-    # 48 x 512 = 24,576 tokens: measures a loss to a few thousandths of a nat
-    eval_windows: int = flag(48, "evaluation windows, in equal shares, evenly spread over each text", low=1)
-    window: int = flag(512, "tokens in a window", low=2)
-    prompt: str = flag("What is machine learning?", "question to each model, in its chat template if there is one")
-    answer_tokens: int = flag(64, "tokens of each answer; 0: no answers", low=0)
-    seed: int = flag(1337, "random seed of calibration, healing and the sampled answer", low=0, high=2**63 - 1)
-    device: str = flag("cpu", "cpu or cuda")
-    out_dir: str = flag("model_weights/surgery", "folder of results.jsonl, report.md and the figures")
-    html: bool = flag(False, "write report.html too: the report as a page with values under the pointer and tables that sort")
-    out: str = flag("", "new folder for the smaller model; flags must give one point")
-    heal_steps: int = flag(
-        0,
-        "steps of healing by LoRA before --out is written, one window each; with --bytes they also train the scales and means",
-        low=0,
-    )
-    heal_text: str = flag("", "texts to heal on, in the form of --calib_text; default: the calibration text")
-    heal_rank: int = flag(16, "rank of the LoRA adapters; their scale is 2", low=1)
-    heal_lr: float = flag(
-        3e-4,
-        "highest learning rate of healing, after a tenth of the steps; then a cosine down to 0",
-        above=0,
-        below=1,
-    )
-    heal_dtype: str = flag(
-        "float32",
-        "precision of the matrix products in healing. auto picks the fastest on this machine, so results may differ between "
-        "machines",
-        choices=("auto", "float32", "bfloat16"),
-    )
-
-
-# Flags that may differ between the runs that write into one folder.
-SWEEP = ("variance", "rank", "budget", "bytes", "cache_bytes", "cache_form", "targets", "mode", "method", "as_original",
-         "answer_tokens", "out_dir", "html", "device", "out", "heal_steps", "heal_text", "heal_rank", "heal_lr",
-         "heal_dtype")  # fmt: skip
-OLD_SPELLINGS = {"--seed_faithful": "--as_original", "--no-seed_faithful": "--no-as_original"}
-HEALING = {"heal_text", "heal_rank", "heal_lr", "heal_dtype"}
 PROBES = 2  # windows of calibration text on which --budget measures each layer
 
 
-def check_bytes(args, given):
-    """Refuse flags that contradict --bytes or --cache_bytes, and set the defaults that these two need."""
-    asks = "--bytes" if args.bytes else "--cache_bytes"
-    if other := sorted({"variance", "rank", "budget", "mode", "method", "as_original"} & set(given)):
-        fail(f"{asks} and --{other[0]} are two ways to shrink the model: give one of them")
-    if not args.out:
-        fail(f"{asks} writes a packed model: give --out FOLDER")
-    if args.html:
-        fail(f"--html writes the report of a sweep, and {asks} has no report: drop --html")
-    if args.device != "cpu":
-        fail(f"{asks} works on the CPU only: drop --device {args.device}")
-    if not args.bytes and (other := sorted({"targets", "heal_steps"} & set(given))):
-        fail(f"--{other[0]} is for matrices, and --cache_bytes changes none: give --bytes too, or drop --{other[0]}")
-    args.answer_tokens = 0
-    args.targets = args.targets if "targets" in given else "all"
-    if args.targets not in ("all", "wte"):
-        fail(f"--targets {args.targets} with --bytes: give all or wte")
+@dataclass
+class Opened:
+    """What the flags name. windows: {text: its evaluation windows}. settings: those that all runs into one folder share."""
 
-
-def check(args, given, points):
-    """Refuse contradictions before anything is loaded."""
-    if args.as_original and (taken := sorted({"targets", "mode", "method"} & set(given))):
-        fail(f"--as_original cuts q alone, by PCA: drop --{taken[0]}")
-    if not args.heal_steps and (other := sorted(HEALING & set(given))):
-        fail(f"--{other[0]} has no effect without --heal_steps: give both, or drop --{other[0]}")
-    if "cache_form" in given and not args.cache_bytes:
-        fail("--cache_form has no effect without --cache_bytes: give both, or drop --cache_form")
-    if not args.out:
-        if args.heal_steps:
-            fail("--heal_steps heals the model that --out writes: give --out FOLDER")
-        return
-    if len(points) > 1:
-        fail(f"--out writes one point, these flags give {len(points)}: give one choice of targets, mode, method and --rank")
-    if Path(args.out).exists():
-        fail(f"--out {args.out} exists: choose another folder, or delete it")
-    out, out_dir, model = (Path(path).resolve() for path in (args.out, args.out_dir, args.model))
-    if out in (out_dir, *out_dir.parents):
-        fail(f"--out {args.out} would contain --out_dir {args.out_dir}: choose another folder")
-    if args.model and model in out.parents:
-        fail(f"--out {args.out} is inside --model {args.model}: choose another folder")
-    if args.as_original:
-        fail("--out with --as_original would write a model that lost the PCA's mean: drop one of them")
-
-
-def settings_of(args, name, weights, windows, texts):
-    """Settings that all runs into one folder share. weights: a digest(). windows: their number. texts: texts.settings()."""
-    settings = {k: v for k, v in vars(args).items() if k not in SWEEP}
-    settings["model"] = Path(name).name if Path(name).exists() else name
-    return settings | texts | dict(weights=weights, eval_windows=windows)
+    name: str
+    subject: object
+    tokenizer: object
+    texts: object
+    windows: dict
+    settings: dict
 
 
 def opened(args):
-    """Load what the flags name -> (model's name, Subject, tokenizer, chosen texts, TextReader, evaluation windows by text)."""
+    """Load what the flags name -> Opened."""
     import torch
 
-    from surgery.flags import check_window
+    from surgery.checks import check_window
+    from surgery.rank_cut import digest
     from surgery.subject import choose_model, load_subject
-    from surgery.texts import TextReader, announced, choose
+    from surgery.texts import TextReader, announced, announced_bos, bos_of, choose, settings
 
     if args.device != "cpu" and not torch.cuda.is_available():
         fail(f"--device {args.device}: there is no CUDA device here: give --device cpu")
@@ -182,33 +55,35 @@ def opened(args):
     print(f"model: {name}", *announced(chosen), sep="\n", flush=True)
     subject, tokenizer = load_subject(name, args.tokenizer)
     check_window(args, name, subject)
-    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
-    return name, subject.to(args.device), tokenizer, chosen, texts, texts.evaluation_windows(args.eval_windows)
+    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window, bos_of(tokenizer, args.bos))
+    print(announced_bos(tokenizer, texts.bos), flush=True)
+    windows = texts.evaluation_windows(args.eval_windows)
+    shared = {k: v for k, v in vars(args).items() if k not in SWEEP} | settings(chosen)
+    shared |= dict(model=Path(name).name if Path(name).exists() else name, bos=texts.bos is not None)
+    shared |= dict(weights=digest(subject.model), eval_windows=sum(map(len, windows.values())))
+    return Opened(name, subject.to(args.device), tokenizer, texts, windows, shared)
 
 
 def pack(args):
     """Write the packed model of --bytes and --cache_bytes."""
     from kv_cache.bit_fit import check_cache
     from reports.packed import packed_table
+    from surgery.checks import check_subject
     from surgery.evaluator import Evaluator
-    from surgery.flags import check_subject
-    from surgery.rank_cut import digest
     from surgery.sweep import prepare_folder
-    from surgery.texts import settings
     from surgery.write import write_model, write_packed
 
-    name, subject, tokenizer, chosen, texts, windows = opened(args)
-    check_subject(args, name, [], subject, tokenizer)
-    parts = check_cache(subject.model, args.cache_bytes, args.window, args.cache_form) if args.cache_bytes else {}
-    shared = settings_of(args, name, digest(subject.model), sum(map(len, windows.values())), settings(chosen))
-    folder, _, *claims = prepare_folder(args, shared)
+    at = opened(args)
+    check_subject(args, at.name, [], at.subject, at.tokenizer)
+    parts = check_cache(at.subject.model, args.cache_bytes, args.window, args.cache_form) if args.cache_bytes else {}
+    folder, _, *claims = prepare_folder(args, at.settings)
     claims.append(claim_new(args.out, "folder"))
-    given = (args, subject, tokenizer, texts, Evaluator(subject, windows), folder, parts)
+    given = (args, at.subject, at.tokenizer, at.texts, Evaluator(at.subject, at.windows), folder, parts)
     record = write_model(args, folder, "packed.jsonl", lambda: write_packed(*given))
     print(packed_table(record))
     for claim in claims:
         claim.release()
-    finish(model=name, out=args.out, **record["bytes"])
+    finish(model=at.name, out=args.out, **record["bytes"])
 
 
 def main(argv=None):
@@ -226,24 +101,22 @@ def main(argv=None):
     from kv_cache.hf_layers import find_layers
     from kv_cache.hf_same import check_same
     from reports.surgery import write_report
+    from surgery.checks import check_ranks, check_subject
     from surgery.evaluator import Evaluator
-    from surgery.flags import check_ranks, check_subject
     from surgery.moments import calibration
-    from surgery.rank_cut import Surgeon, digest
+    from surgery.rank_cut import Surgeon
     from surgery.sweep import prepare_folder, read_records, sweep
-    from surgery.texts import settings
     from surgery.write import write_model, write_smaller
 
-    name, subject, tokenizer, chosen, texts, windows = opened(args)
-    model = subject.model
+    at = opened(args)
+    subject, tokenizer, texts, model = at.subject, at.tokenizer, at.texts, at.subject.model
     layers = find_layers(model) if not all(p.of_table for p in points) else []
-    check_subject(args, name, points, subject, tokenizer)
+    check_subject(args, at.name, points, subject, tokenizer)
     check_ranks(points, layers, subject, args.layers_per_group)
     parts = {}
     if args.out and layers and (layers[0].fused or set(points[0].targets) & {"k", "v"}):
         parts = check_same(model, layers, "--out")
-    shared = settings_of(args, name, digest(model), sum(map(len, windows.values())), settings(chosen))
-    folder, records, *claims = prepare_folder(args, shared)
+    folder, records, *claims = prepare_folder(args, at.settings)
     if args.out:
         claims.append(claim_new(args.out, "folder"))
 
@@ -252,7 +125,7 @@ def main(argv=None):
     if left or args.out:
         needed = points if args.out else left
         moments, table = calibration(args, needed, subject, layers, texts, folder / "calibration.pt")
-        evaluator, probe = Evaluator(subject, windows), None
+        evaluator, probe = Evaluator(subject, at.windows), None
         if any(point.level == "budget" for point in needed):
             probe = Evaluator(subject, texts.windows("calib", PROBES))
         surgeon = Surgeon(subject, layers, args.layers_per_group, moments, table, probe)
@@ -267,7 +140,7 @@ def main(argv=None):
     for claim in claims:
         claim.release()
     counts = dict(points=len(left), skipped=len(points) + 1 - len(left))
-    finish(model=name, out_dir=str(folder), out=args.out or None, report=str(folder / "report.md"), **counts)
+    finish(model=at.name, out_dir=str(folder), out=args.out or None, report=str(folder / "report.md"), **counts)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
+from surgery.flags import BOS
 
 LINE = dict(row=str, system=str)  # identifies the rows that are measured already
 SYSTEMS = ("table", "weights", "cache")
@@ -37,6 +38,7 @@ class Args:
     eval_text: str = flag("", "texts to evaluate on, as for python -m surgery")
     eval_windows: int = flag(16, "evaluation windows, in equal shares; the published numbers use 48", low=2)
     window: int = flag(512, "tokens in a window", low=2)
+    bos: str = flag("auto", "whether each window begins with the beginning of text, as for python -m surgery", choices=BOS)
     seed: int = flag(1337, "random seed of the labels that the model draws", low=0, high=2**63 - 1)
     out_dir: str = flag("model_weights/bytes", "folder of results.jsonl")
 
@@ -117,12 +119,12 @@ def main(argv=None):
     systems = plan(args)
 
     from kv_cache.bit_fit import check_cache
+    from surgery.checks import check_window
     from surgery.evaluator import Evaluator
-    from surgery.flags import check_window
     from surgery.rank_cut import digest
     from surgery.subject import OwnSubject, choose_model, load_subject
     from surgery.sweep import prepare_folder, read_records
-    from surgery.texts import TextReader, announced, choose, settings
+    from surgery.texts import TextReader, announced, announced_bos, bos_of, choose, settings
 
     chosen = choose(args.calib_text, args.eval_text)
     name = args.model or choose_model()
@@ -132,10 +134,11 @@ def main(argv=None):
     if "cache" in systems and isinstance(subject, OwnSubject):
         fail("--system cache needs a Llama, Mistral, Qwen or GPT-NeoX of Hugging Face: give --system table,weights")
     parts = check_cache(subject.model, min(shares_of(args, "cache")), args.window, "small") if "cache" in systems else None
-    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window)
+    texts = TextReader(chosen, tokenizer, len(subject.table.weight), args.window, bos_of(tokenizer, args.bos))
+    print(announced_bos(tokenizer, texts.bos), flush=True)
     shared = {k: v for k, v in vars(args).items() if k not in ("system", "shares", "rows", "out_dir")}
     shared["model"] = Path(name).name if Path(name).exists() else name
-    shared["weights"] = digest(subject.model)
+    shared |= dict(weights=digest(subject.model), bos=texts.bos is not None)
     args.device = "cpu"
     folder, records, claim = prepare_folder(args, shared | settings(chosen), LINE)
     done, left, failed = {(record["system"], record["row"]) for record in records}, {}, []

@@ -10,8 +10,10 @@ It reads a run of train.py, a folder or hub id of Hugging Face, a .gguf file, or
 Every token of a text is predicted once. The first window begins with the tokenizer's beginning of text (or its end of text, if
 it has no beginning) and predicts --window tokens. Each further window predicts --stride more tokens. It sees the tokens before
 them, up to --window in all. By default --stride is --window: this is the fastest, and a token sees --window / 2 tokens on
-average. lm-eval does the same with max_length=WINDOW and add_bos_token=False. --lm_eval FOLDER writes the texts as a task of
-lm-eval, and prints its command.
+average. If the tokenizer puts a beginning of text before a text by itself, as Gemma's does, every window begins with it.
+
+With --bos no, lm-eval does the same with max_length=WINDOW and add_bos_token=False. --lm_eval FOLDER writes the texts as a task
+of lm-eval, and prints its command.
 """
 
 import json
@@ -23,6 +25,7 @@ from math import isfinite, log
 from pathlib import Path
 
 from common.cli import fail, finish, flag, parse
+from surgery.flags import BOS
 
 WINDOW = 512
 
@@ -34,6 +37,12 @@ class Args:
     reference: str = flag("", "model with the same tokenizer to compare with, such as the original of --model")
     tokenizer: str = flag("", "tokenizer of both models: hub id, folder or dataset; default: each model's own")
     window: int | None = flag(None, f"tokens in a window; default: {WINDOW}, or fewer if a model reads fewer", low=1)
+    bos: str = flag(
+        "auto",
+        "whether each window begins with the beginning-of-text token. auto: if the tokenizer puts it before a text by itself; "
+        "no: only the first window, as lm-eval does",
+        choices=BOS,
+    )
     stride: int | None = flag(None, "tokens that each further window predicts; default: --window", low=1)
     characters: int = flag(8_000_000, "characters to read of each text, at most", low=1)
     batch_size: int = flag(1, "windows in a batch", low=1)
@@ -77,8 +86,9 @@ def measure(args, model, reference, ids):
     from tqdm import tqdm
 
     from surgery.predictor import predict, rolling_windows
+    from surgery.texts import bos_of
 
-    windows, found = list(rolling_windows(ids, model.first, args.window, args.stride)), []
+    windows, found = list(rolling_windows(ids, model.first, args.window, args.stride, bos_of(model.tokenizer, args.bos))), []
     sums, counts = torch.zeros(2, args.window, dtype=torch.float64)
     steps = predict(model, reference, windows, args.batch_size)
     for measured, position in tqdm(steps, total=len(windows), unit="window", disable=not sys.stderr.isatty(), leave=False):
@@ -157,7 +167,7 @@ def main(argv=None):
 
     from surgery.predictor import Predictor
     from surgery.subject import load_tokenizer
-    from surgery.texts import listed, text_of
+    from surgery.texts import announced_bos, bos_of, listed, text_of
 
     paths = listed("text", args.text)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
@@ -173,8 +183,10 @@ def main(argv=None):
     results = {name: result([texts[name]], *each) for name, each in found.items()}
     windows, sums, counts = zip(*found.values())
     everything = result(texts.values(), sum(windows, []), torch.stack(sums).sum(0), torch.stack(counts).sum(0))
+    print(announced_bos(model.tokenizer, bos_of(model.tokenizer, args.bos)))
     print(tables(results | (dict(everything=everything) if len(results) > 1 else {})))
     given = dict(model=args.model, reference=args.reference or None, window=args.window, stride=args.stride)
+    given |= dict(bos=bos_of(model.tokenizer, args.bos) is not None)
     finish(**given, **everything, texts=results)
 
 

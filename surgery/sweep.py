@@ -18,6 +18,7 @@ from training.run_folder import provenance
 
 # Identifies the points that are measured already. Older lines have no budget.
 LINE = dict(method=str, mode=str, targets=str) | {level: (float, None) for level in ("variance?", "rank?", "budget?")}
+OLDER = dict(bos=False)  # settings that older folders do not name, and what they had
 
 
 def prepare_folder(args, settings, line=LINE):
@@ -32,7 +33,7 @@ def prepare_folder(args, settings, line=LINE):
     config, records, before = folder / "config.json", read_records(folder / "results.jsonl", line), {}
     if config.exists():
         what = ("a config.json that surgery wrote", "choose another folder with --out_dir")
-        before = read_json(config, dict(settings=dict), *what)["settings"]
+        before = OLDER | read_json(config, dict(settings=dict), *what)["settings"]
     differing = [k for k, v in settings.items() if before.get(k) != v]
     if differing and records:
         k = differing[0]

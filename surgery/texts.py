@@ -114,6 +114,12 @@ def announced(chosen):
     return [f"{verb}: {shown(chosen[role])}" for role, verb in verbs.items()]
 
 
+def announced_bos(tokenizer, bos):
+    """A line that says how windows begin. bos: from bos_of()."""
+    how = "no beginning-of-text token" if bos is None else f"{tokenizer.convert_ids_to_tokens(bos)} (--bos no: without it)"
+    return f"each window begins with {how}"
+
+
 def shown(texts):
     return ", ".join(map(str, texts))
 
