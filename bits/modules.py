@@ -73,12 +73,13 @@ class CodedLinear(Coded):
 class TiedCodedHead(nn.Module):
     """The head of a model that is tied to its CodedEmbedding."""
 
-    def __init__(self, table):
+    def __init__(self, table, bias=None):
         super().__init__()
-        self.table = [table]  # in a list, so that its buffers are registered once
+        self.table, self.bias = [table], bias  # in a list, so that its buffers are registered once
 
     def forward(self, h):
-        return self.table[0].coded.product(h.float()).to(h.dtype)
+        y = self.table[0].coded.product(h.float()).to(h.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 def install_coded(hf, coded, packed=True):
@@ -88,7 +89,7 @@ def install_coded(hf, coded, packed=True):
 
     packed: the modules read the packed form. Otherwise the weights are decoded once to float: same speed and memory as before.
     """
-    tied = "head" not in coded
+    tied, bias = "head" not in coded, hf.get_output_embeddings().bias
     for name, made in coded.items():
         if not packed:
             put_dense(hf, name, made, tied)
@@ -96,9 +97,9 @@ def install_coded(hf, coded, packed=True):
             scale = getattr(hf.get_input_embeddings(), "embed_scale", 1.0)
             hf.set_input_embeddings(CodedEmbedding(made, float(scale)))
             if tied:
-                hf.set_output_embeddings(TiedCodedHead(hf.get_input_embeddings()))
+                hf.set_output_embeddings(TiedCodedHead(hf.get_input_embeddings(), bias))
         elif name == "head":
-            hf.set_output_embeddings(CodedLinear(made))
+            hf.set_output_embeddings(CodedLinear(made, bias))
         else:
             parent, _, last = name.rpartition(".")
             setattr(hf.get_submodule(parent), last, CodedLinear(made, hf.get_submodule(name).bias))

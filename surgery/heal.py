@@ -185,12 +185,12 @@ class TrainableTable(nn.Module):
 
 
 class TrainableHead(nn.Module):
-    def __init__(self, table):
+    def __init__(self, table, bias):
         super().__init__()
-        self.table = [table]  # a list hides it from nn.Module, so its parameters are not counted twice
+        self.table, self.bias = [table], bias  # a list hides it from nn.Module, so its parameters are not counted twice
 
     def forward(self, h):
-        return F.linear(h, self.table[0].matrix)
+        return F.linear(h, self.table[0].matrix, self.bias)
 
 
 def make_trainable(hf, coded):
@@ -202,8 +202,9 @@ def make_trainable(hf, coded):
             setattr(hf.get_submodule(parent), last, TrainableLinear(made, hf.get_submodule(name).bias))
     if "wte" in codes:
         table = TrainableTable(codes["wte"], float(getattr(hf.get_input_embeddings(), "embed_scale", 1.0)))
+        bias = hf.get_output_embeddings().bias
         hf.set_input_embeddings(table)
-        hf.set_output_embeddings(TrainableLinear(codes["head"]) if "head" in codes else TrainableHead(table))
+        hf.set_output_embeddings(TrainableLinear(codes["head"], bias) if "head" in codes else TrainableHead(table, bias))
     return codes
 
 

@@ -61,10 +61,11 @@ def install_table(hf, plan):
     V, d = hf.get_input_embeddings().weight.shape
     wte = unset_table(V, plan["rank"])
     table = FactorizedTable(wte, unset(plan["rank"], d, torch.zeros(d) if plan["mean"] else None))
+    bias = hf.get_output_embeddings().bias
     if plan["head"] is None:
-        head = TiedHead(table, unset(d, plan["rank"]))
+        head = TiedHead(table, unset(d, plan["rank"]), bias)
     else:
-        head = FactorizedHead(unset_table(V, plan["head"]), unset(d, plan["head"]))
+        head = FactorizedHead(unset_table(V, plan["head"]), unset(d, plan["head"]), bias)
     hf.set_input_embeddings(table)
     hf.set_output_embeddings(head)
     return table, head

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 
 class LowRank(nn.Module):
@@ -50,22 +51,22 @@ class FactorizedTable(nn.Module):
 
 
 class FactorizedHead(nn.Module):
-    """The head: scale_down [k,d], then wte [V,k]. It needs no mean."""
+    """The head: scale_down [k,d], then wte [V,k]. It needs no mean. bias [V]: of the dense head, or None."""
 
-    def __init__(self, wte, scale_down):
+    def __init__(self, wte, scale_down, bias=None):
         super().__init__()
-        self.wte, self.scale_down = wte, scale_down
+        self.wte, self.scale_down, self.bias = wte, scale_down, bias
 
     def forward(self, h):
-        return self.scale_down(h) @ self.wte.weight.T
+        return F.linear(self.scale_down(h), self.wte.weight, self.bias)
 
 
 class TiedHead(FactorizedHead):
     """A FactorizedHead with the wte of a FactorizedTable."""
 
-    def __init__(self, table, scale_down):
+    def __init__(self, table, scale_down, bias=None):
         nn.Module.__init__(self)
-        self.table, self.scale_down = [table], scale_down  # in a list, so that its weights have one name
+        self.table, self.scale_down, self.bias = [table], scale_down, bias  # in a list, so that its weights have one name
 
     @property
     def wte(self):
@@ -76,7 +77,7 @@ class TiedHead(FactorizedHead):
         if isinstance(wte, nn.Embedding):
             return super().forward(h)
         rows = wte(torch.arange(len(wte.weight), device=h.device))  # so PEFT's adapters act in the head too
-        return self.scale_down(h) @ rows.T
+        return F.linear(self.scale_down(h), rows, self.bias)
 
 
 def restore_sums(sums, up, bias):
