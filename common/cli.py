@@ -130,6 +130,9 @@ def parse(cls, argv=None, presets=None, description=None, epilog=None, prog=None
     """
     global json_at_terminal
     sys.excepthook = last_words
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that has no sign for +/- prints ? in its place
     check_torch(fail)
     parser = build_parser(cls, presets or {}, description, epilog, prog)
     given, unknown = parser.parse_known_args(argv)

@@ -1,7 +1,6 @@
 """Writes files completely or not at all, even if the power fails. A claim on a folder keeps a second program out of it."""
 
 import errno
-import fcntl
 import os
 import shutil
 import weakref
@@ -70,6 +69,12 @@ def remove(path):
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         path.unlink()
+
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("nanoPCA runs on Linux and macOS. On Windows, use WSL: https://learn.microsoft.com/windows/wsl") from None
 
 
 class Claim:

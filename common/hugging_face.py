@@ -184,7 +184,8 @@ def check_layers(config, most):
     """Raise ValueError if a config.json has more than `most` layers, since transformers makes lists of that length."""
     for part in [config, *(part for part in config.values() if isinstance(part, dict))]:
         for name, value in part.items():
-            if name.endswith(("layers", "n_layer")) and type(value) in (int, float) and value > most:
+            counts = name.endswith(("layers", "n_layer")) and name != "max_window_layers"  # Qwen 2's may be any number
+            if counts and type(value) in (int, float) and value > most:
                 raise ValueError(f"config.json has {name} {value}, but there are {most} weights")
 
 

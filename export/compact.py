@@ -69,7 +69,7 @@ def write_compact(folder, hf, plan, dtype):
         values["tie_word_embeddings"] = False  # the code ties the head itself
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if hf.generation_config is not None:
-        hf.generation_config.save_pretrained(folder)
+        hf.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained() refuses some old ones
     names = dict(model=type(hf).__name__, config=config.__name__, kind=kind, mixin="PackedModel" if packed else "LowRankModel")
     imports = [f"from transformers import {names['config']}, {names['model']}"]
     text = bundle("export.modeling", names["mixin"], TITLE[packed].format(**names), imports, TAIL.format(**names))

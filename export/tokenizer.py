@@ -5,6 +5,8 @@ from common.dataset import find_folder, read_meta
 from common.hugging_face import read_tokenizer
 from common.tokenizer import END_OF_TEXT, gpt2, read_codec
 
+AS_TRAINED = dict(split_special_tokens=True)  # <|endoftext|> inside a text is plain text, as train.py and sample.py read it
+
 
 def tokenizer_for(name, dataset, rows, source):
     """
@@ -41,7 +43,7 @@ def of_meta(meta):
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer.from_str(meta["tokenizer_json"])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=bpe.id_to_token(meta["end_of_text"]))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=bpe.id_to_token(meta["end_of_text"]), **AS_TRAINED)
 
 
 def from_tiktoken(encoding):
@@ -51,4 +53,4 @@ def from_tiktoken(encoding):
 
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens)
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # instead of reading a file
-    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=END_OF_TEXT, **AS_TRAINED)

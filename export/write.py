@@ -17,6 +17,7 @@ SAME_CODES = 3e-2  # for a quantized cache: a number between two levels may roun
 def write(args, source):
     """Write a Source -> the entries of the program's last line."""
     from safetensors import SafetensorError
+    from transformers import GenerationConfig
 
     form, dtype = "compact" if args.compact else "dense", getattr(torch, args.dtype)
     packed = source.plan and "coded" in source.plan
@@ -31,7 +32,9 @@ def write(args, source):
         if source.plan:
             write_compact(part, source.hf, source.plan, dtype)
         else:
-            source.hf.to(dtype).save_pretrained(part)
+            given, source.hf.generation_config = source.hf.generation_config, GenerationConfig()
+            type(source.hf).save_pretrained(source.hf.to(dtype), part)  # it refuses some old settings of generation
+            given.to_json_file(part / "generation_config.json")
         name_angles_twice(part / "config.json")
         save_tokenizer(source.tokenizer, part)
         size = sum(file.stat().st_size for file in part.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from common.cli import fail
 from kv_cache.bit_code import LAYERS_BEFORE, WHOLE, LayerCode, known_of
 from kv_cache.bit_streams import GAIN_BITS, GAINS, Streams, nearest_gain, windows_and_gain
 from kv_cache.hf_attention import head_size, rotary_tables, usual_parts
-from kv_cache.hf_bits import STREAMS, id_bytes, install_cache, rows_of
+from kv_cache.hf_bits import STREAMS, first_norm, id_bytes, install_cache, rows_of
 from kv_cache.hf_layers import find_layers
 from kv_cache.hf_same import check_same
 from util_factorization.spectrum import root
@@ -232,7 +232,7 @@ def gather(subject, windows):
             hook.remove()
     ids = torch.cat([ids for ids, _ in windows]).to(hf.device)
     with torch.no_grad():
-        e = rows_of(hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm, ids)
+        e = rows_of(hf.get_input_embeddings(), first_norm(hf) or torch.nn.Identity(), ids)  # the form `fast` does without
     return [torch.cat(found) for found in x], e.float().cpu(), G
 
 
@@ -287,7 +287,7 @@ def check_cache(hf, share, window, form):
     layers, numbers = numbers_of(hf)
     if slides(hf.config.get_text_config()):
         fail(f"--cache_bytes: this {kind} drops positions outside a sliding window: drop --cache_bytes, or give another model")
-    if form == "small" and not hasattr(hf.base_model.layers[0], "input_layernorm"):
+    if form == "small" and first_norm(hf) is None:
         fail(f"--cache_form small needs a norm of the embeddings, and a {kind} has no input_layernorm: give --cache_form fast")
     least = least_bits(layers, STREAMS[form])
     if (found := cache_bits(hf, share, form)) < least:

@@ -13,7 +13,8 @@ def cache_bytes(hf, ids):
 
 def allocated(cache):
     """Bytes of a cache, including free space in its buffers for later tokens."""
-    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]  # recurrent layers have states
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class Greedy:

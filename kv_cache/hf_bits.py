@@ -28,7 +28,7 @@ class Step:
     """State that layers share in a forward pass: token ids, embeddings, decoded keys and values of the last two layers."""
 
     def __init__(self, hf):
-        self.table, self.norm = hf.get_input_embeddings(), hf.base_model.layers[0].input_layernorm
+        self.table, self.norm = hf.get_input_embeddings(), first_norm(hf)
         self.id_bytes = id_bytes(hf)
         self.ids, self.e, self.read = None, None, []
         self.table.register_forward_hook(self.note)
@@ -89,6 +89,11 @@ class NoForecasts:
 
 def id_bytes(hf):
     return 2 if hf.config.get_text_config().vocab_size <= 2**16 else 4
+
+
+def first_norm(hf):
+    """The norm before the first attention layer, or None."""
+    return getattr(hf.get_submodule(find_layers(hf)[0].name.rpartition(".")[0]), "input_layernorm", None)
 
 
 def rows_of(table, norm, ids):

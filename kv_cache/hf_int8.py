@@ -86,6 +86,8 @@ def int8_cache(hf):
     """Switch the model to attention that reads this cache, if it is not yet -> an empty cache for its next texts."""
     if hf.config._attn_implementation != NAME:
         kind = hf.config.model_type
+        if not getattr(hf, "_supports_attention_backend", False) or any(hasattr(m, "sinks") for m in hf.modules()):
+            fail(f"an int8 cache: a {kind} computes attention in its own way, give a Llama, Mistral, Qwen, Gemma or NeoX")
         if slides(hf.config.get_text_config()):
             fail(f"an int8 cache: this {kind} drops positions outside a sliding window, give another model")
         if any(isinstance(module, CachedAttention) for module in hf.modules()):

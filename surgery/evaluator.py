@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -158,11 +159,14 @@ def paired(windows):
 
 def prompt_ids(tokenizer, prompt):
     """Ids [T] of a prompt, in the tokenizer's chat template if it has one."""
+    found = None
     if tokenizer.chat_template:
         messages = [dict(role="user", content=prompt)]
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    else:
-        found = tokenizer(prompt)
+        try:
+            found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template is a program: it may raise anything
+            print(f"note: the chat template fails ({type(error).__name__}): the prompt is given without it", file=sys.stderr)
+    found = found or tokenizer(prompt)
     return torch.tensor(found["input_ids"], dtype=torch.long)
 
 

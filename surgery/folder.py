@@ -49,19 +49,24 @@ def load(folder, device="cpu", packed=True):
         with fresh_memory_is_nan():
             for buffers in (False, True):
                 with weightless(most, buffers):
-                    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+                    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
                 if not buffers:
                     kind.check(hf, plan, tensors)
             kind.fill(hf, plan, tensors, *([packed] if by_bits else []))
         check_filled(hf, folder)
-        tokenizer, rows = read_tokenizer(folder, "", local_files_only=True), config.get_text_config().vocab_size
-        if len(tokenizer) > rows:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its table {rows}")
+        tokenizer = read_tokenizer(folder, "", local_files_only=True)
         hf.eval().requires_grad_(False)
         if not by_bits:
             kind.latents_to_keys(hf)  # for the CPU; .to(another device) restores the stored latents
         check_works(hf)
+    if not by_bits or packed or plan.get("cache"):
+        hf.save_pretrained = not_a_standard_model
     return hf.to(device), tokenizer
+
+
+def not_a_standard_model(*given, **options):
+    """In place of save_pretrained(): the standard class would fill the parts that are smaller here with random numbers."""
+    raise ValueError("a smaller model is not saved by save_pretrained(): python -m export --model FOLDER --out NEW --dense")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ def write_folder(folder, hf, tokenizer, tensors, plan):
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         tokenizer.save_pretrained(part)
         if hf.generation_config is not None:
-            hf.generation_config.save_pretrained(part)
+            hf.generation_config.to_json_file(part / "generation_config.json")  # save_pretrained() refuses some old ones
     return sum(t.numel() for t in tensors.values()), (Path(folder) / WEIGHTS).stat().st_size
 
 

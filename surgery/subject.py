@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,9 +56,13 @@ def load_subject(name, tokenizer_name=""):
 
 
 def check_size(tokenizer, source, rows, model):
-    """Refuse a tokenizer with more tokens than the model's table has rows, or far fewer. source, model: for the message."""
-    if not 0.9 * rows <= len(tokenizer) <= rows:  # a table may be padded to a round number of rows
-        fail(f"the tokenizer of {source} has {len(tokenizer)} tokens, {model} has a table of {rows}: give --tokenizer its own")
+    """
+    Say that a tokenizer has more tokens than the model's table has rows, or far fewer. It may still be the model's own: tables
+    are padded, and added tokens may have no row. encode() refuses an id without a row. source, model: for the message.
+    """
+    if not 0.9 * rows <= len(tokenizer) <= rows:
+        text = f"note: the tokenizer of {source} has {len(tokenizer)} tokens, {model} has a table of {rows}: is it its own?"
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_own(name):
@@ -181,24 +186,36 @@ class Subject(nn.Module):
         self.ends = found if isinstance(found, list) else [] if found is None else [found]
         self.model, self.table, self.head = hf, hf.get_input_embeddings(), hf.get_output_embeddings()
         self.tables = tables_of(hf, self.table, self.head) if isinstance(self.table, nn.Embedding) else {}
-        self.config = SimpleNamespace(n_embd=hf.config.hidden_size)
+        self.config = SimpleNamespace(n_embd=hf.config.get_text_config().hidden_size)
         self.longest = longest_of(hf)
         self.scale = getattr(self.table, "embed_scale", 1)  # Gemma multiplies each row by this before the trunk
-        x = torch.arange(2, 8)[None] % hf.config.vocab_size
+        self.after = 1.0  # Granite and Cohere multiply the logits by a number; here the trunk's output
+        self.find_parts()
+
+    @torch.no_grad()
+    def find_parts(self):
+        """Refuse a model that is not a table, a trunk and a head, up to a factor of its logits."""
+        hf, kind = self.model, self.model.config.model_type
+        x = torch.arange(2, 8)[None] % hf.config.get_text_config().vocab_size
+        theirs = hf(x.to(hf.device), use_cache=False).logits
         try:
-            with torch.no_grad():
-                theirs, ours = hf(x.to(hf.device), use_cache=False).logits, self.logits(self.trunk(self.lookup(x)))
-                same = torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3)
-        except (AttributeError, TypeError):  # no base model from embeddings to hidden states
-            same = False
-        if not same:
-            fail(f"{hf.config.model_type} is more than a table, a trunk and a head: give a Llama, Mistral, Qwen or NeoX")
+            ours = self.logits(self.trunk(self.lookup(x)))
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            why = " ".join(str(error).split())[:100]
+            fail(f"a {kind} cannot be called from its embeddings to its hidden states ({why}): give another model")
+        if ours.shape == theirs.shape:
+            ratio = ((theirs * ours).sum() / ours.square().sum()).item()
+            self.after = 1.0 if abs(ratio - 1) < 1e-4 else ratio
+        if ours.shape != theirs.shape or not torch.allclose(
+            theirs, self.logits(self.trunk(self.lookup(x))), rtol=1e-3, atol=1e-3
+        ):
+            fail(f"a {kind} is more than a table, a trunk and a head: give a Llama, Mistral, Qwen, Gemma 3 or NeoX")
 
     def lookup(self, x):
         return self.table(x.to(self.model.device)) / self.scale
 
     def trunk(self, rows):
-        return self.model.base_model(inputs_embeds=rows * self.scale, use_cache=False).last_hidden_state
+        return self.after * self.model.base_model(inputs_embeds=rows * self.scale, use_cache=False).last_hidden_state
 
     def logits(self, h):
         return self.head(h)
@@ -206,14 +223,17 @@ class Subject(nn.Module):
     def hidden(self, ids, cache):
         """Ids (B, T) -> (B, T, d). They follow the tokens in `cache`, a cache of transformers or NO_CACHE."""
         options = dict(use_cache=False) if cache is NO_CACHE else dict(past_key_values=cache, use_cache=True)
-        return self.model.base_model(ids, **options).last_hidden_state
+        return self.after * self.model.base_model(ids, **options).last_hidden_state
 
     @cached_property
     def reads_caches(self):
         """Whether the model can continue from a DynamicCache. A recurrent model has a state of its own."""
         from transformers import DynamicCache
 
-        x, cache = torch.arange(2, 8)[None].to(self.model.device) % self.model.config.vocab_size, DynamicCache()
+        x, cache = (
+            torch.arange(2, 8)[None].to(self.model.device) % self.model.config.get_text_config().vocab_size,
+            DynamicCache(),
+        )
         with torch.no_grad():
             steps = torch.cat([self.hidden(part, cache) for part in x.split(3, 1)], 1)
             return torch.allclose(steps, self.hidden(x, NO_CACHE), rtol=1e-3, atol=1e-3)

@@ -83,7 +83,8 @@ def listed(flag, value):
     """The texts that a flag names, each once."""
     if not value:
         return at_hand()
-    found = list(once(path for path in map(str.strip, value.split(",")) if path).values())
+    paths = [value] if Path(value).is_file() else map(str.strip, value.split(","))  # a file's name may have commas
+    found = list(once(path for path in paths if path).values())
     for path in found:
         if path != SOTU and not Path(path).is_file() and not is_dataset(path):
             fail(f"--{flag} {path} is not there: {HINT}")

@@ -150,9 +150,10 @@ def tried(family, cell):
     except Wrong as error:
         state, figure = "WRONG", str(error)
     except SystemExit as end:
-        line = out.getvalue().strip().splitlines()[-1]
+        lines = out.getvalue().strip().splitlines()
+        line = next((text for text in reversed(lines) if "error: " in text), lines[-1])
         ours = [word for word in ("TypeError", "AttributeError", "KeyError", "RuntimeError", "IndexError") if word in line]
-        state = "refused" if end.code == 2 and not ours else "BLAMED"
+        state = "LATE" if "not checked" in lines[-1] else "refused" if end.code == 2 and not ours else "BLAMED"
         figure = line
     except Exception as error:  # what a user would see as a traceback
         state, figure = "TRACEBACK", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -32,7 +32,7 @@ FAMILIES = {
     "qwen2_moe": ("Qwen2Moe", EXPERTS | dict(shared_expert_intermediate_size=24)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | dict(head_dim=8)),
-    "qwen3_next": ("Qwen3Next", EXPERTS | dict(head_dim=8, shared_expert_intermediate_size=24)),
+    "qwen3_next": ("Qwen3Next", EXPERTS | dict(head_dim=8, shared_expert_intermediate_size=24, num_hidden_layers=4)),
     "gemma": ("Gemma", dict(head_dim=8)),
     "gemma2": ("Gemma2", dict(head_dim=8, sliding_window=16)),
     "gemma3": ("Gemma3", dict(head_dim=8, sliding_window=16, layer_types=MIXED)),
