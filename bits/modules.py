@@ -94,8 +94,7 @@ def install_coded(hf, coded, packed=True):
         if not packed:
             put_dense(hf, name, made, tied)
         elif name == "wte":
-            scale = getattr(hf.get_input_embeddings(), "embed_scale", 1.0)
-            hf.set_input_embeddings(CodedEmbedding(made, float(scale)))
+            hf.set_input_embeddings(CodedEmbedding(made, scale_of(hf.get_input_embeddings())))
             if tied:
                 hf.set_output_embeddings(TiedCodedHead(hf.get_input_embeddings(), bias))
         elif name == "head":
@@ -103,6 +102,13 @@ def install_coded(hf, coded, packed=True):
         else:
             parent, _, last = name.rpartition(".")
             setattr(hf.get_submodule(parent), last, CodedLinear(made, hf.get_submodule(name).bias))
+    if not any(p.is_floating_point() for p in hf.parameters()):  # transformers reads a model's dtype from its parameters
+        hf.register_parameter("like", nn.Parameter(torch.empty(0), requires_grad=False))
+
+
+def scale_of(table):
+    """The number by which Gemma multiplies each row that it looks up; 1.0 for others. A buffer on the meta device has no value."""
+    return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
 
 
 def put_dense(hf, name, made, tied):
