@@ -107,7 +107,7 @@ def install_coded(hf, coded, packed=True):
 
 
 def scale_of(table):
-    """The number by which Gemma multiplies each row that it looks up, or 1.0. It is read without a buffer, for the meta device."""
+    """The number by which Gemma multiplies each row that it looks up, or 1.0. A buffer on the meta device has none."""
     return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
 
 
