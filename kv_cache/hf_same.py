@@ -132,7 +132,7 @@ def difference(hf, attn, calls, ours):
         most = max((y - call.output)[call.real].abs().max().item() for y, call in zip(found, calls))
         apart, error = (most, error) if part is ours else (apart, most)
     size = max(call.output[call.real].abs().max().item() for call in calls)
-    return apart / max(error, torch.finfo(torch.float32).eps * size)
+    return apart / max(error, torch.finfo(torch.float32).eps * size, 1e-30)  # a dead layer gives zeros
 
 
 def replayed(hf, calls, attn, dtype):
